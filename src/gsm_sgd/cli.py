@@ -1,0 +1,294 @@
+"""The command `gsm`: recipes, pruning and lottery runs, what they came to, and the data."""
+
+import argparse
+import json
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from rich.console import Console
+
+from . import __version__
+from .experiments import UsageError, data, models
+from .experiments.lottery import lottery
+from .experiments.observers import ProgressBars, Several, TensorBoard
+from .experiments.prune import Job, gsm, prune
+from .experiments.recipes import RECIPES, Recipe, Training, find_recipe
+from .experiments.rundir import Record, RunFolder, read_weights
+from .masks import LayerSparsity
+from .reports import plots, tables
+from .reports.runs import Run, read_run, summary
+
+_COMMANDS = {"prune": prune, "lottery": lottery}
+_SUMMARIES = {
+    "prune": "train, train with GSM, cut; accuracy before and after",
+    "lottery": "winning tickets found by GSM and by magnitude, retrained from one initialisation",
+}
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run `gsm` with its arguments and return the exit status: 0 done, 1 failed, 2 bad usage."""
+    console, log = Console(), Console(stderr=True)
+    if not console.is_terminal:
+        console = Console(width=100)  # tables in a file are not squeezed into 80 columns
+    debug = "--debug" in argv
+    try:
+        options = _parse([word for word in argv if word != "--debug"])
+        match options.command:
+            case "list":
+                console.print(tables.recipes_table())
+            case "data":
+                files = data.mnist_files(options.data_dir)
+                console.print(f"MNIST: {len(files)} files, {sum(map(len, files.values())):,} bytes, md5 verified")
+            case "show":
+                _show(options.runs, options.json, console)
+            case command:
+                _run(command, options, console, log)
+    except KeyboardInterrupt:
+        log.print("interrupted: give the same command again to go on where it was")
+        return 130
+    except (UsageError, argparse.ArgumentError) as error:
+        if debug:
+            raise
+        return _complain(error, 2)
+    except Exception as error:
+        if debug:
+            raise
+        return _complain(error, 1)
+    return 0
+
+
+def _complain(error: Exception, status: int) -> int:
+    message = " ".join(str(error).split()) or type(error).__name__
+    if status == 1:
+        message = f"{message} ({type(error).__name__}; --debug shows where)"
+    print(f"gsm: error: {message}", file=sys.stderr)
+    return status
+
+
+# --- prune and lottery ---
+
+
+def _run(command: str, options: Namespace, console: Console, log: Console) -> None:
+    """Run a recipe for each seed and show what came out."""
+    recipe = _recipe(options).scaled(options.epochs_scale)
+    seeds = [recipe.seed] if options.seeds is None else _seeds(options.seeds)
+    device = _device(options.device)
+    if options.threads is not None:
+        if options.threads < 1:
+            raise UsageError(f"threads must be at least 1, not {options.threads}")
+        torch.set_num_threads(options.threads)
+    if not (math.isfinite(options.checkpoint_seconds) and options.checkpoint_seconds >= 0):
+        raise UsageError(f"checkpoint-seconds must be at least 0, not {options.checkpoint_seconds}")
+    recipes = [replace(recipe, seed=seed) for seed in seeds]
+    for each in recipes:
+        _check(each)
+    dataset = data.load(recipe.dataset, options.data_dir)
+    if recipe.holdout:
+        dataset = dataset.hold_out(recipe.holdout)
+    dataset = dataset.to(device)
+
+    runs = []
+    for each in recipes:
+        name = f"{each.recipe}-{command}-{each.preset}-x{each.compression:g}-s{each.seed}"
+        with RunFolder(options.out / name, each, options.checkpoint_seconds) as folder:
+            folder.note_environment(device)
+            log.print(f"{folder.path}", highlight=False)
+            with ProgressBars(log) as bars:
+                observers = [bars, TensorBoard(folder.path)] if options.tensorboard else [bars]
+                _COMMANDS[command](Job(each, dataset, folder, Several(observers), device))
+            runs.append(read_run(folder.path))
+            _save_pictures(runs[-1], folder)
+    _print_results(runs, console)
+
+
+def _check(recipe: Recipe) -> None:
+    """Raise UsageError for what would fail later, before anything is written."""
+    recipe.check()
+    model = models.build(recipe.model, recipe.seed)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is given when the stage begins
+            gsm(model, recipe)
+            prune_base = replace(recipe, gsm=recipe.base, compression=1.0)
+            gsm(model, prune_base)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _recipe(options: Namespace) -> Recipe:
+    """Return the recipe that the options add up to."""
+    values = {field.name: options[field.name] for field in fields(Recipe)}
+    for stage in ("base", "gsm"):
+        training = vars(values[stage])
+        values[stage] = Training(**{**training, "milestones": tuple(training["milestones"])})
+    return Recipe(**values)
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        seeds = [int(word) for word in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"seeds must be whole numbers with commas between, like 0,1,2, not {text!r}") from error
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f"a seed stands twice in {text!r}")
+    return seeds
+
+
+def _device(name: str) -> torch.device:
+    """Return a device that works; `auto` is the GPU if there is one."""
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"device {name!r} cannot be used here: choose auto or cpu") from error
+    return device
+
+
+def _save_pictures(finished: Run, folder: RunFolder) -> None:
+    """Put pictures of the layers' density and of the training curves into a run's folder."""
+    assert finished.result is not None
+    layers = finished.result["layers"]
+    kept = {"GSM": {layer["name"]: layer["nonzeros"] for layer in layers}}
+    if folder.has_weights("ticket-magnitude"):
+        weights = read_weights(folder.path / "ticket-magnitude.safetensors")
+        kept["magnitude"] = {name: int(weights[name].count_nonzero()) for name in kept["GSM"]}
+    plots.save(plots.density_figure(finished, kept), "density", folder.save_figure)
+    plots.save(plots.curves_figure(finished), "curves", folder.save_figure)
+
+
+# --- show ---
+
+
+def _show(paths: Sequence[Path], json_path: Path | None, console: Console) -> None:
+    files = [path for path in paths if path.is_file()]
+    runs = [read_run(path) for path in paths if path not in files]
+    if json_path is not None:
+        if files:
+            raise UsageError("--json takes run folders, not files")
+        record = summary(runs)
+        json_path.write_text(json.dumps(record, indent=1) + "\n")
+    for path in files:
+        weights = read_weights(path)
+        layers = [
+            LayerSparsity(name, tuple(weight.shape), weight.numel(), int(weight.count_nonzero()))
+            for name, weight in weights.items()
+            if weight.ndim >= 2
+        ]
+        console.print(tables.layers_table(layers, str(path)))
+    unfinished = [one for one in runs if one.result is None]
+    for one in unfinished:
+        console.print(tables.progress_table(one))
+    finished = [one for one in runs if one.result is not None]
+    groups: dict[str, list[Run]] = {}
+    for one in finished:
+        groups.setdefault(json.dumps({**one.recipe, "seed": None}), []).append(one)
+    for group in groups.values():
+        _print_results(group, console)
+
+
+def _print_results(runs: Sequence[Run], console: Console) -> None:
+    """Print accuracies of runs of one recipe, and what each layer of the first keeps."""
+    result: Record | None = runs[0].result
+    assert result is not None
+    layers = [LayerSparsity(**layer) for layer in result["layers"]]
+    console.print(tables.results_table(runs))
+    console.print(tables.layers_table(layers, f"pruned net of seed {result['seed']}"))
+    seconds = sum(sum(one.result["seconds"].values()) for one in runs if one.result)
+    where = runs[0].path if len(runs) == 1 else f"{runs[0].path} and {len(runs) - 1} more"
+    console.print(f"{seconds:.0f} s of training; weights, curves.png, density.png in {where}", highlight=False)
+
+
+# --- the parser ---
+
+
+def _parse(argv: Sequence[str]) -> Namespace:
+    """Return the options of the subcommand, with its name as `command`.
+
+    The defaults of the recipe's fields are those of the recipe and preset named, so these are looked up first.
+    """
+    names = {field.name for field in fields(Recipe)}
+    words = [_underscored(word, names) for word in argv]
+    recipe = find_recipe("lenet300")
+    if words and words[0] in _COMMANDS:
+        asked = [word for word in words if word not in ("-h", "--help")]
+        try:
+            first = _parser(recipe).parse_args(asked)[words[0]]
+        except argparse.ArgumentError:
+            pass  # the parser below says what is wrong, or gives the help that was asked for
+        else:
+            recipe = find_recipe(first.recipe, first.preset)
+    options = _parser(recipe).parse_args(words)
+    chosen: Namespace = options[options.command]
+    chosen.command = options.command
+    return chosen
+
+
+def _underscored(word: str, names: set[str]) -> str:
+    """Let a recipe's fields be written with dashes too: --batch-size is --batch_size."""
+    option, equals, value = word.partition("=")
+    field = option[2:].replace("-", "_")
+    is_field = option.startswith("--") and field.rpartition(".")[2] in names | {f.name for f in fields(Training)}
+    return f"--{field}{equals}{value}" if is_field else word
+
+
+def _parser(recipe: Recipe) -> ArgumentParser:
+    """Return the parser, with the fields of `recipe` as defaults."""
+    parser = _Parser(prog="gsm", description="Train a neural network to an exact, chosen sparsity.")
+    parser.add_argument("--version", action="version", version=f"gsm-sgd {__version__}")
+    commands = parser.add_subcommands(dest="command")
+    commands.add_subcommand("list", _Parser(), help="the recipes, the paper's figures and what the presets cost")
+    for name, text in _SUMMARIES.items():
+        commands.add_subcommand(name, _run_parser(recipe, text), help=text)
+
+    show = _Parser(description="Show runs, finished or not, or the layers of a weight file.")
+    show.add_argument("runs", nargs="+", type=Path, help="run folders, or safetensors files")
+    show.add_argument("--json", type=Path | None, default=None, help="also write runs of several seeds to this file")
+    commands.add_subcommand("show", show, help="what runs came to, or the layers of a weight file")
+
+    fetch = _Parser(description="Fetch a data set and verify it.")
+    fetch.add_argument("dataset", type=Literal["mnist"], help="which one")
+    _add_data_dir(fetch)
+    commands.add_subcommand("data", fetch, help="fetch a data set and verify it")
+    return parser
+
+
+def _run_parser(recipe: Recipe, description: str) -> ArgumentParser:
+    parser = _Parser(description=f"{description[0].upper()}{description[1:]}.")
+    parser.add_argument("recipe", type=str, help=f"one of {', '.join(RECIPES)}")
+    parser.add_argument("--preset", type=Literal["fast", "paper", "repo"], default="fast", help="whose settings")
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any fields of the recipe")
+    parser.add_argument("--seeds", type=str | None, default=None, help="several runs, like 0,1,2")
+    parser.add_argument("--epochs-scale", type=float, default=1.0, help="shorten every stage, milestones too")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder that gets the run's folder")
+    _add_data_dir(parser)
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, ...")
+    parser.add_argument("--threads", type=int | None, default=None, help="CPU threads")
+    parser.add_argument("--checkpoint-seconds", type=float, default=20.0, help="time between checkpoints")
+    parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard event files")
+    parser.add_argument("--debug", action="store_true", help="show where an error arose")
+    group = parser.add_class_arguments(Recipe, skip={"recipe", "preset"})
+    del group
+    defaults: dict[str, Any] = recipe.as_dict()
+    del defaults["recipe"], defaults["preset"]
+    parser.set_defaults(defaults)
+    return parser
+
+
+def _add_data_dir(parser: ArgumentParser) -> None:
+    parser.add_argument("--data-dir", type=Path | None, default=None, help="folder of the data; default $GSM_DATA")
+
+
+class _Parser(ArgumentParser):
+    """A parser that raises instead of printing its usage, so that an error is one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(exit_on_error=False, **options)

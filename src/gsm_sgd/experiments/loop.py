@@ -1,0 +1,171 @@
+"""Training and evaluation of any network by any optimizer; nothing here knows of pruning."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from .data import Dataset, Split
+from .recipes import Recipe, Training
+from .rundir import Record, Stage
+
+_EVALUATION_BATCH = 1_000  # small enough to stay in a CPU's cache
+
+
+class TrainingDivergedError(ArithmeticError):
+    """The loss is no longer a number."""
+
+
+class Observer(Protocol):
+    """Somebody who watches a run."""
+
+    def start(self, stage: str, epochs: int, steps_per_epoch: int, first_step: int) -> None:
+        """Tell that a stage begins, or goes on at step `first_step` of the whole stage."""
+
+    def step(self) -> None:
+        """Tell that an optimizer step has been taken."""
+
+    def epoch(self, record: Record) -> None:
+        """Tell what an epoch came to: the record that metrics.jsonl gets."""
+
+
+def train(
+    model: nn.Module,
+    optimizer: Optimizer,
+    training: Training,
+    recipe: Recipe,
+    data: Dataset,
+    stage: Stage,
+    observer: Observer,
+) -> None:
+    """Train `model` for `training.epochs`, from where the stage was interrupted if it was.
+
+    The order of the images is a function of seed and epoch alone, so a state is complete with the model, the
+    optimizer, the schedule and the position; on a CPU a resumed stage ends in the bits of an uninterrupted one.
+
+    Raises:
+        TrainingDivergedError: the loss of an epoch is not finite.
+    """
+    device = next(model.parameters()).device
+    steps_per_epoch = math.ceil(len(data.train) / recipe.batch_size)
+    schedule = LambdaLR(optimizer, lr_factor(training, steps_per_epoch))
+    torch.manual_seed(recipe.seed)
+    position = {"epoch": 0, "step": 0, "seconds": 0.0}
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    if (state := stage.resume(device)) is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        _set_random_state(state["random"], device)
+        loss_sum.copy_(state["loss_sum"])
+        position = {key: state[key] for key in position}
+
+    first_epoch, first_step = int(position["epoch"]), int(position["step"])
+    began = time.perf_counter() - position["seconds"]
+    observer.start(stage.name, training.epochs, steps_per_epoch, first_epoch * steps_per_epoch + first_step)
+    for epoch in range(first_epoch, training.epochs):
+        model.train()
+        order = image_order(len(data.train), recipe.seed, epoch).to(device)
+        for step, (images, labels) in enumerate(
+            data.train.batches(recipe.batch_size, order, first_step), first_step
+        ):
+            if stage.due():
+                stage.save(
+                    {
+                        "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "schedule": schedule.state_dict(),
+                        "random": _random_state(device),
+                        "loss_sum": loss_sum,
+                        "epoch": epoch,
+                        "step": step,
+                        "seconds": time.perf_counter() - began,
+                    }
+                )
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+                loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            loss_sum += loss.detach() * len(labels)
+            observer.step()
+        first_step = 0
+
+        mean_loss = loss_sum.item() / len(data.train)
+        loss_sum.zero_()
+        if not math.isfinite(mean_loss):
+            raise TrainingDivergedError(f"the loss of stage {stage.name} is {mean_loss} in epoch {epoch + 1}")
+        record = {
+            "stage": stage.name,
+            "epoch": epoch + 1,
+            "lr": optimizer.param_groups[0]["lr"],
+            "loss": mean_loss,
+            "top1": evaluate(model, data.test),
+            "seconds": round(time.perf_counter() - began, 3),
+        }
+        stage.log(record)
+        observer.epoch(record)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split) -> float:
+    """Return top-1 accuracy in percent over a whole split."""
+    was_training = model.training
+    model.eval()
+    correct = torch.zeros((), dtype=torch.int64, device=split.labels.device)
+    for images, labels in split.batches(_EVALUATION_BATCH):
+        correct += (model(images).argmax(1) == labels).sum()
+    model.train(was_training)
+    return 100 * correct.item() / len(split)
+
+
+def parameter_groups(model: nn.Module, training: Training) -> list[dict[str, Any]]:
+    """Return a model's named parameters as two groups: weights, which decay, and biases and norms, which do not."""
+    weights = [(name, p) for name, p in model.named_parameters() if p.ndim >= 2]
+    others = [(name, p) for name, p in model.named_parameters() if p.ndim < 2]
+    groups: list[dict[str, Any]] = [{"params": weights, "weight_decay": training.weight_decay}]
+    if others:
+        groups.append({"params": others, "weight_decay": 0.0, "lr": training.lr * training.bias_lr_factor})
+    return groups
+
+
+def lr_factor(training: Training, steps_per_epoch: int) -> Callable[[int], float]:
+    """Return what to multiply the initial learning rate by, as a function of the step.
+
+    A linear rise from 0 over the warm-up, then a tenth at each milestone.
+    """
+    warmup_steps = round(training.warmup_epochs * steps_per_epoch)
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return step / warmup_steps
+        passed = sum(step >= milestone * steps_per_epoch for milestone in training.milestones)
+        return float(0.1**passed)
+
+    return factor
+
+
+def image_order(count: int, seed: int, epoch: int) -> Tensor:
+    """Return the order of the training images in an epoch, int64 (count,): the same in every stage of a run."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    """Return the state of the generators that a model's own randomness, dropout say, draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

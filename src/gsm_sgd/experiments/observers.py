@@ -1,0 +1,141 @@
+"""Those who watch a run: progress bars or log lines on stderr, and TensorBoard event files."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from .loop import Observer
+from .rundir import Record
+
+_LOG_SECONDS = 10.0  # at most one line in this time where there is no terminal to draw bars on
+
+
+class ProgressBars:
+    """A bar for each stage: epoch, steps a second, loss, accuracy and time left; log lines without a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description:<16}"),
+            BarColumn(bar_width=None),
+            TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+            TextColumn("{task.fields[rate]:>5.0f} steps/s"),
+            TextColumn("{task.fields[outcome]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            refresh_per_second=4,
+            disable=not console.is_terminal,
+        )
+        self._task = TaskID(0)
+        self._taken = 0
+        self._began = self._logged = time.monotonic()
+        self._epochs = 0
+
+    def __enter__(self) -> Self:
+        """Begin to draw."""
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the bars as they are."""
+        self._progress.stop()
+
+    def start(self, stage: str, epochs: int, steps_per_epoch: int, first_step: int) -> None:
+        """Show a new bar."""
+        self._epochs = epochs
+        self._taken, self._began = 0, time.monotonic()
+        self._task = self._progress.add_task(
+            stage,
+            total=epochs * steps_per_epoch,
+            completed=first_step,
+            epoch=first_step // steps_per_epoch,
+            epochs=epochs,
+            rate=0.0,
+            outcome="",
+        )
+        if not self._console.is_terminal and first_step:
+            self._console.print(f"{stage}: goes on in epoch {first_step // steps_per_epoch + 1} of {epochs}")
+
+    def step(self) -> None:
+        """Move the bar on."""
+        self._taken += 1
+        self._progress.advance(self._task)
+
+    def epoch(self, record: Record) -> None:
+        """Show what an epoch came to."""
+        outcome = f"loss {record['loss']:.4f}  top-1 {record['top1']:.2f}"
+        now = time.monotonic()
+        rate = self._taken / (now - self._began)
+        self._progress.update(self._task, epoch=record["epoch"], rate=rate, outcome=outcome)
+        over = record["epoch"] == self._epochs
+        if not self._console.is_terminal and (over or now - self._logged >= _LOG_SECONDS):
+            self._logged = now
+            left = (now - self._began) / self._taken * self._steps_left()
+            self._console.print(
+                f"{record['stage']}: epoch {record['epoch']}/{self._epochs}  {rate:.0f} steps/s  {outcome}  "
+                f"{left:.0f} s left",
+                highlight=False,
+            )
+
+    def _steps_left(self) -> float:
+        task = self._progress.tasks[self._task]
+        return (task.total or 0) - task.completed
+
+
+class TensorBoard:
+    """Writes each epoch's figures as event files into a run's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._open = lambda stage, epoch: SummaryWriter(folder / "tensorboard" / stage, purge_step=epoch)
+        self._writer: SummaryWriter | None = None
+
+    def start(self, stage: str, epochs: int, steps_per_epoch: int, first_step: int) -> None:
+        """Write to a stage's own files; what an interrupted run wrote beyond its checkpoint is purged."""
+        self.close()
+        self._writer = self._open(stage, first_step // steps_per_epoch + 1)  # type: ignore[no-untyped-call]
+
+    def step(self) -> None:
+        """Do nothing: figures come by the epoch."""
+
+    def epoch(self, record: Record) -> None:
+        """Write what an epoch came to."""
+        if self._writer is not None:
+            for key in ("loss", "top1", "lr"):
+                self._writer.add_scalar(key, record[key], record["epoch"])  # type: ignore[no-untyped-call]
+            self._writer.flush()  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Finish the files of the stage."""
+        if self._writer is not None:
+            self._writer.close()  # type: ignore[no-untyped-call]
+
+
+class Several:
+    """Passes everything on to several observers."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self._observers = observers
+
+    def start(self, stage: str, epochs: int, steps_per_epoch: int, first_step: int) -> None:
+        """Tell all of them."""
+        for observer in self._observers:
+            observer.start(stage, epochs, steps_per_epoch, first_step)
+
+    def step(self) -> None:
+        """Tell all of them."""
+        for observer in self._observers:
+            observer.step()
+
+    def epoch(self, record: Record) -> None:
+        """Tell all of them."""
+        for observer in self._observers:
+            observer.epoch(record)

@@ -1,0 +1,123 @@
+"""Pruning without finetuning (Ding et al., sections 3 and 4.1): base -> GSM -> cut -> test before and after."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import SGD, Optimizer
+
+from .. import __version__
+from ..masks import apply_masks_, magnitude_masks, prunable_parameters, sparsity_table
+from ..optimizer import GSM
+from . import models
+from .data import Dataset
+from .loop import Observer, evaluate, parameter_groups, train
+from .recipes import Recipe, Training, published
+from .rundir import Record, RunFolder, device_name
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe, the data it trains on, the folder it leaves its results in, and who watches."""
+
+    recipe: Recipe
+    data: Dataset
+    run: RunFolder
+    observer: Observer
+    device: torch.device
+
+
+def prune(job: Job) -> Record:
+    """Train, train with GSM, cut; return the run's result, which its folder has as result.json."""
+    model, top1 = prune_steps(job)
+    return finish(job, "prune", model, top1)
+
+
+def prune_steps(job: Job) -> tuple[nn.Module, dict[str, float]]:
+    """Return the pruned net and the accuracies on the way, in percent. Steps already done are loaded."""
+    recipe, run, test = job.recipe, job.run, job.data.test
+    top1 = {}
+
+    # 1. Initialise and save.
+    model = models.build(recipe.model, recipe.seed).to(job.device)
+    if not run.has_weights("init"):
+        run.save_weights("init", model)
+
+    # 2. Train the base net.
+    run.load_weights("init", model)
+    train_stage(job, "base", model, recipe.base, lambda: plain_sgd(model, recipe.base))
+    top1["base"] = evaluate(model, test)
+
+    # 3. Train it on with GSM: all but Q weights shrink to nothing.
+    train_stage(job, "gsm", model, recipe.gsm, lambda: gsm(model, recipe))
+    top1["gsm_before_cut"] = evaluate(model, test)
+
+    # 4. Cut: the same as GSM.finalize(), which a stage that was finished earlier no longer has.
+    prunable = prunable_parameters(model)
+    apply_masks_(prunable, magnitude_masks(prunable, recipe.compression))
+    top1["gsm_after_cut"] = top1["pruned"] = evaluate(model, test)
+    run.save_weights("pruned", model)
+    return model, top1
+
+
+def train_stage(
+    job: Job, name: str, model: nn.Module, training: Training, optimizer: Callable[[], Optimizer]
+) -> None:
+    """Train `model` as one stage of the run, or load what the stage left if it is over."""
+    stage = job.run.stage(name)
+    if not job.run.has_weights(name):
+        train(model, optimizer(), training, job.recipe, job.data, stage, job.observer)
+        job.run.save_weights(name, model)
+    job.run.load_weights(name, model)
+    stage.discard_checkpoint()
+
+
+def plain_sgd(model: nn.Module, training: Training) -> SGD:
+    """Return the optimizer of base nets and tickets."""
+    return SGD(
+        parameter_groups(model, training),
+        lr=training.lr,
+        momentum=training.momentum,
+        nesterov=training.nesterov,
+        fused=next(model.parameters()).device.type in ("cpu", "cuda"),
+    )
+
+
+def gsm(model: nn.Module, recipe: Recipe) -> GSM:
+    """Return the optimizer of GSM training."""
+    return GSM(
+        parameter_groups(model, recipe.gsm),
+        lr=recipe.gsm.lr,
+        compression=recipe.compression,
+        momentum=recipe.gsm.momentum,
+        nesterov=recipe.gsm.nesterov,
+        passive_decay=recipe.passive_decay,
+    )
+
+
+def finish(job: Job, command: str, pruned: nn.Module, top1: dict[str, float]) -> Record:
+    """Write and return the result of a run."""
+    recipe = job.recipe
+    last: dict[str, Any] = {record["stage"]: record for record in job.run.metrics()}
+    layers = sparsity_table(pruned)
+    result = {
+        "recipe": recipe.recipe,
+        "command": command,
+        "preset": recipe.preset,
+        "compression": recipe.compression,
+        "seed": recipe.seed,
+        "prunable": sum(layer.params for layer in layers),
+        "nonzeros": sum(layer.nonzeros for layer in layers),
+        "epochs": {stage: record["epoch"] for stage, record in last.items()},
+        "seconds": {stage: record["seconds"] for stage, record in last.items()},
+        "top1": top1,
+        "layers": [layer._asdict() for layer in layers],
+        "paper": published(recipe.recipe, recipe.compression).get(recipe.compression),
+        "version": __version__,
+        "torch": torch.__version__,
+        "device": device_name(job.device),
+    }
+    job.run.finish(result)
+    return result

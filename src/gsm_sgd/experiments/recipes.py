@@ -1,0 +1,175 @@
+"""One function per published experiment, each returning a typed, frozen Recipe.
+
+Presets: `paper` is the paper's text, `repo` the authors' PyTorch code, `fast` ours, the default.
+Settings and figures: Ding et al., "Global Sparse Momentum SGD for Pruning Very Deep Neural Networks",
+NeurIPS 2019, arXiv 1909.12778, and github.com/DingXiaoH/GSM-SGD.
+"""
+
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+from . import UsageError
+
+Preset = Literal["fast", "paper", "repo"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How one stage is trained: momentum SGD, the learning rate cut tenfold at each milestone.
+
+    Args:
+        epochs: passes over the training set.
+        lr: initial learning rate.
+        milestones: epochs after which the learning rate is multiplied by 0.1.
+        momentum: momentum coefficient beta.
+        weight_decay: L2 coefficient eta of the weights; biases and norms have none.
+        nesterov: whether momentum is Nesterov's.
+        warmup_epochs: epochs over which the learning rate rises linearly from 0, a step at a time.
+        bias_lr_factor: the biases' learning rate is this times lr.
+    """
+
+    epochs: int
+    lr: float
+    milestones: tuple[int, ...] = ()
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    nesterov: bool = False
+    warmup_epochs: float = 0.0
+    bias_lr_factor: float = 1.0
+
+    def scaled(self, factor: float) -> "Training":
+        """Return the same schedule in `factor` times the epochs, at least one, milestones moved alike."""
+        return replace(
+            self,
+            epochs=max(1, round(self.epochs * factor)),
+            milestones=tuple(round(milestone * factor) for milestone in self.milestones),
+            warmup_epochs=self.warmup_epochs * factor,
+        )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the outcome of a run.
+
+    Args:
+        recipe: name of the published experiment.
+        preset: whose settings these are.
+        model: network to train.
+        dataset: images to train it on; "synthetic" is made up, for trying things out without data.
+        base: training of the base net, and of a ticket.
+        gsm: training with GSM, from the base net.
+        compression: C; of N prunable weights floor(N / C) are kept.
+        passive_decay: weight decay of passive weights in GSM training; null means gsm.weight_decay, the paper's rule.
+        batch_size: images per step.
+        seed: of the initial weights and of the order of the images.
+        precision: of the arithmetic in training; weights and updates are always float32.
+        holdout: if above 0, train without this many training images and measure accuracy on them instead of the
+            test set, for choosing settings.
+    """
+
+    recipe: str
+    preset: Preset
+    model: str
+    dataset: str
+    base: Training
+    gsm: Training
+    compression: float
+    passive_decay: float | None = None
+    batch_size: int = 256
+    seed: int = 0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    holdout: int = 0
+
+    def scaled(self, factor: float) -> "Recipe":
+        """Return the recipe with every stage and its milestones shortened, or stretched, by `factor`."""
+        if not (math.isfinite(factor) and factor > 0):
+            raise UsageError(f"epochs-scale must be a finite number above 0, not {factor}")
+        return replace(self, base=self.base.scaled(factor), gsm=self.gsm.scaled(factor))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the recipe in YAML's own types."""
+        fields = asdict(self)
+        for stage in ("base", "gsm"):
+            fields[stage]["milestones"] = list(fields[stage]["milestones"])
+        return fields
+
+    def check(self) -> None:
+        """Raise UsageError if a field makes no sense; what the optimizer refuses it says itself."""
+        for stage, training in (("base", self.base), ("gsm", self.gsm)):
+            if training.epochs < 1:
+                raise UsageError(f"{stage}.epochs must be at least 1, not {training.epochs}")
+            if not (math.isfinite(training.warmup_epochs) and training.warmup_epochs >= 0):
+                raise UsageError(f"{stage}.warmup_epochs must be at least 0, not {training.warmup_epochs}")
+            if not (math.isfinite(training.bias_lr_factor) and training.bias_lr_factor >= 0):
+                raise UsageError(f"{stage}.bias_lr_factor must be at least 0, not {training.bias_lr_factor}")
+        if self.batch_size < 1:
+            raise UsageError(f"batch_size must be at least 1, not {self.batch_size}")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"seed must be at least 0 and below 2**32, not {self.seed}")
+        if self.holdout < 0:
+            raise UsageError(f"holdout must be at least 0, not {self.holdout}")
+
+
+def _lenet(recipe: str, compression: float, preset: Preset) -> Recipe:
+    """Return the settings that the two LeNets share."""
+    base = Training(200, 3e-2, (40, 80, 120, 160), warmup_epochs=5)
+    passive_decay = None
+    match preset:
+        case "paper":
+            base = replace(base, bias_lr_factor=2.0)
+            gsm = Training(240, 3e-2, (160, 200), momentum=0.99)
+        case "repo":
+            gsm = Training(280, 1e-2, (160, 200, 240), momentum=0.99, nesterov=True)
+        case "fast":  # a tenfold passive decay makes up for the short schedule: the cut stays lossless
+            base = Training(30, 3e-2, (15, 24), warmup_epochs=1)
+            gsm = Training(40, 3e-2, (27, 34), momentum=0.99)
+            passive_decay = 5e-3
+    return Recipe(recipe, preset, recipe, "mnist", base, gsm, compression, passive_decay)
+
+
+def lenet300(preset: Preset = "fast") -> Recipe:
+    """LeNet-300-100 on MNIST, 60x (tables 1 and 4)."""
+    return _lenet("lenet300", 60.0, preset)
+
+
+def lenet5(preset: Preset = "fast") -> Recipe:
+    """LeNet-5 on MNIST, 125x; 300x is the paper's other figure (tables 1 and 4)."""
+    return _lenet("lenet5", 125.0, preset)
+
+
+RECIPES: dict[str, Callable[[Preset], Recipe]] = {"lenet300": lenet300, "lenet5": lenet5}
+
+# Top-1 in percent, keyed as in result.json: tables 1 and 4.
+_PUBLISHED: dict[tuple[str, float], dict[str, float]] = {
+    ("lenet300", 60): {"base": 98.19, "pruned": 98.18, "ticket_gsm": 98.22, "ticket_magnitude": 97.39},
+    ("lenet5", 125): {"base": 99.21, "pruned": 99.22, "ticket_gsm": 99.04, "ticket_magnitude": 97.60},
+    ("lenet5", 300): {"base": 99.21, "pruned": 99.06, "ticket_gsm": 98.88, "ticket_magnitude": 11.35},
+}
+
+
+def published(recipe: str, compression: float | None = None) -> dict[float, dict[str, float]]:
+    """Return the paper's top-1 figures of a recipe by compression ratio, all or only the one given."""
+    return {
+        ratio: figures
+        for (name, ratio), figures in _PUBLISHED.items()
+        if name == recipe and compression in (None, ratio)
+    }
+
+
+def find_recipe(name: str, preset: str = "fast") -> Recipe:
+    """Return a recipe by name.
+
+    Raises:
+        UsageError: no recipe or preset has that name; the nearest is suggested.
+    """
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(RECIPES)}"
+        raise UsageError(f"unknown recipe {name!r}: {hint}")
+    presets = get_args(Preset)
+    if preset not in presets:
+        raise UsageError(f"unknown preset {preset!r}: choose one of {', '.join(presets)}")
+    return RECIPES[name](preset)  # type: ignore[arg-type]  # narrowed by the check above

@@ -1,0 +1,300 @@
+"""A run's folder: its recipe, environment, metrics and weights, and stages that resume where they were killed.
+
+Every file is replaced as a whole, so that at any moment a kill leaves either the old one or the new one. A stage
+is over when its weights are there; until then its checkpoint, and the metrics up to it, are what counts.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import filelock
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .. import __version__
+from . import UsageError
+from .recipes import Recipe
+
+Record = dict[str, Any]
+
+
+class RunFolder:
+    """The folder of one run, locked against a second process while it is open.
+
+    Args:
+        path: the folder, made if it is not there.
+        recipe: what the run does; a folder that was made by another is refused.
+        checkpoint_seconds: the time after which a running stage is saved again.
+
+    Raises:
+        UsageError: the folder belongs to another recipe or to a running process, or cannot be written.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, checkpoint_seconds: float = 20.0) -> None:
+        self.path = path
+        self.recipe = recipe
+        self.checkpoint_seconds = checkpoint_seconds
+        self._refuse_other_recipe()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = filelock.FileLock(path / ".lock")
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise UsageError(f"{path} is in use by another process: wait for it, or choose another --out") from error
+        except OSError as error:
+            raise UsageError(f"cannot write to {path}: {error.strerror}; choose another --out") from error
+        _replace(path / "recipe.yaml", yaml.safe_dump(recipe.as_dict(), sort_keys=False).encode())
+
+    def __enter__(self) -> Self:
+        """Return the folder itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let other processes have the folder."""
+        self._lock.release()
+
+    def _refuse_other_recipe(self) -> None:
+        path = self.path / "recipe.yaml"
+        if not path.exists():
+            ours_at_once = {".lock", "recipe.yaml.partial"}  # all that a run killed at its very start leaves
+            if self.path.is_dir() and any(file.name not in ours_at_once for file in self.path.iterdir()):
+                raise UsageError(f"{self.path} is not a run's folder but holds files: choose another --out")
+            return
+        try:
+            theirs = _flat(yaml.safe_load(path.read_text()))
+        except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+            raise UsageError(f"{path} is damaged: delete {self.path} or choose another --out") from error
+        ours = _flat(self.recipe.as_dict())
+        other = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+        if other:
+            difference = ", ".join(f"{key} {theirs.get(key)} there, {ours.get(key)} here" for key in other[:3])
+            raise UsageError(f"{self.path} was made by another recipe ({difference}): choose another --out")
+
+    # --- what a run leaves ---
+
+    def note_environment(self, device: torch.device) -> None:
+        """Add this process to environment.json: what ran the run, once more for each time it was resumed."""
+        path = self.path / "environment.json"
+        earlier = json.loads(path.read_text())["processes"] if path.exists() else []
+        _replace(path, _json({"processes": [*earlier, environment(device)]}))
+
+    def finish(self, result: Record) -> None:
+        """Write result.json: the run is over."""
+        _replace(self.path / "result.json", _json(result))
+
+    def save_figure(self, name: str, write: Callable[[Path], None]) -> None:
+        """Have `write` make a file, and put it in its place as a whole."""
+        partial = self.path / f".partial.{name}"
+        write(partial)
+        partial.replace(self.path / name)
+
+    def metrics(self) -> list[Record]:
+        """Return the records of metrics.jsonl: one for each epoch of each stage."""
+        return read_metrics(self.path)
+
+    # --- weights ---
+
+    def has_weights(self, name: str) -> bool:
+        """Return whether `<name>.safetensors` is there."""
+        return (self.path / f"{name}.safetensors").exists()
+
+    def save_weights(self, name: str, model: nn.Module) -> None:
+        """Write a model's state to `<name>.safetensors`, with a hash of it in the metadata."""
+        tensors = {key: tensor.cpu().contiguous() for key, tensor in model.state_dict().items()}
+        metadata = {"format": "pt", "sha256": _tensors_hash(tensors)}
+        _replace(self.path / f"{name}.safetensors", save(tensors, metadata))
+
+    def load_weights(self, name: str, model: nn.Module) -> None:
+        """Load `<name>.safetensors` into a model of the same architecture, in place."""
+        path = self.path / f"{name}.safetensors"
+        try:
+            model.load_state_dict(read_weights(path))
+        except RuntimeError as error:
+            raise UsageError(f"{path} does not fit the model: delete it to run its stage again") from error
+
+    def stage(self, name: str) -> "Stage":
+        """Return the stage that ends with `<name>.safetensors`."""
+        return Stage(self, name)
+
+
+class Stage:
+    """One stage of a run as `train` sees it: somewhere to log to, to save its state in and to resume from."""
+
+    def __init__(self, run: RunFolder, name: str) -> None:
+        self.name = name
+        self._metrics = run.path / "metrics.jsonl"
+        self._checkpoint = run.path / f"{name}.checkpoint"
+        self._interval = run.checkpoint_seconds
+        self._saved_at = time.monotonic()
+
+    def resume(self, device: torch.device) -> dict[str, Any] | None:
+        """Return the state last saved, or None, and forget the metrics logged after it.
+
+        Raises:
+            UsageError: the checkpoint is damaged.
+        """
+        state: dict[str, Any] | None = None
+        if self._checkpoint.exists():
+            try:
+                state = torch.load(self._checkpoint, map_location=device, weights_only=True)
+                epoch = int(state["epoch"])
+            except Exception as error:  # a damaged file can fail in any way
+                raise UsageError(f"{self._checkpoint} is damaged: delete it to run its stage from the start") from error
+        else:
+            epoch = 0
+        kept = [r for r in read_metrics(self._metrics.parent) if r["stage"] != self.name or r["epoch"] <= epoch]
+        _replace(self._metrics, b"".join(_json_line(record) for record in kept))
+        return state
+
+    def due(self) -> bool:
+        """Return whether it is time to save the state again."""
+        return time.monotonic() - self._saved_at >= self._interval
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the checkpoint."""
+        _replace(self._checkpoint, lambda stream: torch.save(state, stream))
+        self._saved_at = time.monotonic()
+
+    def log(self, record: Record) -> None:
+        """Append a record to metrics.jsonl."""
+        with self._metrics.open("ab") as stream:
+            stream.write(_json_line(record))
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def discard_checkpoint(self) -> None:
+        """Delete the checkpoint: the stage's weights are there."""
+        self._checkpoint.unlink(missing_ok=True)
+
+
+def read_metrics(folder: Path) -> list[Record]:
+    """Return the whole records of a run's metrics.jsonl; a last line cut short by a kill does not count."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    records = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise UsageError(f"{path} is damaged in line {number}: delete that line") from error
+    return records
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file; one of ours is checked against its hash.
+
+    Raises:
+        UsageError: the file is missing, damaged, or not safetensors.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
+            expected = (file.metadata() or {}).get("sha256")
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} does not exist") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UsageError(f"{path} is not a safetensors file, or damaged") from error
+    if expected is not None and expected != _tensors_hash(tensors):
+        raise UsageError(f"{path} is damaged: its weights are not those that were saved; delete it to make it anew")
+    return tensors
+
+
+def environment(device: torch.device) -> Record:
+    """Return what a figure depends on beside the recipe: command, commit, versions and machine."""
+    return {
+        "command": " ".join(["gsm", *sys.argv[1:]]),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "version": __version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device_name(device),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Return a device's type, and for a GPU what it is."""
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+
+
+def _commit() -> str | None:
+    """Return the commit of the source tree, marked if files differ from it, or None outside a checkout."""
+    here = Path(__file__)
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(here.parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # a checkout around an installed copy is not ours
+        return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _tensors_hash(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _replace(path: Path, content: bytes | Callable[[Any], None]) -> None:
+    """Replace a file, so that whatever happens either the old or the new one is there, whole."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as stream:
+        if callable(content):
+            content(stream)
+        else:
+            stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+
+
+def _flat(fields: Record, prefix: str = "") -> Record:
+    """Return nested fields under dotted names."""
+    flat: Record = {}
+    for key, value in fields.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _json(value: Record) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _json_line(record: Record) -> bytes:
+    return (json.dumps(record) + "\n").encode()

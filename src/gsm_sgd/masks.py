@@ -1,0 +1,143 @@
+"""What is prunable, which weights to keep by magnitude, the cut, and keeping zeros zero.
+
+Masks are bool tensors, True where a weight is kept, in a dict: keyed by parameter name, or by position among
+the prunable parameters where names are not known.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from .selection import kept_weights, select_top
+
+Masks = dict[str, Tensor] | dict[int, Tensor]
+_Key = TypeVar("_Key", str, int)
+
+
+class LayerSparsity(NamedTuple):
+    """One row of a sparsity table: a prunable parameter and how many of its weights are not zero."""
+
+    name: str
+    shape: tuple[int, ...]
+    params: int
+    nonzeros: int
+
+
+def is_prunable(parameter: Tensor, group: Mapping[str, Any] | None = None) -> bool:
+    """Return whether the rule governs a parameter: as its group's `prunable` says, else if `ndim >= 2`."""
+    chosen = group.get("prunable") if group else None
+    return parameter.ndim >= 2 if chosen is None else bool(chosen)
+
+
+def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the weights of two or more dimensions by name, in model order, tied weights once."""
+    return {name: parameter for name, parameter in model.named_parameters() if is_prunable(parameter)}
+
+
+def prunable_in(optimizer: Optimizer) -> dict[str, Tensor] | dict[int, Tensor]:
+    """Return the prunable parameters of an optimizer by name, or by position if it was given no names."""
+    named = [
+        (name, parameter)
+        for group in optimizer.param_groups
+        for name, parameter in zip(
+            group.get("param_names", [None] * len(group["params"])), group["params"], strict=True
+        )
+        if is_prunable(parameter, group)
+    ]
+    if any(name is None for name, _ in named):
+        return dict(enumerate(parameter for _, parameter in named))
+    return dict(named)
+
+
+@torch.no_grad()
+def magnitude_masks(parameters: Mapping[_Key, Tensor], compression: float) -> dict[_Key, Tensor]:
+    """Keep the floor(N / compression) largest |W| of all parameters together, ties to the earlier weight.
+
+    Args:
+        parameters: as `prunable_parameters` returns them.
+        compression: C >= 1.
+
+    Returns:
+        Bool masks with the keys and shapes of `parameters`, exactly floor(N / C) True in all.
+
+    Raises:
+        ValueError: C is below 1, not finite, or leaves no weight.
+    """
+    kept = kept_weights(sum(parameter.numel() for parameter in parameters.values()), compression)
+    masks = select_top([parameter.abs() for parameter in parameters.values()], kept)
+    return dict(zip(parameters, masks, strict=True))
+
+
+@torch.no_grad()
+def apply_masks_(parameters: Mapping[str, Tensor] | Mapping[int, Tensor], masks: Masks) -> None:
+    """Set the weights that the masks do not keep to zero, in place.
+
+    Raises:
+        ValueError: a mask has no parameter, or another shape; nothing has changed.
+    """
+    for parameter, mask in _matched(parameters, masks):
+        parameter.masked_fill_(~mask, 0)
+
+
+def freeze(optimizer: Optimizer, masks: Masks) -> RemovableHandle:
+    """Keep the masked weights at exactly zero, now and after every step of any torch optimizer.
+
+    Masks meet parameters by name if the optimizer was given named parameters. Otherwise they meet the
+    optimizer's prunable parameters in order, which needs a single parameter group.
+
+    Returns:
+        A handle whose `remove()` lets the weights move again. Checkpoints do not carry it: freeze again
+        after building the optimizer anew.
+
+    Raises:
+        ValueError: a mask has no parameter, or another shape.
+    """
+    parameters = prunable_in(optimizer)
+    if len(optimizer.param_groups) > 1 and any(isinstance(key, int) for key in parameters):
+        raise ValueError(
+            "freeze cannot tell which mask belongs to which parameter: "
+            "build the optimizer from named parameters (model.named_parameters())"
+        )
+    matched = list(_matched(parameters, masks))
+
+    @torch.no_grad()
+    def zero_(*_: object) -> None:
+        for parameter, mask in matched:
+            parameter.masked_fill_(~mask, 0)
+
+    zero_()
+    return optimizer.register_step_post_hook(zero_)
+
+
+def sparsity_table(model: nn.Module) -> list[LayerSparsity]:
+    """Return a row (name, shape, params, nonzeros) for each prunable parameter, in model order."""
+    return [
+        LayerSparsity(name, tuple(parameter.shape), parameter.numel(), int(parameter.count_nonzero()))
+        for name, parameter in prunable_parameters(model).items()
+    ]
+
+
+def _matched(
+    parameters: Mapping[str, Tensor] | Mapping[int, Tensor], masks: Masks
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pair parameters with masks, by name where both have names, else in order, all checked beforehand."""
+    by_key: dict[Any, Tensor] = dict(parameters)
+    if {type(key) for key in (*parameters, *masks)} == {str}:
+        unknown = [str(key) for key in masks if key not in by_key]
+        if unknown:
+            raise ValueError(f"no prunable parameter is named {unknown[0]!r}, but a mask is")
+        pairs = [(key, by_key[key], mask) for key, mask in masks.items()]
+    elif len(parameters) == len(masks):
+        pairs = list(zip(masks, by_key.values(), masks.values(), strict=True))
+    else:
+        raise ValueError(f"{len(masks)} masks for {len(parameters)} prunable parameters")
+    for key, parameter, mask in pairs:
+        if parameter.shape != mask.shape:
+            raise ValueError(
+                f"mask {key!r} has shape {tuple(mask.shape)}, its parameter {tuple(parameter.shape)}"
+            )
+    return ((parameter, mask.to(parameter.device, torch.bool)) for _, parameter, mask in pairs)

@@ -1,0 +1,1 @@
+"""What run folders hold, as tables, pictures and JSON."""

@@ -1,0 +1,86 @@
+"""Pictures of a run: what each layer keeps, and the training curves."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from .runs import Run
+
+# Okabe and Ito's colours, which colour blindness leaves distinct.
+_COLOURS = {"base": "#000000", "gsm": "#0072B2", "ticket-gsm": "#009E73", "ticket-magnitude": "#D55E00"}
+_STYLES = {"base": "-", "gsm": "-", "ticket-gsm": "--", "ticket-magnitude": ":"}
+
+
+def density_figure(run: Run, kept: dict[str, dict[str, int]]) -> Figure:
+    """Return bars of the share of weights that each layer keeps.
+
+    Args:
+        run: a finished run.
+        kept: non-zeros by method and layer name.
+    """
+    assert run.result is not None
+    layers = run.result["layers"]
+    colours = [_COLOURS["ticket-gsm"], _COLOURS["ticket-magnitude"]]
+    figure = Figure(figsize=(7, 1.2 + 0.32 * len(kept) * len(layers) + 0.2 * len(layers)), layout="constrained")
+    axes = figure.add_subplot()
+    height = 0.8 / len(kept)
+    for index, (method, counts) in enumerate(kept.items()):
+        shares = [100 * counts[layer["name"]] / layer["params"] for layer in layers]
+        rows = [row + (index - (len(kept) - 1) / 2) * height for row in range(len(layers))]
+        bars = axes.barh(rows, shares, height, label=f"chosen by {method}", color=colours[index])
+        labels = [f"{share:.2g} %  ({counts[layer['name']]:,})" for share, layer in zip(shares, layers, strict=True)]
+        axes.bar_label(bars, labels, padding=3, fontsize=8)
+    shapes = ["x".join(map(str, layer["shape"])) for layer in layers]
+    axes.set_yticks(range(len(layers)), [f"{r['name']}\n{s}" for r, s in zip(layers, shapes, strict=True)])
+    axes.invert_yaxis()
+    axes.margins(x=0.25)
+    axes.set_xlabel("weights kept, % of the layer")
+    axes.set_title(f"{_title(run)}: what each layer keeps", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(kept) > 1:
+        axes.legend(frameon=False)
+    return figure
+
+
+def curves_figure(run: Run) -> Figure:
+    """Return training loss and test error by epoch, a line for each stage."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    loss, error = figure.subplots(1, 2)
+    for stage, colour in _COLOURS.items():
+        records = [record for record in run.metrics if record["stage"] == stage]
+        epochs = [record["epoch"] for record in records]
+        style = {"color": colour, "linestyle": _STYLES[stage], "linewidth": 1.3}
+        if records:
+            loss.plot(epochs, [record["loss"] for record in records], label=stage, **style)
+            error.plot(epochs, [100 - record["top1"] for record in records], label=stage, **style)
+    loss.set_title("training loss", fontsize=10)
+    error.set_title("top-1 error, %", fontsize=10)
+    for axes in (loss, error):
+        axes.set_yscale("log")
+        axes.set_xlabel("epoch of the stage")
+        axes.grid(alpha=0.25, which="both", linewidth=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    formatter = FuncFormatter(lambda value, _: f"{value:g}")
+    error.yaxis.set_major_formatter(formatter)
+    error.yaxis.set_minor_formatter(formatter)
+    error.tick_params(axis="y", which="minor", labelsize=7)
+    figure.suptitle(_title(run), fontsize=10)
+    if run.metrics:
+        loss.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def save(figure: Figure, name: str, put: Callable[[str, Callable[[Path], None]], None]) -> None:
+    """Save a figure as `<name>.png` and `<name>.svg` through `put`, which replaces files as a whole."""
+    # a fixed salt and no date: the same run gives the same file
+    with matplotlib.rc_context({"svg.hashsalt": "gsm-sgd", "svg.fonttype": "none"}):
+        put(f"{name}.png", lambda path: figure.savefig(path, dpi=150, format="png"))
+        put(f"{name}.svg", lambda path: figure.savefig(path, format="svg", metadata={"Date": None}))
+
+
+def _title(run: Run) -> str:
+    recipe = run.recipe
+    return f"{recipe['recipe']} at {recipe['compression']:g}x, preset {recipe['preset']}, seed {recipe['seed']}"

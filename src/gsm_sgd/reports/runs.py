@@ -1,0 +1,102 @@
+"""Run folders as figures: what one run came to, and several seeds together."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import yaml
+
+from ..experiments import UsageError
+from ..experiments.rundir import Record, read_metrics
+
+TITLES = {
+    "base": "base net",
+    "gsm_before_cut": "GSM, before the cut",
+    "gsm_after_cut": "GSM, after the cut",
+    "pruned": "pruned net",
+    "ticket_gsm": "ticket by GSM, retrained",
+    "ticket_magnitude": "ticket by magnitude, retrained",
+}
+"""What the keys of a result's `top1` mean, in the order in which tables show them."""
+
+STAGES = {"base": "base", "gsm_before_cut": "gsm", "ticket_gsm": "ticket-gsm", "ticket_magnitude": "ticket-magnitude"}
+"""The stage whose last evaluation a `top1` figure is."""
+
+_LAST = 10  # evaluations in the mean that the authors' code reports
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder holds; `result` is None until the run is over."""
+
+    path: Path
+    recipe: Record
+    processes: list[Record]
+    metrics: list[Record]
+    result: Record | None
+
+    def last_ten(self, key: str) -> float | None:
+        """Return the mean accuracy of a stage's last ten epochs, in percent, or None if they are not there."""
+        top1 = [record["top1"] for record in self.metrics if record["stage"] == STAGES.get(key)]
+        return fmean(top1[-_LAST:]) if top1 else None
+
+
+def read_run(path: Path) -> Run:
+    """Return what a run's folder holds.
+
+    Raises:
+        UsageError: it is not a run's folder, or a file in it is damaged.
+    """
+    if not (path / "recipe.yaml").is_file():
+        raise UsageError(f"{path} is neither a run's folder nor a safetensors file")
+    file = path / "recipe.yaml"
+    try:
+        recipe = yaml.safe_load(file.read_text())
+        if not isinstance(recipe, dict):
+            raise ValueError("not a mapping")
+        file = path / "environment.json"
+        processes = json.loads(file.read_text())["processes"] if file.exists() else []
+        file = path / "result.json"
+        result = json.loads(file.read_text()) if file.exists() else None
+    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise UsageError(f"{file} is damaged") from error
+    return Run(path, recipe, processes, read_metrics(path), result)
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean and the sample standard deviation, None for a single value."""
+    return fmean(values), stdev(values) if len(values) > 1 else None
+
+
+def summary(runs: Sequence[Run]) -> Record:
+    """Return finished runs of one recipe that differ in the seed alone as one record, for results/.
+
+    Raises:
+        UsageError: a run is not over, or the recipes differ in more than the seed.
+    """
+    results = []
+    for run in runs:
+        if run.result is None:
+            raise UsageError(f"{run.path} is not finished: give its command again to go on")
+        results.append(run.result)
+        if {**run.recipe, "seed": 0} != {**runs[0].recipe, "seed": 0}:
+            raise UsageError(f"{run.path} and {runs[0].path} differ in more than the seed")
+    top1: dict[str, Any] = {}
+    for key in results[0]["top1"]:
+        mean, deviation = mean_and_deviation([result["top1"][key] for result in results])
+        top1[key] = {"mean": round(mean, 4), "std": None if deviation is None else round(deviation, 4)}
+        last_ten = [value for run in runs if (value := run.last_ten(key)) is not None]
+        if last_ten:
+            top1[key]["last_ten_mean"] = round(fmean(last_ten), 4)
+    return {
+        "recipe": runs[0].recipe,
+        "seeds": [result["seed"] for result in results],
+        "top1": top1,
+        "paper": results[0]["paper"],
+        "seconds": [round(sum(result["seconds"].values()), 1) for result in results],
+        "processes": [run.processes for run in runs],
+        "runs": results,
+    }

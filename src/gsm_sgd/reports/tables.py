@@ -1,0 +1,109 @@
+"""Tables for the terminal."""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from rich.table import Table
+
+from ..experiments.recipes import RECIPES, published
+from ..masks import LayerSparsity
+from .runs import TITLES, Run, mean_and_deviation
+
+
+def results_table(runs: Sequence[Run]) -> Table:
+    """Return accuracies beside the paper's, means over finished runs that differ in the seed alone."""
+    results = [run.result for run in runs if run.result is not None]
+    first = results[0]
+    seeds = ", ".join(str(result["seed"]) for result in results)
+    table = Table(
+        title=f"{first['recipe']} at {first['compression']:g}x, preset {first['preset']}, "
+        f"seed{'s' if len(results) > 1 else ''} {seeds}: {first['nonzeros']:,} of {first['prunable']:,} weights",
+        caption=_caption(runs[0]),
+    )
+    table.add_column("net")
+    table.add_column("top-1 %", justify="right")
+    table.add_column("last ten", justify="right")
+    table.add_column("paper", justify="right")
+    paper = first["paper"] or {}
+    for key, title in TITLES.items():
+        values = [result["top1"][key] for result in results if key in result["top1"]]
+        if not values or (key == "pruned" and _same_as_after_cut(results)):
+            continue
+        mean, deviation = mean_and_deviation(values)
+        last_ten = [value for run in runs if (value := run.last_ten(key)) is not None]
+        figure = paper.get("pruned" if key == "gsm_after_cut" else key)
+        table.add_row(
+            title,
+            f"{mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}"),
+            f"{fmean(last_ten):.2f}" if last_ten else "",
+            "" if figure is None else f"{figure:.2f}",
+        )
+    return table
+
+
+def progress_table(run: Run) -> Table:
+    """Return how far each stage of an unfinished run has come."""
+    table = Table(title=f"{run.path.name}: not finished, give its command again to go on")
+    for column in ("stage", "epoch", "loss", "top-1 %", "seconds"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    last = {record["stage"]: record for record in run.metrics}
+    for stage, record in last.items():
+        epochs = run.recipe["gsm" if stage == "gsm" else "base"]["epochs"]
+        table.add_row(
+            stage,
+            f"{record['epoch']}/{epochs}",
+            f"{record['loss']:.4f}",
+            f"{record['top1']:.2f}",
+            f"{record['seconds']:.0f}",
+        )
+    return table
+
+
+def layers_table(layers: Sequence[LayerSparsity], title: str) -> Table:
+    """Return what each layer keeps, and the total."""
+    table = Table(title=title)
+    for column in ("layer", "shape", "weights", "kept", "kept %"):
+        table.add_column(column, justify="left" if column in ("layer", "shape") else "right")
+    params, nonzeros = sum(row.params for row in layers), sum(row.nonzeros for row in layers)
+    for row in layers:
+        shape = "x".join(map(str, row.shape))
+        table.add_row(row.name, shape, f"{row.params:,}", f"{row.nonzeros:,}", f"{_percent(row.nonzeros, row.params)}")
+    table.add_section()
+    ratio = f"{params / nonzeros:.2f}x" if nonzeros else ""
+    table.add_row("all", ratio, f"{params:,}", f"{nonzeros:,}", _percent(nonzeros, params))
+    return table
+
+
+def recipes_table() -> Table:
+    """Return the recipes with the paper's figures, the presets and their epochs."""
+    table = Table(title="recipes")
+    for column in ("recipe", "C", "paper's pruned top-1 %", "preset", "epochs: prune", "epochs: lottery"):
+        table.add_column(column, justify="left" if column in ("recipe", "preset") else "right")
+    for name, make in RECIPES.items():
+        figures = published(name)
+        for row, preset in enumerate(("fast", "paper", "repo")):
+            recipe = make(preset)  # type: ignore[arg-type]  # a literal in a tuple is a str to the checker
+            prune = recipe.base.epochs + recipe.gsm.epochs
+            lead = ("", "", "")
+            if row == 0:
+                ratios = "\n".join(f"{ratio:g}x" for ratio in figures)
+                lead = (name, ratios, "\n".join(f"{figure['pruned']:.2f}" for figure in figures.values()))
+            table.add_row(*lead, preset, str(prune), str(prune + 2 * recipe.base.epochs))
+        table.add_section()
+    return table
+
+
+def _caption(run: Run) -> str:
+    if run.recipe.get("holdout"):
+        return f"accuracy on {run.recipe['holdout']:,} held-out training images, not on the test set"
+    if run.recipe.get("dataset") == "synthetic":
+        return "on made-up data: not comparable with the paper"
+    return "accuracy on the full test set after the last epoch; last ten: mean of the last ten epochs"
+
+
+def _same_as_after_cut(results: Sequence[dict[str, dict[str, float]]]) -> bool:
+    return all(result["top1"].get("gsm_after_cut") == result["top1"]["pruned"] for result in results)
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.2f}" if whole else ""
