@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from .masks import Masks, apply_masks_, is_prunable, magnitude_masks, prunable_in
-from .selection import importance, kept_weights, select_top
+from .selection import importance, kept_weights, top_indices
 
 
 class NonFiniteGradientError(ArithmeticError):
@@ -145,8 +145,10 @@ class GSM(Optimizer):
             return loss
         prunable = prunable_in(self)
         _refuse_unusable_gradients(prunable)
-        active = self._activity(list(prunable.values()))
-        some_passive = not self.finalized and self.nonzeros < self.num_prunable
+        num_prunable = sum(param.numel() for param in prunable.values())
+        kept = kept_weights(num_prunable, self.param_groups[0]["compression"])
+        active = self._active([param for param in prunable.values() if param.grad is not None], kept)
+        some_passive = kept < num_prunable and not self.finalized
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None or (some_passive and is_prunable(param, group)):
@@ -184,29 +186,36 @@ class GSM(Optimizer):
             if "mask" in param_state:
                 param_state["mask"] = param_state["mask"].bool()
 
-    def _activity(self, prunable: list[Tensor]) -> dict[Tensor, Tensor]:
-        """Return B for each prunable parameter that has a gradient: Q True in all, fewer if too few have."""
+    def _active(self, params: list[Tensor], kept: int) -> dict[Tensor, Tensor]:
+        """Return B as flat indices for prunable parameters, all with gradients: Q in all, or all there are."""
         if self.finalized:
-            return {param: self.state[param]["mask"] for param in prunable}
-        candidates = [param for param in prunable if param.grad is not None]
-        scores = [importance(param, param.grad) for param in candidates if param.grad is not None]
-        masks = select_top(scores, min(self.nonzeros, sum(score.numel() for score in scores)))
-        return dict(zip(candidates, masks, strict=True))
+            return {param: self.state[param]["mask"].reshape(-1).nonzero().squeeze(1) for param in params}
+        scores = [importance(param, param.grad) for param in params if param.grad is not None]
+        active = top_indices(scores, min(kept, sum(score.numel() for score in scores)))
+        return dict(zip(params, active, strict=True))
 
 
 def _update_(weight: Tensor, state: dict[str, Any], active: Tensor | None, group: dict[str, Any]) -> None:
-    """Apply the rule to one parameter, in place. `active` is B; None where the rule does not govern it.
+    """Apply the rule to one parameter, in place.
 
-    Each operation is the one `torch.optim.SGD` uses, so that an all-True B gives its bits.
+    Each operation is the one that `torch.optim.SGD` uses, so that with all weights active the bits are its own.
+
+    Args:
+        weight: the parameter W, with its gradient.
+        state: its optimizer state, with the momentum Z.
+        active: B as indices into the flattened weight; None where the rule does not govern it, all is active.
+        group: its hyperparameters.
     """
     alpha, beta, eta = group["lr"], group["momentum"], group["weight_decay"]
     grad = weight.grad
     if grad is None:
         direction = weight * _passive_decay(group)
-    else:
+    elif active is None:
         direction = grad.add(weight, alpha=eta) if eta else grad
-        if active is not None:
-            direction = torch.where(active, direction, weight * _passive_decay(group))
+    else:
+        direction = weight * _passive_decay(group)
+        towards = grad.take(active)
+        direction.put_(active, towards.add_(weight.take(active), alpha=eta) if eta else towards)
     if beta:
         if "momentum_buffer" in state:
             state["momentum_buffer"].mul_(beta).add_(direction)
@@ -235,9 +244,9 @@ def _refuse_unusable_gradients(prunable: dict[str, Tensor] | dict[int, Tensor]) 
         raise RuntimeError("GSM does not support sparse gradients")
     if not grads:
         return
-    # The extremes of a tensor are finite if and only if all of it is: NaN spreads to both.
-    extremes = [torch.stack(torch.aminmax(grad)).isfinite().all() for grad in grads.values()]
-    finite = torch.stack(extremes).tolist()
+    # A tensor is finite if and only if its extremes are: infinity is one, and NaN spreads to both.
+    extremes = torch.stack([extreme for grad in grads.values() for extreme in torch.aminmax(grad)])
+    finite = extremes.isfinite().view(-1, 2).all(1).tolist()
     if not all(finite):
         key = list(grads)[finite.index(False)]
         name = repr(key) if isinstance(key, str) else f"number {key}"

@@ -53,6 +53,18 @@ def select_top(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     Raises:
         ValueError: k is out of range, a score is NaN, not floating point, or on another device.
     """
+    masks = [torch.zeros_like(score, dtype=torch.bool) for score in scores]
+    for mask, indices in zip(masks, top_indices(scores, k), strict=True):
+        mask.put_(indices, torch.ones_like(indices, dtype=torch.bool))
+    return masks
+
+
+def top_indices(scores: Sequence[Tensor], k: int) -> list[Tensor]:
+    """Return what `select_top` marks as int64 indices into each flattened score tensor, ascending.
+
+    One pass gathers the candidates, the scores that a sample says are surely enough; all else looks at these
+    alone. The scores are neither concatenated nor sorted. Arguments and errors as for `select_top`.
+    """
     total = sum(score.numel() for score in scores)
     if not 0 <= k <= total:
         raise ValueError(f"cannot select {k} of {total} scores")
@@ -60,70 +72,50 @@ def select_top(scores: Sequence[Tensor], k: int) -> list[Tensor]:
         raise ValueError("scores must be floating point")
     if len({score.device for score in scores}) > 1:
         raise ValueError("scores must all be on one device")
-    if k == 0 or not total:
-        return [torch.zeros_like(score, dtype=torch.bool) for score in scores]
+    if k == 0:
+        return [torch.empty(0, dtype=torch.int64, device=score.device) for score in scores]
     dtype = reduce(torch.promote_types, (score.dtype for score in scores))
-    scores = [score.to(dtype) for score in scores]
-    if torch.stack([score.amax() for score in scores if score.numel()]).isnan().any():  # amax passes NaN on
+    flat = [score.to(dtype).reshape(-1) for score in scores]
+    if torch.stack([score.amax() for score in flat if score.numel()]).isnan().any():  # amax passes NaN on
         raise ValueError("scores contain NaN")
-    if k == total:
-        return [torch.ones_like(score, dtype=torch.bool) for score in scores]
 
-    threshold, above, equal = _threshold(scores, k)
-    if above + equal == k:
-        return [score >= threshold for score in scores]
-    masks = [score > threshold for score in scores]
-    _mark_first_ties_(masks, scores, threshold, k - above)
-    return masks
-
-
-def _threshold(scores: Sequence[Tensor], k: int) -> tuple[Tensor, int, int]:
-    """Return the k-th largest score, how many scores are above it and how many equal it. 1 <= k <= total.
-
-    A sample brackets the threshold; one pass counts what is above the bracket and gathers what is inside.
-    The threshold is the top-k of those few. Nothing is sorted or concatenated but the sample and the bracket.
-    """
-    flat = [score.reshape(-1) for score in scores]
     low, high = _bracket(flat, k)
-    while True:
-        above = sum(int((score > high).count_nonzero()) for score in flat)
-        if low == high:  # a tie as wide as the bracket: nothing to gather
-            equal = sum(int((score == low).count_nonzero()) for score in flat)
-            inside = low.expand(equal)
-        else:
-            inside = torch.cat([score[(score >= low) & (score <= high)] for score in flat])
-        if above >= k:  # missed: the threshold is higher
-            low, high = high, torch.full_like(high, torch.inf)
-        elif above + inside.numel() < k:  # missed: it is lower
-            low, high = torch.full_like(low, -torch.inf), low
-        elif low == high:
-            return low, above, inside.numel()
-        else:
-            threshold = inside.topk(k - above, sorted=False).values.amin()
-            above += int((inside > threshold).count_nonzero())
-            return threshold, above, int((inside == threshold).count_nonzero())
+    candidates = _at_least(flat, low)
+    if sum(map(len, candidates)) < k:  # the sample misled: everything is a candidate
+        candidates = _at_least(flat, torch.full_like(low, -torch.inf))
+    values = torch.cat([score[indices] for score, indices in zip(flat, candidates, strict=True)])
+    chosen = _exactly(values, k, high)
+    return [part[keep] for part, keep in zip(candidates, chosen.split([*map(len, candidates)]), strict=True)]
+
+
+def _at_least(flat: Sequence[Tensor], low: Tensor) -> list[Tensor]:
+    return [(score >= low).nonzero().squeeze(1) for score in flat]
+
+
+def _exactly(values: Tensor, k: int, high: Tensor) -> Tensor:
+    """Mark the k largest values, ties to the lower index. `high`, a guess, is to lie just above the k-th."""
+    upper = values > high
+    above = int(upper.count_nonzero())
+    if above < k:
+        threshold = values[~upper].topk(k - above, sorted=False).values.amin()
+    else:  # the guess was too low
+        threshold = values.topk(k, sorted=False).values.amin()
+    chosen = values > threshold
+    ties = (values == threshold).nonzero().squeeze(1)
+    chosen[ties[: k - int(chosen.count_nonzero())]] = True
+    return chosen
 
 
 def _bracket(flat: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
     """Guess two values that enclose the k-th largest score, from a strided sample of all of them."""
     total = sum(score.numel() for score in flat)
-    stride = total // _SAMPLE | 1  # odd, so that it is not a divisor of the usual power-of-two row lengths
+    stride = total // _SAMPLE | 1  # odd: it then visits every column of a matrix with 2^n columns
     sample = torch.cat([score[::stride] for score in flat])
-    rank = k / total * sample.numel()
-    # How many sampled scores lie above the threshold is about binomial: so many standard deviations, and one.
+    rank = k / total * len(sample)
+    # How many sampled scores lie above the k-th is about binomial: so many standard deviations, and one more.
     margin = _SIGMAS * math.sqrt(rank * (1 - k / total)) + 1
     first, last = math.floor(rank - margin), math.ceil(rank + margin)
-    largest = sample.topk(min(last + 1, sample.numel())).values
+    largest = sample.topk(min(last + 1, len(sample))).values
     high = largest[first] if first >= 0 else sample.new_tensor(torch.inf)
-    low = largest[last] if last < sample.numel() else sample.new_tensor(-torch.inf)
+    low = largest[last] if last < len(sample) else sample.new_tensor(-torch.inf)
     return low, high
-
-
-def _mark_first_ties_(masks: Sequence[Tensor], scores: Sequence[Tensor], value: Tensor, count: int) -> None:
-    """Mark, in place, the first `count` scores equal to `value`, in list order."""
-    for mask, score in zip(masks, scores, strict=True):
-        ties = (score == value).reshape(-1).nonzero().squeeze(1)[:count]
-        mask.put_(ties, torch.ones_like(ties, dtype=torch.bool))  # put_ counts in row-major order in any layout
-        count -= ties.numel()
-        if count == 0:
-            return

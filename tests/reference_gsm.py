@@ -1,0 +1,44 @@
+"""The naive twin of selection and optimizer: a sorted list of everything, one weight at a time in float64's terms.
+
+It is written from the paper's equations and shares nothing with the package.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def naive_top(scores: list[Tensor], k: int) -> list[Tensor]:
+    """Return masks of the k largest scores by a stable sort of all of them."""
+    flat = [value for score in scores for value in score.reshape(-1).tolist()]
+    order = sorted(range(len(flat)), key=lambda index: -flat[index])  # stable: ties to the lower index
+    chosen = set(order[:k])
+    masks, start = [], 0
+    for score in scores:
+        marks = [index in chosen for index in range(start, start + score.numel())]
+        masks.append(torch.tensor(marks, dtype=torch.bool).reshape(score.shape))
+        start += score.numel()
+    return masks
+
+
+class NaiveGSM:
+    """T = |W g|; B = top Q of all T; Z <- beta Z + eta W + B g; W <- W - alpha Z."""
+
+    def __init__(self, params, lr, compression, momentum, weight_decay, nesterov=False, passive_decay=None):
+        self.params = list(params)
+        self.lr, self.beta, self.eta, self.nesterov = lr, momentum, weight_decay, nesterov
+        self.passive_eta = weight_decay if passive_decay is None else passive_decay
+        self.kept = math.floor(sum(p.numel() for p in self.params if p.ndim >= 2) / compression)
+        self.z = [torch.zeros_like(p) for p in self.params]
+
+    @torch.no_grad()
+    def step(self):
+        prunable = [p for p in self.params if p.ndim >= 2]
+        masks = iter(naive_top([(p * p.grad).abs() for p in prunable], self.kept))
+        for w, z in zip(self.params, self.z, strict=True):
+            b = next(masks) if w.ndim >= 2 else torch.ones_like(w, dtype=torch.bool)
+            eta = torch.full_like(w, self.passive_eta).masked_fill(b, self.eta)
+            push = b * w.grad + eta * w
+            z.copy_(self.beta * z + push)
+            w.sub_(self.lr * (push + self.beta * z if self.nesterov else z))
