@@ -16,6 +16,7 @@ from rich.console import Console
 
 from . import __version__
 from .experiments import UsageError, data, models
+from .experiments.loop import Observer
 from .experiments.lottery import lottery
 from .experiments.observers import ProgressBars, Several, TensorBoard
 from .experiments.prune import Job, gsm, prune
@@ -77,7 +78,9 @@ def _complain(error: Exception, status: int) -> int:
 
 def _run(command: str, options: Namespace, console: Console, log: Console) -> None:
     """Run a recipe for each seed and show what came out."""
-    recipe = _recipe(options).scaled(options.epochs_scale)
+    recipe = _recipe(options)
+    recipe.check()
+    recipe = recipe.scaled(options.epochs_scale)
     seeds = [recipe.seed] if options.seeds is None else _seeds(options.seeds)
     device = _device(options.device)
     if options.threads is not None:
@@ -88,7 +91,7 @@ def _run(command: str, options: Namespace, console: Console, log: Console) -> No
         raise UsageError(f"checkpoint-seconds must be at least 0, not {options.checkpoint_seconds}")
     recipes = [replace(recipe, seed=seed) for seed in seeds]
     for each in recipes:
-        _check(each)
+        _check_settings(each)
     dataset = data.load(recipe.dataset, options.data_dir)
     if recipe.holdout:
         dataset = dataset.hold_out(recipe.holdout)
@@ -101,23 +104,21 @@ def _run(command: str, options: Namespace, console: Console, log: Console) -> No
             folder.note_environment(device)
             log.print(f"{folder.path}", highlight=False)
             with ProgressBars(log) as bars:
-                observers = [bars, TensorBoard(folder.path)] if options.tensorboard else [bars]
+                observers: list[Observer] = [bars, TensorBoard(folder.path)] if options.tensorboard else [bars]
                 _COMMANDS[command](Job(each, dataset, folder, Several(observers), device))
             runs.append(read_run(folder.path))
             _save_pictures(runs[-1], folder)
     _print_results(runs, console)
 
 
-def _check(recipe: Recipe) -> None:
-    """Raise UsageError for what would fail later, before anything is written."""
-    recipe.check()
+def _check_settings(recipe: Recipe) -> None:
+    """Raise UsageError for what the optimizers would refuse later, before anything is written."""
     model = models.build(recipe.model, recipe.seed)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it is given when the stage begins
+            warnings.simplefilter("ignore")  # given again when the stage begins
             gsm(model, recipe)
-            prune_base = replace(recipe, gsm=recipe.base, compression=1.0)
-            gsm(model, prune_base)
+            gsm(model, replace(recipe, gsm=recipe.base, compression=1.0))  # SGD's settings by GSM's checks
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -275,8 +276,7 @@ def _run_parser(recipe: Recipe, description: str) -> ArgumentParser:
     parser.add_argument("--checkpoint-seconds", type=float, default=20.0, help="time between checkpoints")
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard event files")
     parser.add_argument("--debug", action="store_true", help="show where an error arose")
-    group = parser.add_class_arguments(Recipe, skip={"recipe", "preset"})
-    del group
+    parser.add_class_arguments(Recipe, skip={"recipe", "preset"})
     defaults: dict[str, Any] = recipe.as_dict()
     del defaults["recipe"], defaults["preset"]
     parser.set_defaults(defaults)

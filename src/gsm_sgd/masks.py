@@ -121,9 +121,7 @@ def sparsity_table(model: nn.Module) -> list[LayerSparsity]:
     ]
 
 
-def _matched(
-    parameters: Mapping[str, Tensor] | Mapping[int, Tensor], masks: Masks
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _matched(parameters: Mapping[str, Tensor] | Mapping[int, Tensor], masks: Masks) -> Iterator[tuple[Tensor, Tensor]]:
     """Pair parameters with masks, by name where both have names, else in order, all checked beforehand."""
     by_key: dict[Any, Tensor] = dict(parameters)
     if {type(key) for key in (*parameters, *masks)} == {str}:
@@ -137,7 +135,5 @@ def _matched(
         raise ValueError(f"{len(masks)} masks for {len(parameters)} prunable parameters")
     for key, parameter, mask in pairs:
         if parameter.shape != mask.shape:
-            raise ValueError(
-                f"mask {key!r} has shape {tuple(mask.shape)}, its parameter {tuple(parameter.shape)}"
-            )
+            raise ValueError(f"mask {key!r} has shape {tuple(mask.shape)}, its parameter {tuple(parameter.shape)}")
     return ((parameter, mask.to(parameter.device, torch.bool)) for _, parameter, mask in pairs)

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from .masks import Masks, apply_masks_, is_prunable, magnitude_masks, prunable_in
-from .selection import importance, kept_weights, top_indices
+from .selection import check_compression, importance, kept_weights, top_indices
 
 
 class NonFiniteGradientError(ArithmeticError):
@@ -62,6 +62,7 @@ class GSM(Optimizer):
         nesterov: bool = False,
         passive_decay: float | None = None,
     ) -> None:
+        check_compression(compression)
         defaults = {
             "lr": lr,
             "compression": compression,

@@ -11,8 +11,13 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-_SAMPLE = 16_384  # scores looked at to guess where the threshold lies
-_SIGMAS = 5.0  # half-width of that guess: rarely missed, and a miss costs time, never exactness
+_SIGMAS = 5.0  # half-width of the guess where the threshold lies: a miss is rare and costs time, not exactness
+
+
+def check_compression(compression: float) -> None:
+    """Raise ValueError if a compression ratio C is not finite or below 1."""
+    if not math.isfinite(compression) or compression < 1:
+        raise ValueError(f"compression must be a finite number of at least 1, not {compression}")
 
 
 def kept_weights(num_weights: int, compression: float) -> int:
@@ -21,13 +26,10 @@ def kept_weights(num_weights: int, compression: float) -> int:
     Raises:
         ValueError: C is not finite, is below 1, or is so high that nothing would be left.
     """
-    if not math.isfinite(compression) or compression < 1:
-        raise ValueError(f"compression must be a finite number of at least 1, not {compression}")
+    check_compression(compression)
     kept = math.floor(num_weights / compression)
     if kept == 0:
-        raise ValueError(
-            f"compression {compression:g} leaves none of {num_weights} weights; use at most {num_weights}"
-        )
+        raise ValueError(f"compression {compression:g} leaves none of {num_weights} weights; use at most {num_weights}")
     return kept
 
 
@@ -53,8 +55,11 @@ def select_top(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     Raises:
         ValueError: k is out of range, a score is NaN, not floating point, or on another device.
     """
+    chosen = top_indices(scores, k)
+    if any(bool(score.isnan().any()) for score in scores):
+        raise ValueError("scores contain NaN")
     masks = [torch.zeros_like(score, dtype=torch.bool) for score in scores]
-    for mask, indices in zip(masks, top_indices(scores, k), strict=True):
+    for mask, indices in zip(masks, chosen, strict=True):
         mask.put_(indices, torch.ones_like(indices, dtype=torch.bool))
     return masks
 
@@ -63,7 +68,8 @@ def top_indices(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     """Return what `select_top` marks as int64 indices into each flattened score tensor, ascending.
 
     One pass gathers the candidates, the scores that a sample says are surely enough; all else looks at these
-    alone. The scores are neither concatenated nor sorted. Arguments and errors as for `select_top`.
+    alone. The scores are neither concatenated nor sorted. Arguments and errors are those of `select_top`, except
+    that NaN is no error as long as there are k other scores: it is never selected.
     """
     total = sum(score.numel() for score in scores)
     if not 0 <= k <= total:
@@ -76,13 +82,13 @@ def top_indices(scores: Sequence[Tensor], k: int) -> list[Tensor]:
         return [torch.empty(0, dtype=torch.int64, device=score.device) for score in scores]
     dtype = reduce(torch.promote_types, (score.dtype for score in scores))
     flat = [score.to(dtype).reshape(-1) for score in scores]
-    if torch.stack([score.amax() for score in flat if score.numel()]).isnan().any():  # amax passes NaN on
-        raise ValueError("scores contain NaN")
 
     low, high = _bracket(flat, k)
     candidates = _at_least(flat, low)
     if sum(map(len, candidates)) < k:  # the sample misled: everything is a candidate
         candidates = _at_least(flat, torch.full_like(low, -torch.inf))
+        if sum(map(len, candidates)) < k:
+            raise ValueError("scores contain NaN")
     values = torch.cat([score[indices] for score, indices in zip(flat, candidates, strict=True)])
     chosen = _exactly(values, k, high)
     return [part[keep] for part, keep in zip(candidates, chosen.split([*map(len, candidates)]), strict=True)]
@@ -109,8 +115,10 @@ def _exactly(values: Tensor, k: int, high: Tensor) -> Tensor:
 def _bracket(flat: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
     """Guess two values that enclose the k-th largest score, from a strided sample of all of them."""
     total = sum(score.numel() for score in flat)
-    stride = total // _SAMPLE | 1  # odd: it then visits every column of a matrix with 2^n columns
-    sample = torch.cat([score[::stride] for score in flat])
+    # A sample of N^(2/3) balances its own cost against that of the scores that it leaves between the two values.
+    # An odd stride visits every column of a matrix with 2^n columns.
+    stride = round(total ** (1 / 3)) | 1
+    sample = torch.cat([score[::stride] for score in flat]).nan_to_num(-torch.inf, torch.inf, -torch.inf)
     rank = k / total * len(sample)
     # How many sampled scores lie above the k-th is about binomial: so many standard deviations, and one more.
     margin = _SIGMAS * math.sqrt(rank * (1 - k / total)) + 1

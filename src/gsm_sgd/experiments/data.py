@@ -182,9 +182,9 @@ def _read_parquet(folder: Path) -> dict[str, bytearray] | None:
     """Return the idx files made from Hugging Face's parquet files, or None if the folder has none of MNIST."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from torchvision.io import ImageReadMode, decode_image
+    from PIL import Image
 
-    files = {}
+    files: dict[str, bytearray] = {}
     for prefix, split, count in (("train", "train", 60_000), ("t10k", "test", 10_000)):
         paths = sorted(folder.glob(f"{split}-*.parquet"))
         if not paths:
@@ -200,12 +200,14 @@ def _read_parquet(folder: Path) -> dict[str, bytearray] | None:
                 table = parquet.read(columns=["image", "label"])
                 labels += table["label"].to_pylist()
                 for image in table["image"]:
-                    encoded = torch.frombuffer(bytearray(image["bytes"].as_py()), dtype=torch.uint8)
-                    images.append(decode_image(encoded, ImageReadMode.GRAY))
+                    with Image.open(io.BytesIO(image["bytes"].as_py()), formats=["PNG"]) as opened:
+                        if opened.size != (28, 28) or opened.mode != "L":  # known before anything is decoded
+                            raise _damaged(path)
+                        images.append(np.asarray(opened))
             except (pa.ArrowException, OSError, RuntimeError, ValueError, TypeError) as error:
                 raise _damaged(path) from error
         try:
-            idx = _as_idx(prefix, torch.cat(images).numpy(), np.array(labels, np.uint8))
+            idx = _as_idx(prefix, np.stack(images), np.array(labels, np.uint8))
         except (RuntimeError, ValueError, OverflowError) as error:
             raise _damaged(paths[0]) from error
         if not all(_is_mnist(name, content) for name, content in idx.items()):
@@ -330,4 +332,3 @@ def _write(path: Path, content: bytes | bytearray) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_bytes(content)
     partial.replace(path)
-

@@ -72,9 +72,7 @@ def train(
     for epoch in range(first_epoch, training.epochs):
         model.train()
         order = image_order(len(data.train), recipe.seed, epoch).to(device)
-        for step, (images, labels) in enumerate(
-            data.train.batches(recipe.batch_size, order, first_step), first_step
-        ):
+        for step, (images, labels) in enumerate(data.train.batches(recipe.batch_size, order, first_step), first_step):
             if stage.due():
                 stage.save(
                     {

@@ -101,7 +101,7 @@ class TensorBoard:
     def start(self, stage: str, epochs: int, steps_per_epoch: int, first_step: int) -> None:
         """Write to a stage's own files; what an interrupted run wrote beyond its checkpoint is purged."""
         self.close()
-        self._writer = self._open(stage, first_step // steps_per_epoch + 1)  # type: ignore[no-untyped-call]
+        self._writer = self._open(stage, first_step // steps_per_epoch + 1)
 
     def step(self) -> None:
         """Do nothing: figures come by the epoch."""
@@ -110,13 +110,13 @@ class TensorBoard:
         """Write what an epoch came to."""
         if self._writer is not None:
             for key in ("loss", "top1", "lr"):
-                self._writer.add_scalar(key, record[key], record["epoch"])  # type: ignore[no-untyped-call]
-            self._writer.flush()  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(key, record[key], record["epoch"])
+            self._writer.flush()
 
     def close(self) -> None:
         """Finish the files of the stage."""
         if self._writer is not None:
-            self._writer.close()  # type: ignore[no-untyped-call]
+            self._writer.close()
 
 
 class Several:

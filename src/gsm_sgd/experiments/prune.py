@@ -62,9 +62,7 @@ def prune_steps(job: Job) -> tuple[nn.Module, dict[str, float]]:
     return model, top1
 
 
-def train_stage(
-    job: Job, name: str, model: nn.Module, training: Training, optimizer: Callable[[], Optimizer]
-) -> None:
+def train_stage(job: Job, name: str, model: nn.Module, training: Training, optimizer: Callable[[], Optimizer]) -> None:
     """Train `model` as one stage of the run, or load what the stage left if it is over."""
     stage = job.run.stage(name)
     if not job.run.has_weights(name):

@@ -22,7 +22,12 @@ TITLES = {
 }
 """What the keys of a result's `top1` mean, in the order in which tables show them."""
 
-STAGES = {"base": "base", "gsm_before_cut": "gsm", "ticket_gsm": "ticket-gsm", "ticket_magnitude": "ticket-magnitude"}
+STAGES = {
+    "base": "base",
+    "gsm_before_cut": "gsm",
+    "ticket_gsm": "ticket-gsm",
+    "ticket_magnitude": "ticket-magnitude",
+}
 """The stage whose last evaluation a `top1` figure is."""
 
 _LAST = 10  # evaluations in the mean that the authors' code reports

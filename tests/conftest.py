@@ -1,0 +1,48 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from gsm_sgd.experiments import UsageError, data
+
+# The nets here are small: one thread is as quick, and two crawl on a machine that is busy with something else.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+
+
+@pytest.fixture(scope="session")
+def mnist_files():
+    """MNIST's idx files, from wherever the chain finds them."""
+    try:
+        return data.mnist_files()
+    except UsageError as error:
+        pytest.skip(f"needs MNIST: {error}")
+
+
+@pytest.fixture(scope="session")
+def mnist_folder(mnist_files, tmp_path_factory):
+    """A folder with MNIST in torchvision's layout."""
+    folder = tmp_path_factory.mktemp("data")
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, content in mnist_files.items():
+        (raw / name).write_bytes(content)
+    return folder
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """A machine with neither network, nor cache, nor a package index."""
+
+    def refuse(*_args, **_options):
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.delenv("GSM_DATA", raising=False)
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda name: Path(cache) / name)
+    return cache

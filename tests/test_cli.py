@@ -1,0 +1,229 @@
+"""The command line, in this process; what it trains is made-up data, and short."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gsm_sgd import __version__, cli
+from gsm_sgd.experiments.rundir import read_weights
+
+SHORT = [
+    "--dataset", "synthetic", "--base.epochs", "2", "--gsm.epochs=2", "--compression", "20",
+    "--batch-size", "512", "--base.milestones", "[1]", "--gsm.milestones", "[]",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Lotteries of two seeds."""
+    out = tmp_path_factory.mktemp("out")
+    assert cli.run(["lottery", "lenet300", *SHORT, "--seeds", "0,1", "--out", str(out), "--tensorboard"]) == 0
+    return sorted(out.iterdir())
+
+
+def fails(capsys, *words, status=2):
+    """Run, expect the exit status, and return the one line that says why."""
+    assert cli.run([str(word) for word in words]) == status
+    said = capsys.readouterr()
+    assert said.out == ""
+    lines = said.err.splitlines()
+    assert len(lines) == 1, said.err
+    assert lines[0].startswith("gsm: error: ")
+    assert "Traceback" not in said.err
+    return lines[0].removeprefix("gsm: error: ")
+
+
+def test_list(capsys):
+    assert cli.run(["list"]) == 0
+    out = capsys.readouterr().out
+    for word in ("lenet300", "lenet5", "60x", "125x", "300x", "98.18", "840", "880", "paper", "repo", "fast"):
+        assert word in out
+
+
+def test_folders_and_pictures(runs):
+    assert [run.name for run in runs] == ["lenet300-lottery-fast-x20-s0", "lenet300-lottery-fast-x20-s1"]
+    for run in runs:
+        for name in ("density.png", "density.svg", "curves.png", "curves.svg"):
+            head = (run / name).read_bytes()[:200]
+            assert head.startswith(b"\x89PNG") if name.endswith("png") else b"<svg" in head or b"<?xml" in head
+        (process,) = json.loads((run / "environment.json").read_text())["processes"]
+        assert process["version"] == __version__
+        assert {"command", "commit", "torch", "processor", "cores", "threads", "device", "started"} <= set(process)
+        stages = {path.name for path in (run / "tensorboard").iterdir()}
+        assert stages == {"base", "gsm", "ticket-gsm", "ticket-magnitude"}
+
+
+def test_tensorboard_has_the_metrics(runs):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(runs[0] / "tensorboard" / "gsm")).Reload()
+    logged = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
+    expected = [(record["epoch"], record["top1"]) for record in logged if record["stage"] == "gsm"]
+    assert [(event.step, pytest.approx(event.value, abs=1e-4)) for event in events.Scalars("top1")] == expected
+
+
+def test_fields_reach_the_recipe(runs):
+    recipe = yaml.safe_load((runs[1] / "recipe.yaml").read_text())
+    assert (recipe["recipe"], recipe["preset"], recipe["dataset"], recipe["seed"]) == (
+        "lenet300",
+        "fast",
+        "synthetic",
+        1,
+    )
+    assert (recipe["batch_size"], recipe["compression"]) == (512, 20)
+    assert (recipe["base"]["epochs"], recipe["base"]["milestones"], recipe["gsm"]["milestones"]) == (
+        2,
+        [1],
+        [],
+    )
+
+
+def test_recipe_from_a_yaml_file(runs, tmp_path):
+    """The recipe.yaml of one run is the --config of another, which then has the same bits."""
+    assert cli.run(["prune", "lenet300", "--config", str(runs[1] / "recipe.yaml"), "--out", str(tmp_path)]) == 0
+    (again,) = tmp_path.iterdir()
+    assert again.name == "lenet300-prune-fast-x20-s1"
+    ours, theirs = (read_weights(run / "pruned.safetensors") for run in (again, runs[1]))
+    assert all((ours[key] == value).all() for key, value in theirs.items())
+
+
+def test_show_runs(runs, capsys):
+    assert cli.run(["show", *map(str, runs)]) == 0
+    out = capsys.readouterr().out
+    for word in (
+        "seeds 0, 1",
+        "±",
+        "ticket by GSM",
+        "ticket by magnitude",
+        "13,310",
+        "266,200",
+        "fc1.weight",
+        "made-up data",
+    ):
+        assert word in out
+
+
+def test_show_file(runs, capsys):
+    assert cli.run(["show", str(runs[0] / "pruned.safetensors")]) == 0
+    out = capsys.readouterr().out
+    assert "13,310" in out
+    assert "20.00x" in out
+
+
+def test_show_json(runs, tmp_path):
+    target = tmp_path / "summary.json"
+    assert cli.run(["show", *map(str, runs), "--json", str(target)]) == 0
+    record = json.loads(target.read_text())
+    assert record["seeds"] == [0, 1]
+    values = [run["top1"]["pruned"] for run in record["runs"]]
+    assert record["top1"]["pruned"]["mean"] == pytest.approx(sum(values) / 2, abs=1e-4)
+    assert record["top1"]["pruned"]["std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5, abs=1e-4)
+    assert record["processes"][0][0]["processor"]
+
+
+def test_show_unfinished(runs, tmp_path, capsys):
+    for name in ("recipe.yaml", "metrics.jsonl"):
+        (tmp_path / name).write_bytes((runs[0] / name).read_bytes())
+    assert cli.run(["show", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "not finished" in out
+    assert "2/2" in out
+    assert "not finished" in fails(capsys, "show", tmp_path, "--json", tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["lottery", "lenet30"], "unknown recipe 'lenet30': did you mean 'lenet300'?"),
+        (
+            ["prune", "lenet300", "--compression", "0.5"],
+            "compression must be a finite number of at least 1, not 0.5",
+        ),
+        (
+            ["prune", "lenet300", "--compression", ".inf"],
+            "compression must be a finite number of at least 1, not inf",
+        ),
+        (
+            ["prune", "lenet300", "--compression", ".nan"],
+            "compression must be a finite number of at least 1, not nan",
+        ),
+        (["prune", "lenet300", "--compression", "266201"], "leaves none of 266200 weights"),
+        (["prune", "lenet300", "--compression", "many"], "compression"),
+        (["prune", "lenet300", "--preset", "slow"], "preset"),
+        (["prune", "lenet300", "--gsm.momentum", "1"], "momentum must be"),
+        (["prune", "lenet300", "--base.lr", "-1"], "lr must be"),
+        (["prune", "lenet300", "--base.epochs", "0"], "base.epochs must be at least 1"),
+        (["prune", "lenet300", "--batch-size", "0"], "batch_size must be at least 1"),
+        (["prune", "lenet300", "--epochs-scale", "0"], "epochs-scale must be"),
+        (["prune", "lenet300", "--seeds", "0,x"], "seeds must be whole numbers"),
+        (["prune", "lenet300", "--seeds", "1,1"], "a seed stands twice"),
+        (["prune", "lenet300", "--seed", "-1"], "seed must be"),
+        (["prune", "lenet300", "--device", "abacus"], "device 'abacus' cannot be used here"),
+        (["prune", "lenet300", "--threads", "0"], "threads must be at least 1"),
+        (["prune", "lenet300", "--model", "vgg"], "unknown model 'vgg'"),
+        (["prune", "lenet300", "--dataset", "imagenet"], "unknown dataset 'imagenet'"),
+        (["prune", "lenet300", "--nonsense", "3"], "unrecognized arguments: --nonsense 3"),
+        (["prune"], "recipe"),
+        (["show", "nowhere"], "nowhere is neither a run's folder nor a safetensors file"),
+        (["show"], "runs"),
+        (["frobnicate"], "frobnicate"),
+        ([], "command"),
+    ],
+)
+def test_bad_usage(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(capsys, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_recipe_in_the_folder(runs, capsys):
+    said = fails(capsys, "lottery", "lenet300", *SHORT, "--gsm.lr", "0.5", "--out", runs[0].parent)
+    assert "was made by another recipe (gsm.lr 0.03 there, 0.5 here): choose another --out" in said
+
+
+def test_file_that_is_not_safetensors(tmp_path, capsys):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"\xff" * 64)
+    assert f"{path} is not a safetensors file" in fails(capsys, "show", path)
+
+
+def test_no_data(no_network, capsys, tmp_path):
+    assert cli.run(["prune", "lenet300", "--out", str(tmp_path / "runs")]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("gsm: error: MNIST is not on this machine")
+    assert "Three ways" in last
+    assert not (tmp_path / "runs").exists()
+
+
+def test_divergence_is_a_failure(capsys, tmp_path):
+    assert cli.run(["prune", "lenet300", *SHORT, "--base.lr", "1e30", "--out", str(tmp_path)]) == 1
+    assert "gsm: error: the loss of stage base is nan in epoch 1" in capsys.readouterr().err
+
+
+def test_debug_shows_where():
+    with pytest.raises(Exception, match="unknown recipe"):
+        cli.run(["prune", "nope", "--debug"])
+
+
+def test_help_shows_the_presets_own_settings():
+    words = [sys.executable, "-m", "gsm_sgd", "lottery", "lenet300", "--preset", "repo", "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    text = " ".join(done.stdout.split())
+    assert "--gsm.epochs EPOCHS" in text
+    assert "default: 280" in text
+    assert "passes over the training set" in text  # a field's docstring is its help
+
+
+def test_python_m_is_the_same_command():
+    done = subprocess.run([sys.executable, "-m", "gsm_sgd", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"gsm-sgd {__version__}\n"
+
+
+def test_readme_names_commands_that_exist():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for command in ("gsm list", "gsm lottery lenet300", "gsm show", "make demo", "make test"):
+        assert command in readme

@@ -1,0 +1,388 @@
+"""Training, run folders and both pipelines, on made-up data and on MNIST."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from gsm_sgd import magnitude_masks, prunable_parameters
+from gsm_sgd.experiments import UsageError, data, models
+from gsm_sgd.experiments.loop import TrainingDivergedError, evaluate, image_order, train
+from gsm_sgd.experiments.lottery import lottery
+from gsm_sgd.experiments.prune import Job, plain_sgd, prune
+from gsm_sgd.experiments.recipes import Training, find_recipe
+from gsm_sgd.experiments.rundir import RunFolder, read_metrics, read_weights
+
+CPU = torch.device("cpu")
+RECIPE = replace(
+    find_recipe("lenet300"),
+    dataset="synthetic",
+    base=Training(3, 0.05, (2,), warmup_epochs=0.5),
+    gsm=Training(4, 0.05, (3,), momentum=0.95),
+    compression=20.0,
+    passive_decay=0.05,
+)
+WEIGHTS = ("init", "base", "gsm", "pruned", "ticket-gsm", "ticket-magnitude")
+
+
+class Silent:
+    def start(self, stage, epochs, steps_per_epoch, first_step):
+        self.first_step = first_step
+
+    def step(self):
+        pass
+
+    def epoch(self, record):
+        pass
+
+
+class Interrupting(Silent):
+    """Stops the run after so many steps, as Ctrl-C would."""
+
+    def __init__(self, steps):
+        self.left = steps
+
+    def step(self):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def synthetic():
+    return data.synthetic(1_100, 200)  # the last batch of an epoch is smaller
+
+
+def run(command, path, dataset, recipe=RECIPE, observer=None, checkpoint_seconds=0.0):
+    with RunFolder(path, recipe, checkpoint_seconds) as folder:
+        return command(Job(recipe, dataset, folder, observer or Silent(), CPU))
+
+
+def weights_of(path):
+    return {name: read_weights(path / f"{name}.safetensors") for name in WEIGHTS}
+
+
+def assert_same_weights(ours, theirs):
+    for name in WEIGHTS:
+        for key, tensor in theirs[name].items():
+            assert torch.equal(ours[name][key], tensor), f"{name}: {key}"
+
+
+def without_seconds(path):
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in read_metrics(path)]
+
+
+@pytest.fixture(scope="module")
+def straight(synthetic, tmp_path_factory):
+    """A lottery that nothing interrupted."""
+    path = tmp_path_factory.mktemp("runs") / "straight"
+    run(lottery, path, synthetic, checkpoint_seconds=1e9)
+    return path
+
+
+# --- what a run leaves ---
+
+
+def test_result_has_the_documented_form(straight):
+    result = json.loads((straight / "result.json").read_text())
+    assert list(result) == [
+        "recipe", "command", "preset", "compression", "seed", "prunable", "nonzeros", "epochs", "seconds",
+        "top1", "layers", "paper", "version", "torch", "device",
+    ]  # fmt: skip
+    assert (result["prunable"], result["nonzeros"]) == (266_200, 13_310)
+    assert result["epochs"] == {"base": 3, "gsm": 4, "ticket-gsm": 3, "ticket-magnitude": 3}
+    assert set(result["seconds"]) == set(result["epochs"])
+    assert list(result["top1"]) == [
+        "base", "gsm_before_cut", "gsm_after_cut", "pruned", "ticket_gsm", "ticket_magnitude",
+    ]  # fmt: skip
+    assert sum(layer["nonzeros"] for layer in result["layers"]) == 13_310
+    assert result["layers"][0]["shape"] == [300, 784]
+    assert result["paper"] is None  # nothing was published at 20x
+
+
+def test_files_of_a_finished_run(straight):
+    names = {path.name for path in straight.iterdir()} - {".lock"}
+    assert names == {f"{name}.safetensors" for name in WEIGHTS} | {
+        "recipe.yaml",
+        "metrics.jsonl",
+        "result.json",
+    }
+    records = read_metrics(straight)
+    assert [record["stage"] for record in records] == ["base"] * 3 + ["gsm"] * 4 + ["ticket-gsm"] * 3 + [
+        "ticket-magnitude"
+    ] * 3
+    assert set(records[0]) == {"stage", "epoch", "lr", "loss", "top1", "seconds"}
+    assert yaml.safe_load((straight / "recipe.yaml").read_text()) == RECIPE.as_dict()
+
+
+def test_cut_leaves_exactly_q_of_the_gsm_net(straight):
+    gsm, pruned = read_weights(straight / "gsm.safetensors"), read_weights(straight / "pruned.safetensors")
+    masks = magnitude_masks({key: value for key, value in gsm.items() if value.ndim >= 2}, 20.0)
+    assert sum(int(mask.sum()) for mask in masks.values()) == 13_310
+    for name, mask in masks.items():
+        assert torch.equal(pruned[name], gsm[name] * mask)
+
+
+@pytest.mark.parametrize(("method", "trained"), [("gsm", "gsm"), ("magnitude", "base")])
+def test_ticket_is_the_masked_initialisation_retrained(straight, synthetic, method, trained, tmp_path):
+    """Rewinding, checked against a run of the protocol's last steps by hand: start weights == mask * init."""
+    weights = weights_of(straight)
+    masks = magnitude_masks({k: v for k, v in weights[trained].items() if v.ndim >= 2}, 20.0)
+    ticket = weights[f"ticket-{method}"]
+    for name, mask in masks.items():
+        assert not ticket[name][~mask].any()
+        assert ticket[name][mask].any()
+
+    model = models.build("lenet300", RECIPE.seed)
+    model.load_state_dict(weights["init"])
+    for name, weight in prunable_parameters(model).items():
+        weight.data.mul_(masks[name])
+    optimizer = plain_sgd(model, RECIPE.base)
+    optimizer.register_step_post_hook(
+        lambda *_: [weight.data.mul_(masks[name]) for name, weight in prunable_parameters(model).items()]
+    )
+    with RunFolder(tmp_path / "by-hand", RECIPE) as folder:
+        train(model, optimizer, RECIPE.base, RECIPE, synthetic, folder.stage("by-hand"), Silent())
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, ticket[key]), key
+
+
+def test_at_compression_1_ticket_and_base_are_one(synthetic, tmp_path):
+    """With nothing masked, retraining the initialisation is base training: the same bits."""
+    run(lottery, tmp_path / "one", synthetic, replace(RECIPE, compression=1.0))
+    weights = weights_of(tmp_path / "one")
+    assert all(torch.equal(weights["ticket-magnitude"][key], value) for key, value in weights["base"].items())
+
+
+def test_prune_is_the_first_part_of_lottery(straight, synthetic, tmp_path):
+    result = run(prune, tmp_path / "prune", synthetic)
+    assert list(result["top1"]) == ["base", "gsm_before_cut", "gsm_after_cut", "pruned"]
+    ours, theirs = (read_weights(path / "pruned.safetensors") for path in (tmp_path / "prune", straight))
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+
+
+def test_seeds_differ(straight, synthetic, tmp_path):
+    run(prune, tmp_path / "seed", synthetic, replace(RECIPE, seed=1))
+    ours, theirs = (read_weights(path / "base.safetensors") for path in (tmp_path / "seed", straight))
+    assert not torch.equal(ours["fc1.weight"], theirs["fc1.weight"])
+    assert not torch.equal(image_order(100, 0, 0), image_order(100, 0, 1))
+    assert not torch.equal(image_order(100, 0, 0), image_order(100, 1, 0))
+
+
+# --- interrupted, killed, resumed ---
+
+
+def test_interrupted_in_every_stage_ends_in_the_same_bits(straight, synthetic, tmp_path):
+    path = tmp_path / "interrupted"
+    stops = 0
+    while True:
+        try:
+            run(lottery, path, synthetic, observer=Interrupting(7))
+            break
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops >= 9  # 65 steps in all, at least six of each seven are kept
+    assert_same_weights(weights_of(path), weights_of(straight))
+    assert without_seconds(path) == without_seconds(straight)
+
+
+KILLER = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(int(sys.argv[4]))
+sys.path.insert(0, sys.argv[1])
+import test_experiments as tests
+from gsm_sgd.experiments import rundir
+
+when, left = sys.argv[3].split(":")
+left = int(left)
+
+def die_when_due(at):
+    global left
+    if at == when:
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+fsync, replace, save = os.fsync, Path.replace, torch.save
+
+def dying_save(state, stream):
+    if when == "torn":
+        class Half:
+            def write(self, block):
+                written = stream.write(bytes(block)[: len(bytes(block)) // 2])
+                stream.flush()
+                die_when_due("torn")
+                return len(bytes(block))
+            def flush(self): stream.flush()
+        return save(state, Half())
+    return save(state, stream)
+
+def dying_fsync(descriptor):
+    fsync(descriptor)
+    die_when_due("written")
+
+def dying_replace(self, target):
+    replace(self, target)
+    die_when_due("replaced")
+
+torch.save, os.fsync, Path.replace = dying_save, dying_fsync, dying_replace
+tests.run(tests.lottery, Path(sys.argv[2]), tests.data.synthetic(1_100, 200))
+"""
+
+
+def test_killed_at_many_moments_ends_in_the_same_bits(straight, tmp_path):
+    """SIGKILL half-way through writing a checkpoint, after writing but before replacing, and just after."""
+    path = tmp_path / "killed"
+    moments = ["written:1", "replaced:2", "torn:1", "torn:9", "written:30"]
+    moments += ["replaced:15", "torn:3", "written:13", "replaced:11"]
+    for moment in [*moments, "never:1"]:
+        words = [str(Path(__file__).parent), str(path), moment, str(torch.get_num_threads())]
+        done = subprocess.run([sys.executable, "-c", KILLER, *words], capture_output=True, text=True, check=False)
+        expected = 0 if moment == "never:1" else -signal.SIGKILL
+        assert done.returncode == expected, f"{moment}: {done.stderr}"
+    assert_same_weights(weights_of(path), weights_of(straight))
+    assert without_seconds(path) == without_seconds(straight)
+    ours, theirs = (json.loads((folder / "result.json").read_text()) for folder in (path, straight))
+    assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+    for name in WEIGHTS:
+        assert (path / f"{name}.safetensors").read_bytes() == (straight / f"{name}.safetensors").read_bytes()
+
+
+def test_finished_run_is_not_trained_again(straight, synthetic):
+    before = (straight / "result.json").read_text()
+    run(lottery, straight, synthetic, observer=Interrupting(1))  # it would raise at the first step
+    assert (straight / "result.json").read_text() == before
+
+
+def test_dropout_resumes_too(synthetic, tmp_path, monkeypatch):
+    """A model that draws random numbers of its own goes on drawing the same ones."""
+
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(784, 10))
+
+        def forward(self, images):
+            return self.net(images)
+
+    monkeypatch.setitem(models.MODELS, "lenet300", Dropping)
+    run(prune, tmp_path / "a", synthetic, checkpoint_seconds=1e9)
+    with pytest.raises(KeyboardInterrupt):
+        run(prune, tmp_path / "b", synthetic, observer=Interrupting(8))
+    torch.rand(5)
+    run(prune, tmp_path / "b", synthetic)
+    ours, theirs = (read_weights(tmp_path / name / "pruned.safetensors") for name in "ab")
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+
+
+def test_hold_out_run_measures_on_training_images(synthetic, tmp_path):
+    recipe = replace(RECIPE, holdout=300)
+    held = synthetic.hold_out(300)
+    result = run(prune, tmp_path / "held", held, recipe)
+    model = models.build("lenet300", 0)
+    model.load_state_dict(read_weights(tmp_path / "held" / "pruned.safetensors"))
+    assert result["top1"]["pruned"] == evaluate(model, held.test)
+
+
+# --- refused ---
+
+
+def test_folder_of_another_recipe_is_refused(straight, synthetic):
+    before = {path.name: path.read_bytes() for path in straight.iterdir()}
+    with pytest.raises(UsageError, match=r"was made by another recipe \(gsm\.lr 0\.05 there, 0\.01 here\)"):
+        run(lottery, straight, synthetic, replace(RECIPE, gsm=replace(RECIPE.gsm, lr=0.01)))
+    assert {path.name: path.read_bytes() for path in straight.iterdir()} == before
+
+
+def test_folder_with_other_files_is_refused(synthetic, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UsageError, match="is not a run's folder but holds files"):
+        run(prune, tmp_path, synthetic)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_folder_in_use_is_refused(tmp_path):
+    with RunFolder(tmp_path / "run", RECIPE), pytest.raises(UsageError, match="in use by another process"):
+        RunFolder(tmp_path / "run", RECIPE)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "pickle"])
+def test_damaged_checkpoint_is_named(synthetic, tmp_path, damage):
+    path = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run(prune, path, synthetic, observer=Interrupting(4))
+    checkpoint = path / "base.checkpoint"
+    content = bytearray(checkpoint.read_bytes())
+    if damage == "truncated":
+        del content[len(content) // 2 :]
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 255
+    elif damage == "empty":
+        content.clear()
+    else:
+        torch.save({"epoch": os.system}, checkpoint)
+        content = checkpoint.read_bytes()
+    checkpoint.write_bytes(content)
+    with pytest.raises(UsageError, match=r"base\.checkpoint is damaged: delete it"):
+        run(prune, path, synthetic)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
+def test_damaged_weights_are_named(synthetic, tmp_path, damage):
+    path = tmp_path / "run"
+    run(prune, path, synthetic)
+    file = path / "base.safetensors"
+    content = bytearray(file.read_bytes())
+    if damage == "truncated":
+        del content[-100:]
+    elif damage == "flipped":
+        content[-1_000] ^= 255
+    else:
+        content.clear()
+    file.write_bytes(content)
+    with pytest.raises(UsageError, match=r"base\.safetensors is .*damaged"):
+        run(prune, path, synthetic)
+
+
+def test_damaged_metrics_and_recipe_are_named(synthetic, tmp_path):
+    run(prune, tmp_path / "run", synthetic)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text("nonsense\n" + metrics.read_text())
+    with pytest.raises(UsageError, match=r"metrics\.jsonl is damaged in line 1"):
+        read_metrics(tmp_path / "run")
+    (tmp_path / "run" / "recipe.yaml").write_text("a: [")
+    with pytest.raises(UsageError, match=r"recipe\.yaml is damaged"):
+        run(prune, tmp_path / "run", synthetic)
+
+
+def test_divergence_is_reported(synthetic, tmp_path):
+    recipe = replace(RECIPE, base=Training(3, 1e30))
+    with pytest.raises(TrainingDivergedError, match="the loss of stage base is nan in epoch 1"):
+        run(prune, tmp_path / "run", synthetic, recipe)
+
+
+# --- the main job ---
+
+
+def test_short_lottery_on_real_mnist(mnist_folder, tmp_path):
+    """LeNet-300-100 at 60x, a tenth of the fast schedule: trained, cut without loss, and GSM's ticket ahead."""
+    recipe = find_recipe("lenet300").scaled(0.1)
+    result = run(lottery, tmp_path / "mnist", data.mnist(mnist_folder), recipe, checkpoint_seconds=20)
+    top1 = result["top1"]
+    assert (result["prunable"], result["nonzeros"]) == (266_200, 4_436)
+    assert sum(layer["nonzeros"] for layer in result["layers"]) == 4_436
+    assert result["paper"]["pruned"] == 98.18
+    assert top1["base"] > 96
+    assert top1["gsm_after_cut"] > 90
+    assert abs(top1["gsm_before_cut"] - top1["gsm_after_cut"]) < 1
+    assert top1["ticket_gsm"] > top1["ticket_magnitude"]

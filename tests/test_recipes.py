@@ -1,0 +1,105 @@
+import pytest
+import torch
+
+from gsm_sgd.experiments import UsageError, models
+from gsm_sgd.experiments.loop import lr_factor, parameter_groups
+from gsm_sgd.experiments.recipes import RECIPES, Training, find_recipe, published
+from gsm_sgd.masks import prunable_parameters
+
+
+@pytest.mark.parametrize(("preset", "epochs"), [("paper", 840), ("repo", 880)])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_published_lottery_takes_this_many_epochs(name, preset, epochs):
+    recipe = find_recipe(name, preset)
+    assert 3 * recipe.base.epochs + recipe.gsm.epochs == epochs
+    assert recipe.passive_decay is None  # the paper's rule
+
+
+def test_published_settings():
+    paper, repo = find_recipe("lenet300", "paper"), find_recipe("lenet300", "repo")
+    assert paper.base == Training(200, 3e-2, (40, 80, 120, 160), 0.9, 5e-4, False, 5, bias_lr_factor=2)
+    assert repo.base == Training(200, 3e-2, (40, 80, 120, 160), 0.9, 5e-4, False, 5)
+    assert paper.gsm == Training(240, 3e-2, (160, 200), 0.99, 5e-4)
+    assert repo.gsm == Training(280, 1e-2, (160, 200, 240), 0.99, 5e-4, nesterov=True)
+    assert published("lenet5", 300) == {
+        300: {"base": 99.21, "pruned": 99.06, "ticket_gsm": 98.88, "ticket_magnitude": 11.35}
+    }
+    assert published("lenet5", 17) == {}
+
+
+def test_epochs_scale_shortens_milestones_alike():
+    scaled = find_recipe("lenet5", "paper").scaled(0.25)
+    assert (scaled.base.epochs, scaled.base.milestones, scaled.base.warmup_epochs) == (
+        50,
+        (10, 20, 30, 40),
+        1.25,
+    )
+    assert (scaled.gsm.epochs, scaled.gsm.milestones) == (60, (40, 50))
+    assert find_recipe("lenet5").scaled(1e-6).base.epochs == 1
+    for factor in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="epochs-scale must be"):
+            find_recipe("lenet5").scaled(factor)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("lenet30", "did you mean 'lenet300'?"),
+        ("LeNet5", "did you mean 'lenet5'?"),
+        ("xyz", "there are lenet300, lenet5"),
+    ],
+)
+def test_unknown_recipe_suggests_the_nearest(name, hint):
+    with pytest.raises(UsageError) as error:
+        find_recipe(name)
+    assert hint in str(error.value)
+
+
+def test_learning_rate_warms_up_and_drops():
+    factor = lr_factor(Training(4, 1.0, (2, 3), warmup_epochs=0.5), steps_per_epoch=10)
+    assert [round(factor(step), 12) for step in (0, 1, 4, 5, 19, 20, 29, 30, 39)] == [
+        0,
+        0.2,
+        0.8,
+        1,
+        1,
+        0.1,
+        0.1,
+        0.01,
+        0.01,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "everything"), [("lenet300", 266_200, 266_610), ("lenet5", 430_500, 431_080)]
+)
+def test_counts_of_the_paper(name, weights, everything):
+    model = models.build(name, 0)
+    assert sum(p.numel() for p in prunable_parameters(model).values()) == weights
+    assert sum(p.numel() for p in model.parameters()) == everything
+    assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+
+
+def test_initialisation_is_xavier_uniform_and_seeded():
+    model, same, other = models.build("lenet5", 3), models.build("lenet5", 3), models.build("lenet5", 4)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(model.fc1.weight, other.fc1.weight)
+    for layer, fan in ((model.conv2, 25 * 20 + 25 * 50), (model.fc1, 800 + 500)):
+        bound = (6 / fan) ** 0.5
+        assert 0.98 * bound < layer.weight.abs().max() <= bound
+        assert not layer.bias.any()
+
+
+def test_unknown_model():
+    with pytest.raises(UsageError, match="unknown model 'vgg': choose one of lenet300, lenet5"):
+        models.build("vgg", 0)
+
+
+def test_biases_do_not_decay_and_may_learn_faster():
+    model = models.build("lenet300", 0)
+    weights, biases = parameter_groups(model, find_recipe("lenet300", "paper").base)
+    assert [name for name, _ in weights["params"]] == ["fc1.weight", "fc2.weight", "fc3.weight"]
+    assert weights["weight_decay"] == 5e-4
+    assert "lr" not in weights
+    assert [name for name, _ in biases["params"]] == ["fc1.bias", "fc2.bias", "fc3.bias"]
+    assert (biases["weight_decay"], biases["lr"]) == (0, 6e-2)
