@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -21,10 +23,11 @@ def test_published_settings():
     assert repo.base == Training(200, 3e-2, (40, 80, 120, 160), 0.9, 5e-4, False, 5)
     assert paper.gsm == Training(240, 3e-2, (160, 200), 0.99, 5e-4)
     assert repo.gsm == Training(280, 1e-2, (160, 200, 240), 0.99, 5e-4, nesterov=True)
-    assert published("lenet5", 300) == {
-        300: {"base": 99.21, "pruned": 99.06, "ticket_gsm": 98.88, "ticket_magnitude": 11.35}
-    }
-    assert published("lenet5", 17) == {}
+    assert list(published("lenet5")) == [125, 300]
+    at_300 = replace(find_recipe("lenet5", "paper"), compression=300.0)
+    assert at_300.paper() == {"base": 99.21, "pruned": 99.06, "ticket_gsm": 98.88, "ticket_magnitude": 11.35}
+    for change in ({"compression": 17.0}, {"dataset": "synthetic"}, {"holdout": 5_000}, {"model": "lenet300"}):
+        assert replace(at_300, **change).paper() is None  # nothing to compare with
 
 
 def test_epochs_scale_shortens_milestones_alike():

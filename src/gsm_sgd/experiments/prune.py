@@ -14,7 +14,7 @@ from ..optimizer import GSM
 from . import models
 from .data import Dataset
 from .loop import Observer, evaluate, parameter_groups, train
-from .recipes import Recipe, Training, published
+from .recipes import Recipe, Training
 from .rundir import Record, RunFolder, device_name
 
 
@@ -112,7 +112,7 @@ def finish(job: Job, command: str, pruned: nn.Module, top1: dict[str, float]) ->
         "seconds": {stage: record["seconds"] for stage, record in last.items()},
         "top1": top1,
         "layers": [layer._asdict() for layer in layers],
-        "paper": published(recipe.recipe, recipe.compression).get(recipe.compression),
+        "paper": recipe.paper(),
         "version": __version__,
         "torch": torch.__version__,
         "device": device_name(job.device),

@@ -89,6 +89,12 @@ class Recipe:
             raise UsageError(f"epochs-scale must be a finite number above 0, not {factor}")
         return replace(self, base=self.base.scaled(factor), gsm=self.gsm.scaled(factor))
 
+    def paper(self) -> dict[str, float] | None:
+        """Return the paper's top-1 figures, in percent, or None if it has none to compare this run with."""
+        original = find_recipe(self.recipe)
+        comparable = not self.holdout and (self.model, self.dataset) == (original.model, original.dataset)
+        return published(self.recipe).get(self.compression) if comparable else None
+
     def as_dict(self) -> dict[str, Any]:
         """Return the recipe in YAML's own types."""
         fields = asdict(self)
@@ -150,13 +156,9 @@ _PUBLISHED: dict[tuple[str, float], dict[str, float]] = {
 }
 
 
-def published(recipe: str, compression: float | None = None) -> dict[float, dict[str, float]]:
-    """Return the paper's top-1 figures of a recipe by compression ratio, all or only the one given."""
-    return {
-        ratio: figures
-        for (name, ratio), figures in _PUBLISHED.items()
-        if name == recipe and compression in (None, ratio)
-    }
+def published(recipe: str) -> dict[float, dict[str, float]]:
+    """Return the paper's top-1 figures of a recipe, in percent, by compression ratio."""
+    return {ratio: figures for (name, ratio), figures in _PUBLISHED.items() if name == recipe}
 
 
 def find_recipe(name: str, preset: str = "fast") -> Recipe:

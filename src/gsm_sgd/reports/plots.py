@@ -5,7 +5,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from .runs import Run
 
@@ -65,8 +65,8 @@ def curves_figure(run: Run) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     formatter = FuncFormatter(lambda value, _: f"{value:g}")
     error.yaxis.set_major_formatter(formatter)
+    error.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
     error.yaxis.set_minor_formatter(formatter)
-    error.tick_params(axis="y", which="minor", labelsize=7)
     figure.suptitle(_title(run), fontsize=10)
     if run.metrics:
         loss.legend(frameon=False, fontsize=8)

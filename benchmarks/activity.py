@@ -1,0 +1,80 @@
+"""How far GSM's activity spreads beyond the Q weights that are kept, and what the cut costs for it.
+
+For the GSM net of each finished run, before the cut: an epoch of selections without updates counts the weights that
+are active at all, and the share of activity that falls on weights the cut will remove; then the accuracy that is left
+when more than Q weights are kept. Passive weights alone have shrunk to nothing: what the cut destroys is weights that
+some batches select and others do not.
+
+    python benchmarks/activity.py RUN... [--json FILE]
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from gsm_sgd import apply_masks_, magnitude_masks, prunable_parameters
+from gsm_sgd.experiments import data, models
+from gsm_sgd.experiments.loop import evaluate, image_order
+from gsm_sgd.experiments.rundir import environment, read_weights
+from gsm_sgd.reports.runs import read_run
+from gsm_sgd.selection import importance, kept_weights, top_indices
+
+
+def activity(path: Path, dataset: data.Dataset) -> dict[str, Any]:
+    """Return what one run's GSM net shows."""
+    recipe = read_run(path).recipe
+    trained = read_weights(path / "gsm.safetensors")
+    model = models.build(recipe["model"], recipe["seed"])
+    model.load_state_dict(trained)
+    weights = prunable_parameters(model)
+    total = sum(weight.numel() for weight in weights.values())
+    kept = kept_weights(total, recipe["compression"])
+
+    times_active = [torch.zeros(weight.numel(), dtype=torch.int64) for weight in weights.values()]
+    order = image_order(len(dataset.train), recipe["seed"], 0)
+    for images, labels in dataset.train.batches(recipe["batch_size"], order):
+        model.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        scores = [importance(weight, weight.grad) for weight in weights.values() if weight.grad is not None]
+        for count, indices in zip(times_active, top_indices(scores, kept), strict=True):
+            count[indices] += 1
+    masks = magnitude_masks(weights, recipe["compression"])
+    cut_away = torch.cat([~mask.reshape(-1) for mask in masks.values()])
+    times = torch.cat(times_active)
+
+    accuracy = {}
+    for factor in (1.0, 1.1, 1.25, 1.5, 2.0):
+        model.load_state_dict(trained)
+        apply_masks_(weights, magnitude_masks(weights, total / (factor * kept)))
+        accuracy[f"{factor:g} Q"] = evaluate(model, dataset.test)
+    return {
+        "run": path.name,
+        "Q": kept,
+        "active at least once in an epoch": int((times > 0).sum()),
+        "activity on weights that are cut, %": round(100 * (times[cut_away].sum() / times.sum()).item(), 2),
+        "top-1 when kept": accuracy,
+    }
+
+
+def main() -> None:
+    """Print what each run shows, and write it down if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--json", type=Path, default=None)
+    options = parser.parse_args()
+    dataset = data.mnist()
+    rows = [activity(path, dataset) for path in options.runs]
+    for row in rows:
+        print(json.dumps(row))
+    if options.json:
+        record = {"benchmark": "activity", "environment": environment(torch.device("cpu")), "rows": rows}
+        record["environment"]["command"] = "python benchmarks/activity.py RUN..."
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
