@@ -102,7 +102,7 @@ def _run(command: str, options: Namespace, console: Console, log: Console) -> No
         name = f"{each.recipe}-{command}-{each.preset}-x{each.compression:g}-s{each.seed}"
         with RunFolder(options.out / name, each, options.checkpoint_seconds) as folder:
             folder.note_environment(device)
-            log.print(f"{folder.path}", highlight=False)
+            log.print(f"{folder.path}", highlight=False, soft_wrap=True)
             with ProgressBars(log) as bars:
                 observers: list[Observer] = [bars, TensorBoard(folder.path)] if options.tensorboard else [bars]
                 _COMMANDS[command](Job(each, dataset, folder, Several(observers), device))
@@ -205,7 +205,9 @@ def _print_results(runs: Sequence[Run], console: Console) -> None:
     console.print(tables.layers_table(layers, f"pruned net of seed {result['seed']}"))
     seconds = sum(sum(one.result["seconds"].values()) for one in runs if one.result)
     where = runs[0].path if len(runs) == 1 else f"{runs[0].path} and {len(runs) - 1} more"
-    console.print(f"{seconds:.0f} s of training; weights, curves.png, density.png in {where}", highlight=False)
+    console.print(
+        f"{seconds:.0f} s of training; weights, curves.png, density.png in {where}", highlight=False, soft_wrap=True
+    )
 
 
 # --- the parser ---
@@ -220,7 +222,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
     words = [_underscored(word, names) for word in argv]
     recipe = find_recipe("lenet300")
     if words and words[0] in _COMMANDS:
-        asked = [word for word in words if word not in ("-h", "--help")]
+        asked = [word for word in words if not word.startswith(("-h", "--help", "--print_config"))]
         try:
             first = _parser(recipe).parse_args(asked)[words[0]]
         except argparse.ArgumentError:
@@ -248,7 +250,7 @@ def _parser(recipe: Recipe) -> ArgumentParser:
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("list", _Parser(), help="the recipes, the paper's figures and what the presets cost")
     for name, text in _SUMMARIES.items():
-        commands.add_subcommand(name, _run_parser(recipe, text), help=text)
+        commands.add_subcommand(name, _run_parser(recipe, name, text), help=text)
 
     show = _Parser(description="Show runs, finished or not, or the layers of a weight file.")
     show.add_argument("runs", nargs="+", type=Path, help="run folders, or safetensors files")
@@ -262,8 +264,9 @@ def _parser(recipe: Recipe) -> ArgumentParser:
     return parser
 
 
-def _run_parser(recipe: Recipe, description: str) -> ArgumentParser:
-    parser = _Parser(description=f"{description[0].upper()}{description[1:]}.")
+def _run_parser(recipe: Recipe, command: str, description: str) -> ArgumentParser:
+    usage = f"gsm {command} RECIPE [options]"
+    parser = _Parser(usage=usage, description=f"{description[0].upper()}{description[1:]}.")
     parser.add_argument("recipe", type=str, help=f"one of {', '.join(RECIPES)}")
     parser.add_argument("--preset", type=Literal["fast", "paper", "repo"], default="fast", help="whose settings")
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any fields of the recipe")
@@ -276,10 +279,12 @@ def _run_parser(recipe: Recipe, description: str) -> ArgumentParser:
     parser.add_argument("--checkpoint-seconds", type=float, default=20.0, help="time between checkpoints")
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard event files")
     parser.add_argument("--debug", action="store_true", help="show where an error arose")
-    parser.add_class_arguments(Recipe, skip={"recipe", "preset"})
     defaults: dict[str, Any] = recipe.as_dict()
     del defaults["recipe"], defaults["preset"]
-    parser.set_defaults(defaults)
+    parser.add_class_arguments(Recipe, default=defaults, skip={"recipe", "preset"})
+    for action in parser._actions:
+        if action.dest.partition(".")[0] in defaults:
+            action.required = False  # all have a default here, so the help is not to call them required
     return parser
 
 

@@ -82,6 +82,7 @@ class ProgressBars:
                 f"{record['stage']}: epoch {record['epoch']}/{self._epochs}  {rate:.0f} steps/s  {outcome}  "
                 f"{left:.0f} s left",
                 highlight=False,
+                soft_wrap=True,
             )
 
     def _steps_left(self) -> float:
