@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -170,6 +169,7 @@ def test_show_unfinished(runs, tmp_path, capsys):
         (["prune"], "recipe"),
         (["show", "nowhere"], "nowhere is neither a run's folder nor a safetensors file"),
         (["show"], "runs"),
+        (["data", "cifar10"], "unknown data set 'cifar10': there is mnist"),
         (["frobnicate"], "frobnicate"),
         ([], "command"),
     ],
@@ -221,9 +221,3 @@ def test_help_shows_the_presets_own_settings():
 def test_python_m_is_the_same_command():
     done = subprocess.run([sys.executable, "-m", "gsm_sgd", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"gsm-sgd {__version__}\n"
-
-
-def test_readme_names_commands_that_exist():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    for command in ("gsm list", "gsm lottery lenet300", "gsm show", "make demo", "make test"):
-        assert command in readme

@@ -1,9 +1,11 @@
 import math
+from typing import ClassVar
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsm_sgd.selection import importance, kept_weights, select_top, top_indices
 from reference_gsm import naive_top
@@ -75,6 +77,24 @@ def test_sample_that_misleads(outliers_seen):
         expected = torch.zeros(total, dtype=torch.bool)
         expected[scores.sort(descending=True, stable=True).indices[:k]] = True
         assert torch.equal(select_top([scores], k)[0], expected)
+
+
+def test_scores_are_neither_concatenated_nor_sorted():
+    class Largest(TorchDispatchMode):
+        sizes: ClassVar[dict[str, int]] = {}
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            result = func(*args, **(kwargs or {}))
+            handled = result if name == "cat" else args[0]
+            if isinstance(handled, torch.Tensor):
+                self.sizes[name] = max(self.sizes.get(name, 0), handled.numel())
+            return result
+
+    scores = [torch.rand(700, 300), torch.rand(100_000)]
+    with Largest() as largest:
+        select_top(scores, 310_000 // 60)
+    assert max(largest.sizes.get(name, 0) for name in ("cat", "sort", "topk", "kthvalue")) < 310_000 / 10
 
 
 def test_ties_go_to_the_lower_index_across_tensors():

@@ -45,6 +45,8 @@ def run(argv: Sequence[str]) -> int:
             case "list":
                 console.print(tables.recipes_table())
             case "data":
+                if options.dataset != "mnist":
+                    raise UsageError(f"unknown data set {options.dataset!r}: there is mnist")
                 files = data.mnist_files(options.data_dir)
                 console.print(f"MNIST: {len(files)} files, {sum(map(len, files.values())):,} bytes, md5 verified")
             case "show":
@@ -176,7 +178,10 @@ def _show(paths: Sequence[Path], json_path: Path | None, console: Console) -> No
         if files:
             raise UsageError("--json takes run folders, not files")
         record = summary(runs)
-        json_path.write_text(json.dumps(record, indent=1) + "\n")
+        try:
+            json_path.write_text(json.dumps(record, indent=1) + "\n")
+        except OSError as error:
+            raise UsageError(f"cannot write {json_path}: {error.strerror}") from error
     for path in files:
         weights = read_weights(path)
         layers = [
@@ -258,7 +263,7 @@ def _parser(recipe: Recipe) -> ArgumentParser:
     commands.add_subcommand("show", show, help="what runs came to, or the layers of a weight file")
 
     fetch = _Parser(description="Fetch a data set and verify it.")
-    fetch.add_argument("dataset", type=Literal["mnist"], help="which one")
+    fetch.add_argument("dataset", type=str, help="which one: mnist")
     _add_data_dir(fetch)
     commands.add_subcommand("data", fetch, help="fetch a data set and verify it")
     return parser
