@@ -109,6 +109,24 @@ def test_freeze_meets_groups_by_name():
         freeze(torch.optim.SGD(unnamed, 0.1), masks)
 
 
+def test_freeze_refuses_to_guess_between_groups():
+    """Masks without names, or an optimizer without, would go by an order that groups may have changed."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    numbered = {0: torch.eye(4).bool(), 1: ~torch.eye(4).bool()}
+    groups = [{"params": [("1.weight", model[1].weight)]}, {"params": [("0.weight", model[0].weight)]}]
+    with pytest.raises(ValueError, match="which mask belongs to which parameter"):
+        freeze(torch.optim.SGD(groups, 0.1), numbered)
+
+
+def test_freeze_of_a_bias():
+    layer = nn.Linear(3, 3)
+    nn.init.ones_(layer.bias)
+    optimizer = GSM([{"params": list(layer.named_parameters()), "prunable": True}], 0.1, compression=2)
+    other = torch.optim.SGD(layer.named_parameters(), 0.1)
+    freeze(other, optimizer.finalize())
+    assert int(layer.weight.count_nonzero() + layer.bias.count_nonzero()) == 6
+
+
 def test_masks_of_an_unnamed_gsm_fit_a_model():
     model = net()
     optimizer = GSM(model.parameters(), 0.1, compression=4)

@@ -474,3 +474,52 @@ def test_warns_when_passive_weights_never_shrink():
         warnings.simplefilter("error")
         GSM(small_net().parameters(), 0.1, compression=2, weight_decay=0, passive_decay=1e-3)
         GSM(small_net().parameters(), 0.1, compression=1, weight_decay=0)
+
+
+def test_two_models_with_the_same_names():
+    first, second = small_net(0), small_net(1)
+    optimizer = GSM([*first.named_parameters(), *second.named_parameters()], 0.1, compression=4)
+    assert optimizer.num_prunable == 2 * 352
+    assert list(optimizer.finalize()) == list(range(6))
+    kept = [sum(row.nonzeros for row in sparsity_table(net)) for net in (first, second)]
+    assert sum(kept) == optimizer.nonzeros == 176
+    assert min(kept) > 0
+
+
+@pytest.mark.parametrize("make", [small_net, conv_net])
+def test_deterministic_mode(make):
+    """Where torch is told to refuse nondeterministic operations, the bits are the same as where it is not."""
+    nets = make(), make()
+    for net, deterministic in zip(nets, (False, True), strict=True):
+        optimizer = GSM(net.parameters(), 0.1, compression=6)
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            for batch in batches(5, (12,) if make is small_net else (3, 4, 4)):
+                backward(net, batch)
+                optimizer.step()
+            optimizer.finalize()
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert_same(*nets)
+
+
+def test_compiled_model():
+    """A compiled model trains as the plain one does; the eager backend compiles without a compiler."""
+    net, twin = small_net(), small_net()
+    compiled = torch.compile(net, backend="eager")
+    optimizers = [GSM(model.parameters(), 0.1, compression=6) for model in (net, twin)]
+    for batch in batches(3):
+        for model, optimizer in zip((compiled, twin), optimizers, strict=True):
+            backward(model, batch)
+            optimizer.step()
+    assert_same(net, twin)
+
+
+def test_weights_that_are_not_numbers_are_left_to_the_loss():
+    net = small_net()
+    optimizer = GSM(net.parameters(), 0.1, compression=6)
+    backward(net, next(batches(1)))
+    with torch.no_grad():
+        net[2].weight[0, 0] = math.nan  # its gradient is still finite
+    optimizer.step()
+    assert net[2].weight.isnan().sum() == 1

@@ -4,7 +4,7 @@ Masks are bool tensors, True where a weight is kept, in a dict: keyed by paramet
 the prunable parameters where names are not known.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -39,18 +39,10 @@ def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def prunable_in(optimizer: Optimizer) -> dict[str, Tensor] | dict[int, Tensor]:
-    """Return the prunable parameters of an optimizer by name, or by position if it was given no names."""
-    named = [
-        (name, parameter)
-        for group in optimizer.param_groups
-        for name, parameter in zip(
-            group.get("param_names", [None] * len(group["params"])), group["params"], strict=True
-        )
-        if is_prunable(parameter, group)
-    ]
-    if any(name is None for name, _ in named):
-        return dict(enumerate(parameter for _, parameter in named))
-    return dict(named)
+    """Return the prunable parameters of an optimizer by name, or by position where names are missing or not unique."""
+    prunable = [p for group in optimizer.param_groups for p in group["params"] if is_prunable(p, group)]
+    names = {parameter: name for name, parameter in _named_in(optimizer).items()}
+    return {names[parameter]: parameter for parameter in prunable} if names else dict(enumerate(prunable))
 
 
 @torch.no_grad()
@@ -86,8 +78,8 @@ def apply_masks_(parameters: Mapping[str, Tensor] | Mapping[int, Tensor], masks:
 def freeze(optimizer: Optimizer, masks: Masks) -> RemovableHandle:
     """Keep the masked weights at exactly zero, now and after every step of any torch optimizer.
 
-    Masks meet parameters by name if the optimizer was given named parameters. Otherwise they meet the
-    optimizer's prunable parameters in order, which needs a single parameter group.
+    Masks with names meet the parameters of these names if the optimizer was given named parameters. Otherwise
+    masks meet the optimizer's prunable parameters in order, which needs a single parameter group.
 
     Returns:
         A handle whose `remove()` lets the weights move again. Checkpoints do not carry it: freeze again
@@ -96,18 +88,20 @@ def freeze(optimizer: Optimizer, masks: Masks) -> RemovableHandle:
     Raises:
         ValueError: a mask has no parameter, or another shape.
     """
-    parameters = prunable_in(optimizer)
-    if len(optimizer.param_groups) > 1 and any(isinstance(key, int) for key in parameters):
+    named = _named_in(optimizer)
+    by_name = bool(named) and all(isinstance(key, str) for key in masks)
+    if not by_name and len(optimizer.param_groups) > 1:
         raise ValueError(
-            "freeze cannot tell which mask belongs to which parameter: "
-            "build the optimizer from named parameters (model.named_parameters())"
+            "freeze cannot tell which mask belongs to which parameter of several groups: "
+            "give both optimizers named parameters (model.named_parameters())"
         )
-    matched = list(_matched(parameters, masks))
+    matched = _matched(named if by_name else prunable_in(optimizer), masks)
+    cut = [(parameter, ~mask) for parameter, mask in matched]
 
     @torch.no_grad()
     def zero_(*_: object) -> None:
-        for parameter, mask in matched:
-            parameter.masked_fill_(~mask, 0)
+        for parameter, away in cut:
+            parameter.masked_fill_(away, 0)
 
     zero_()
     return optimizer.register_step_post_hook(zero_)
@@ -121,7 +115,18 @@ def sparsity_table(model: nn.Module) -> list[LayerSparsity]:
     ]
 
 
-def _matched(parameters: Mapping[str, Tensor] | Mapping[int, Tensor], masks: Masks) -> Iterator[tuple[Tensor, Tensor]]:
+def _named_in(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return all parameters of an optimizer by name; none if it was given no names, or a name twice."""
+    named: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        names = group.get("param_names", [])
+        if len(names) < len(group["params"]):
+            return {}
+        named.update(zip(names, group["params"], strict=True))
+    return named if len(named) == sum(len(group["params"]) for group in optimizer.param_groups) else {}
+
+
+def _matched(parameters: Mapping[str, Tensor] | Mapping[int, Tensor], masks: Masks) -> list[tuple[Tensor, Tensor]]:
     """Pair parameters with masks, by name where both have names, else in order, all checked beforehand."""
     by_key: dict[Any, Tensor] = dict(parameters)
     if {type(key) for key in (*parameters, *masks)} == {str}:
@@ -136,4 +141,4 @@ def _matched(parameters: Mapping[str, Tensor] | Mapping[int, Tensor], masks: Mas
     for key, parameter, mask in pairs:
         if parameter.shape != mask.shape:
             raise ValueError(f"mask {key!r} has shape {tuple(mask.shape)}, its parameter {tuple(parameter.shape)}")
-    return ((parameter, mask.to(parameter.device, torch.bool)) for _, parameter, mask in pairs)
+    return [(parameter, mask.to(parameter.device, torch.bool)) for _, parameter, mask in pairs]

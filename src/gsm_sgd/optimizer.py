@@ -38,7 +38,8 @@ class GSM(Optimizer):
     Args:
         params: parameters, named parameters, or groups of either, as for `torch.optim.SGD`. The group key
             `prunable` says whether the rule applies to a group; by default it applies to each parameter with
-            `ndim >= 2`. The others are trained by plain momentum SGD.
+            `ndim >= 2`. The others are trained by plain momentum SGD. Leave frozen parameters out: without a
+            gradient a prunable one is passive, so it decays.
         lr: learning rate alpha.
         compression: C, one number for the whole model: of N prunable weights floor(N / C) are kept.
         momentum: beta, in [0, 1). The higher, the faster passive weights shrink: a weight that stays passive
@@ -142,10 +143,13 @@ class GSM(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        if all(param.grad is None for group in self.param_groups for param in group["params"]):
+        grads = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
+        if not grads:
             return loss
+        if any(grad.is_sparse for grad in grads):
+            raise RuntimeError("GSM does not support sparse gradients")
         prunable = prunable_in(self)
-        _refuse_unusable_gradients(prunable)
+        _refuse_nonfinite_gradients(prunable)
         num_prunable = sum(param.numel() for param in prunable.values())
         kept = kept_weights(num_prunable, self.param_groups[0]["compression"])
         active = self._active([param for param in prunable.values() if param.grad is not None], kept)
@@ -204,19 +208,24 @@ def _update_(weight: Tensor, state: dict[str, Any], active: Tensor | None, group
     Args:
         weight: the parameter W, with its gradient.
         state: its optimizer state, with the momentum Z.
-        active: B as indices into the flattened weight; None where the rule does not govern it, all is active.
+        active: B as ascending indices into the flattened weight; None where the rule does not govern it.
         group: its hyperparameters.
     """
     alpha, beta, eta = group["lr"], group["momentum"], group["weight_decay"]
     grad = weight.grad
     if grad is None:
         direction = weight * _passive_decay(group)
-    elif active is None:
+    elif active is None or len(active) == weight.numel():  # all of it is active
         direction = grad.add(weight, alpha=eta) if eta else grad
     else:
         direction = weight * _passive_decay(group)
-        towards = grad.take(active)
-        direction.put_(active, towards.add_(weight.take(active), alpha=eta) if eta else towards)
+        moved = grad.take(active)
+        if eta:
+            moved.add_(weight.take(active), alpha=eta)
+        if direction.is_contiguous():
+            direction.view(-1)[active] = moved
+        else:  # not put_: it is not allowed where deterministic algorithms are asked for
+            direction[torch.unravel_index(active, direction.shape)] = moved
     if beta:
         if "momentum_buffer" in state:
             state["momentum_buffer"].mul_(beta).add_(direction)
@@ -238,11 +247,9 @@ def _governs(group: dict[str, Any]) -> bool:
     return any(is_prunable(param, group) for param in group["params"])
 
 
-def _refuse_unusable_gradients(prunable: dict[str, Tensor] | dict[int, Tensor]) -> None:
-    """Raise if a gradient is sparse, or not finite, in one transfer from the device for all of them."""
+def _refuse_nonfinite_gradients(prunable: dict[str, Tensor] | dict[int, Tensor]) -> None:
+    """Raise if a gradient is not finite; one transfer from the device for all of them."""
     grads = {key: p.grad for key, p in prunable.items() if p.grad is not None and p.grad.numel()}
-    if any(grad.is_sparse for grad in grads.values()):
-        raise RuntimeError("GSM does not support sparse gradients")
     if not grads:
         return
     # A tensor is finite if and only if its extremes are: infinity is one, and NaN spreads to both.

@@ -58,9 +58,9 @@ def select_top(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     chosen = top_indices(scores, k)
     if any(bool(score.isnan().any()) for score in scores):
         raise ValueError("scores contain NaN")
-    masks = [torch.zeros_like(score, dtype=torch.bool) for score in scores]
+    masks = [torch.zeros(score.shape, dtype=torch.bool, device=score.device) for score in scores]
     for mask, indices in zip(masks, chosen, strict=True):
-        mask.put_(indices, torch.ones_like(indices, dtype=torch.bool))
+        mask.view(-1)[indices] = True
     return masks
 
 
@@ -68,8 +68,9 @@ def top_indices(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     """Return what `select_top` marks as int64 indices into each flattened score tensor, ascending.
 
     One pass gathers the candidates, the scores that a sample says are surely enough; all else looks at these
-    alone. The scores are neither concatenated nor sorted. Arguments and errors are those of `select_top`, except
-    that NaN is no error as long as there are k other scores: it is never selected.
+    alone. Nothing is sorted, and nothing but the candidates concatenated: little more than k, or everything in the
+    rare case that the sample misled. Arguments and errors are those of `select_top`, except that NaN is no error as
+    long as there are k other scores: it is never selected.
     """
     total = sum(score.numel() for score in scores)
     if not 0 <= k <= total:
@@ -78,8 +79,8 @@ def top_indices(scores: Sequence[Tensor], k: int) -> list[Tensor]:
         raise ValueError("scores must be floating point")
     if len({score.device for score in scores}) > 1:
         raise ValueError("scores must all be on one device")
-    if k == 0:
-        return [torch.empty(0, dtype=torch.int64, device=score.device) for score in scores]
+    if k in (0, total):
+        return [torch.arange(score.numel() if k else 0, device=score.device) for score in scores]
     dtype = reduce(torch.promote_types, (score.dtype for score in scores))
     flat = [score.to(dtype).reshape(-1) for score in scores]
 
