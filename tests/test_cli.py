@@ -1,11 +1,14 @@
 """The command line, in this process; what it trains is made-up data, and short."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from gsm_sgd import __version__, cli
 from gsm_sgd.experiments.rundir import read_weights
@@ -90,6 +93,45 @@ def test_recipe_from_a_yaml_file(runs, tmp_path):
     assert all((ours[key] == value).all() for key, value in theirs.items())
 
 
+def test_options_beside_a_yaml_file_have_the_last_word(runs, tmp_path, capsys):
+    config = str(runs[1] / "recipe.yaml")
+    words = ["prune", "lenet300", "--gsm.lr", "0.02", "--config", config, "--seed=3", "--out", str(tmp_path)]
+    assert cli.run(words) == 0
+    recipe = yaml.safe_load((tmp_path / "lenet300-prune-fast-x20-s3" / "recipe.yaml").read_text())
+    assert (recipe["gsm"]["lr"], recipe["batch_size"]) == (0.02, 512)
+    capsys.readouterr()
+    assert "recipe.yaml is for the recipe lenet300, not lenet5" in fails(capsys, "prune", "lenet5", "--config", config)
+
+
+def test_all_seeds_are_checked_before_the_first_is_trained(runs, tmp_path, capsys):
+    other = tmp_path / "lenet300-lottery-fast-x20-s7"
+    other.mkdir()
+    (other / "recipe.yaml").write_bytes((runs[0] / "recipe.yaml").read_bytes())
+    said = fails(capsys, "lottery", "lenet300", *SHORT, "--seeds", "6,7", "--out", tmp_path)
+    assert "another recipe (seed 0 there, 7 here)" in said
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def test_finished_run_is_shown_again_and_left_alone(runs, capsys):
+    def state():
+        return {path: path.read_bytes() for path in runs[0].rglob("*") if path.suffix in (".json", ".safetensors")}
+
+    before = state()
+    assert cli.run(["lottery", "lenet300", *SHORT, "--out", str(runs[0].parent)]) == 0
+    assert "ticket by GSM" in capsys.readouterr().out
+    assert state() == before
+
+
+def test_prune_and_lottery_are_not_mixed(runs, tmp_path, capsys):
+    assert cli.run(["prune", "lenet300", *SHORT, "--out", str(tmp_path)]) == 0
+    (pruned,) = tmp_path.iterdir()
+    capsys.readouterr()
+    assert cli.run(["show", str(pruned), str(runs[0]), str(runs[0])]) == 0
+    assert capsys.readouterr().out.count("seed 0: 13,310") == 2  # two tables, of one run each
+    said = fails(capsys, "show", pruned, runs[0], "--json", tmp_path / "x.json")
+    assert "differ in more than the seed" in said
+
+
 def test_show_runs(runs, capsys):
     assert cli.run(["show", *map(str, runs)]) == 0
     out = capsys.readouterr().out
@@ -153,8 +195,13 @@ def test_show_unfinished(runs, tmp_path, capsys):
         (["prune", "lenet300", "--compression", "266201"], "leaves none of 266200 weights"),
         (["prune", "lenet300", "--compression", "many"], "compression"),
         (["prune", "lenet300", "--preset", "slow"], "preset"),
-        (["prune", "lenet300", "--gsm.momentum", "1"], "momentum must be"),
-        (["prune", "lenet300", "--base.lr", "-1"], "lr must be"),
+        (["prune", "lenet300", "--gsm.momentum", "1"], "gsm.momentum must be"),
+        (["prune", "lenet300", "--base.lr", "-1"], "base.lr must be"),
+        (["prune", "lenet300", "--base.milestones", "[-5]"], "base.milestones must be"),
+        (["prune", "lenet300", "--passive-decay", "-1"], "passive_decay must be"),
+        (["prune", "lenet300", "--seeds=-1"], "seed must be at least 0"),
+        (["prune", "lenet300", "--seeds", "0,99999999999999"], "seed must be"),
+        (["prune", "lenet300", "--device", "meta"], "device 'meta' cannot be used here"),
         (["prune", "lenet300", "--base.epochs", "0"], "base.epochs must be at least 1"),
         (["prune", "lenet300", "--batch-size", "0"], "batch_size must be at least 1"),
         (["prune", "lenet300", "--epochs-scale", "0"], "epochs-scale must be"),
@@ -189,6 +236,22 @@ def test_file_that_is_not_safetensors(tmp_path, capsys):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(b"\xff" * 64)
     assert f"{path} is not a safetensors file" in fails(capsys, "show", path)
+
+
+def test_names_are_no_markup(runs, tmp_path, capsys):
+    save_file({"[/red]x": torch.ones(2, 2)}, tmp_path / "[b].safetensors")
+    assert cli.run(["show", str(tmp_path / "[b].safetensors")]) == 0
+    assert "[/red]x" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["result.json", "environment.json", "recipe.yaml", "metrics.jsonl"])
+def test_files_of_the_wrong_form_are_named(runs, tmp_path, capsys, name):
+    shutil.copytree(runs[0], tmp_path / "run")
+    for content in ("5\n", "{}\n", "[]\n", "{\n"):
+        (tmp_path / "run" / name).write_text(content)
+        if (name, content) == ("recipe.yaml", "{}\n"):
+            continue  # an empty mapping is a mapping
+        assert f"{name} is damaged" in fails(capsys, "show", tmp_path / "run")
 
 
 def test_no_data(no_network, capsys, tmp_path):

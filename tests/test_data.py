@@ -1,4 +1,5 @@
 import gzip
+import http.client
 import io
 import pickle
 import shutil
@@ -7,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from gsm_sgd.experiments import UsageError, data
 
@@ -47,7 +49,6 @@ def test_parquet(mnist_files, tmp_path, no_network):
     """Hugging Face's layout, made from the real pixels as PNG, in two shards."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from PIL import Image
 
     def write(prefix, split, shards):
         pixels = np.frombuffer(mnist_files[f"{prefix}-images-idx3-ubyte"], np.uint8, offset=16).reshape(-1, 28, 28)
@@ -68,6 +69,20 @@ def test_parquet(mnist_files, tmp_path, no_network):
     test.write_bytes(test.read_bytes()[:100_000])
     with pytest.raises(UsageError, match=r"test-00000-of-00001\.parquet is damaged"):
         data.mnist_files(tmp_path)
+
+
+def test_another_data_sets_parquet_is_named(tmp_path, no_network):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "train-00000-of-00001.parquet"
+    stream = io.BytesIO()
+    Image.new("L", (5_000, 5_000)).save(stream, "png")
+    good = {"bytes": stream.getvalue(), "path": None}
+    for image, label in ((good, 1), ({"path": "x"}, 1), ({"bytes": b"", "path": None}, 1), (None, 1), (good, None)):
+        pq.write_table(pa.Table.from_pylist([{"image": image, "label": label}]), path)
+        with pytest.raises(UsageError, match=r"train-00000-of-00001\.parquet is damaged or not MNIST's"):
+            data.mnist_files(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "longer", "bad_gzip", "truncated_gzip"])
@@ -95,12 +110,15 @@ def test_damaged_file_is_named(mnist_folder, tmp_path, damage, no_network):
 def test_neither_network_nor_data(no_network):
     with pytest.raises(UsageError, match="Three ways to get it"):
         data.mnist_files()
-    assert not list(no_network.rglob("*ubyte*"))
+    assert not no_network.exists()
 
 
-def test_folder_that_does_not_exist(tmp_path):
-    with pytest.raises(UsageError, match="does not exist"):
+def test_folder_that_does_not_exist(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="does not exist: make it, or do without --data-dir"):
         data.mnist_files(tmp_path / "nope")
+    monkeypatch.setenv("GSM_DATA", str(tmp_path / "typo"))
+    with pytest.raises(UsageError, match="does not exist: make it, or do without GSM_DATA"):
+        data.mnist_files()
 
 
 class _Response(io.BytesIO):
@@ -113,12 +131,12 @@ def test_download_from_a_mirror(mnist_files, tmp_path, no_network, monkeypatch):
 
     def serve(url, timeout):
         mirror, _, name = url.rpartition("/")
-        if "ossci" in mirror:
-            raise OSError("down")
+        if "one" in mirror:
+            raise http.client.IncompleteRead(b"")
         content = mnist_files[name.removesuffix(".gz")]
         return _Response(gzip.compress(content, 1)[: 100 if name.removesuffix(".gz") in damaged else None])
 
-    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["http://one/", "https://ossci/"])
+    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["https://one/", "https://two/"])
     monkeypatch.setattr("urllib.request.urlopen", serve)
     with pytest.raises(UsageError, match="Three ways"):
         data.mnist_files(tmp_path)

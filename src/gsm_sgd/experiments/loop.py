@@ -57,14 +57,17 @@ def train(
     schedule = LambdaLR(optimizer, lr_factor(training, steps_per_epoch))
     torch.manual_seed(recipe.seed)
     position = {"epoch": 0, "step": 0, "seconds": 0.0}
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    loss_sum = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     if (state := stage.resume(device)) is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        _set_random_state(state["random"], device)
-        loss_sum.copy_(state["loss_sum"])
-        position = {key: state[key] for key in position}
+        try:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+            _set_random_state(state["random"], device)
+            loss_sum.copy_(state["loss_sum"])
+            position = {key: state[key] for key in position}
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise stage.damaged() from error
 
     first_epoch, first_step = int(position["epoch"]), int(position["step"])
     began = time.perf_counter() - position["seconds"]

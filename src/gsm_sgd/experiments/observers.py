@@ -118,6 +118,7 @@ class TensorBoard:
         """Finish the files of the stage."""
         if self._writer is not None:
             self._writer.close()
+            self._writer = None
 
 
 class Several:

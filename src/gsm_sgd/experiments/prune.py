@@ -1,15 +1,14 @@
 """Pruning without finetuning (Ding et al., sections 3 and 4.1): base -> GSM -> cut -> test before and after."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from .. import __version__
-from ..masks import apply_masks_, magnitude_masks, prunable_parameters, sparsity_table
+from ..masks import apply_masks_, freeze, magnitude_masks, prunable_parameters, sparsity_table
 from ..optimizer import GSM
 from . import models
 from .data import Dataset
@@ -47,11 +46,11 @@ def prune_steps(job: Job) -> tuple[nn.Module, dict[str, float]]:
 
     # 2. Train the base net.
     run.load_weights("init", model)
-    train_stage(job, "base", model, recipe.base, lambda: plain_sgd(model, recipe.base))
+    train_stage(job, "base", model, recipe.base, plain_sgd(model, recipe.base))
     top1["base"] = evaluate(model, test)
 
     # 3. Train it on with GSM: all but Q weights shrink to nothing.
-    train_stage(job, "gsm", model, recipe.gsm, lambda: gsm(model, recipe))
+    train_stage(job, "gsm", model, recipe.gsm, gsm(model, recipe))
     top1["gsm_before_cut"] = evaluate(model, test)
 
     # 4. Cut: the same as GSM.finalize(), which a stage that was finished earlier no longer has.
@@ -62,11 +61,28 @@ def prune_steps(job: Job) -> tuple[nn.Module, dict[str, float]]:
     return model, top1
 
 
-def train_stage(job: Job, name: str, model: nn.Module, training: Training, optimizer: Callable[[], Optimizer]) -> None:
-    """Train `model` as one stage of the run, or load what the stage left if it is over."""
+def train_stage(
+    job: Job,
+    name: str,
+    model: nn.Module,
+    training: Training,
+    optimizer: Optimizer,
+    masks: dict[str, Tensor] | None = None,
+) -> None:
+    """Train `model` as one stage of the run, or load what the stage left if it is over.
+
+    Raises:
+        RuntimeError: a weight that `masks` does not keep is not zero in the end.
+    """
     stage = job.run.stage(name)
     if not job.run.has_weights(name):
-        train(model, optimizer(), training, job.recipe, job.data, stage, job.observer)
+        masks = masks or {}
+        if masks:
+            freeze(optimizer, masks)
+        train(model, optimizer, training, job.recipe, job.data, stage, job.observer)
+        for key, mask in masks.items():
+            if model.get_parameter(key)[~mask].any():
+                raise RuntimeError(f"a masked weight of {key} moved in stage {name}")
         job.run.save_weights(name, model)
     job.run.load_weights(name, model)
     stage.discard_checkpoint()

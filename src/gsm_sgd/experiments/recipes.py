@@ -40,6 +40,19 @@ class Training:
     warmup_epochs: float = 0.0
     bias_lr_factor: float = 1.0
 
+    def check(self, stage: str) -> None:
+        """Raise UsageError, naming the stage, if a setting makes no sense."""
+        if self.epochs < 1:
+            raise UsageError(f"{stage}.epochs must be at least 1, not {self.epochs}")
+        numbers = {name: getattr(self, name) for name in ("lr", "weight_decay", "warmup_epochs", "bias_lr_factor")}
+        for name, value in [*numbers.items(), *(("milestones", milestone) for milestone in self.milestones)]:
+            if not (math.isfinite(value) and value >= 0):
+                raise UsageError(f"{stage}.{name} must be finite and at least 0, not {value}")
+        if not 0 <= self.momentum < 1:
+            raise UsageError(f"{stage}.momentum must be at least 0 and below 1, not {self.momentum}")
+        if self.nesterov and not self.momentum:
+            raise UsageError(f"{stage}.nesterov needs {stage}.momentum above 0")
+
     def scaled(self, factor: float) -> "Training":
         """Return the same schedule in `factor` times the epochs, at least one, milestones moved alike."""
         return replace(
@@ -103,14 +116,9 @@ class Recipe:
         return fields
 
     def check(self) -> None:
-        """Raise UsageError if a field makes no sense; what the optimizer refuses it says itself."""
-        for stage, training in (("base", self.base), ("gsm", self.gsm)):
-            if training.epochs < 1:
-                raise UsageError(f"{stage}.epochs must be at least 1, not {training.epochs}")
-            if not (math.isfinite(training.warmup_epochs) and training.warmup_epochs >= 0):
-                raise UsageError(f"{stage}.warmup_epochs must be at least 0, not {training.warmup_epochs}")
-            if not (math.isfinite(training.bias_lr_factor) and training.bias_lr_factor >= 0):
-                raise UsageError(f"{stage}.bias_lr_factor must be at least 0, not {training.bias_lr_factor}")
+        """Raise UsageError if a field makes no sense; of compression and passive_decay the optimizer judges."""
+        self.base.check("base")
+        self.gsm.check("gsm")
         if self.batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, not {self.batch_size}")
         if not 0 <= self.seed < 2**32:

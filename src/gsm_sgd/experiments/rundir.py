@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ from . import UsageError
 from .recipes import Recipe
 
 Record = dict[str, Any]
+_HASH = "gsm_sgd.sha256"  # in the metadata of our weight files
 
 
 class RunFolder:
@@ -48,7 +50,7 @@ class RunFolder:
         self.path = path
         self.recipe = recipe
         self.checkpoint_seconds = checkpoint_seconds
-        self._refuse_other_recipe()
+        refuse_other_recipe(path, recipe)
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = filelock.FileLock(path / ".lock")
@@ -57,6 +59,7 @@ class RunFolder:
             raise UsageError(f"{path} is in use by another process: wait for it, or choose another --out") from error
         except OSError as error:
             raise UsageError(f"cannot write to {path}: {error.strerror}; choose another --out") from error
+        refuse_other_recipe(path, recipe)  # another process may have made it while this one waited
         _replace(path / "recipe.yaml", yaml.safe_dump(recipe.as_dict(), sort_keys=False).encode())
 
     def __enter__(self) -> Self:
@@ -69,30 +72,17 @@ class RunFolder:
         """Let other processes have the folder."""
         self._lock.release()
 
-    def _refuse_other_recipe(self) -> None:
-        path = self.path / "recipe.yaml"
-        if not path.exists():
-            ours_at_once = {".lock", "recipe.yaml.partial"}  # all that a run killed at its very start leaves
-            if self.path.is_dir() and any(file.name not in ours_at_once for file in self.path.iterdir()):
-                raise UsageError(f"{self.path} is not a run's folder but holds files: choose another --out")
-            return
-        try:
-            theirs = _flat(yaml.safe_load(path.read_text()))
-        except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
-            raise UsageError(f"{path} is damaged: delete {self.path} or choose another --out") from error
-        ours = _flat(self.recipe.as_dict())
-        other = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
-        if other:
-            difference = ", ".join(f"{key} {theirs.get(key)} there, {ours.get(key)} here" for key in other[:3])
-            raise UsageError(f"{self.path} was made by another recipe ({difference}): choose another --out")
-
     # --- what a run leaves ---
 
     def note_environment(self, device: torch.device) -> None:
         """Add this process to environment.json: what ran the run, once more for each time it was resumed."""
-        path = self.path / "environment.json"
-        earlier = json.loads(path.read_text())["processes"] if path.exists() else []
-        _replace(path, _json({"processes": [*earlier, environment(device)]}))
+        processes = [*read_processes(self.path), environment(device)]
+        _replace(self.path / "environment.json", _json({"processes": processes}))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is over: result.json is there."""
+        return (self.path / "result.json").exists()
 
     def finish(self, result: Record) -> None:
         """Write result.json: the run is over."""
@@ -118,13 +108,17 @@ class RunFolder:
         """Write a model's state to `<name>.safetensors`, with a hash of it in the metadata."""
         tensors = {key: tensor.cpu().contiguous() for key, tensor in model.state_dict().items()}
         # one entry: safetensors writes several in any order, and the same weights are to give the same file
-        _replace(self.path / f"{name}.safetensors", save(tensors, {"sha256": _tensors_hash(tensors)}))
+        _replace(self.path / f"{name}.safetensors", save(tensors, {_HASH: _tensors_hash(tensors)}))
 
     def load_weights(self, name: str, model: nn.Module) -> None:
         """Load `<name>.safetensors` into a model of the same architecture, in place."""
         path = self.path / f"{name}.safetensors"
         try:
-            model.load_state_dict(read_weights(path))
+            weights = read_weights(path)
+        except UsageError as error:
+            raise UsageError(f"{error}; delete it to run its stage again") from error
+        try:
+            model.load_state_dict(weights)
         except RuntimeError as error:
             raise UsageError(f"{path} does not fit the model: delete it to run its stage again") from error
 
@@ -156,14 +150,20 @@ class Stage:
                     if archive.testzip() is not None:  # torch.load does not look at the checksums
                         raise ValueError("checksum differs")
                 state = torch.load(self._checkpoint, map_location=device, weights_only=True)
+                if state["stage"] != self.name:
+                    raise ValueError("another stage's")
                 epoch = int(state["epoch"])
             except Exception as error:  # a damaged file can fail in any way
-                raise UsageError(f"{self._checkpoint} is damaged: delete it to run its stage from the start") from error
+                raise self.damaged() from error
         else:
             epoch = 0
         kept = [r for r in read_metrics(self._metrics.parent) if r["stage"] != self.name or r["epoch"] <= epoch]
         _replace(self._metrics, b"".join(_json_line(record) for record in kept))
         return state
+
+    def damaged(self) -> UsageError:
+        """Return the error that names the checkpoint."""
+        return UsageError(f"{self._checkpoint} is damaged: delete it to run its stage from the start")
 
     def due(self) -> bool:
         """Return whether it is time to save the state again."""
@@ -171,7 +171,7 @@ class Stage:
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint."""
-        _replace(self._checkpoint, lambda stream: torch.save(state, stream))
+        _replace(self._checkpoint, lambda stream: torch.save({"stage": self.name, **state}, stream))
         self._saved_at = time.monotonic()
 
     def log(self, record: Record) -> None:
@@ -186,6 +186,25 @@ class Stage:
         self._checkpoint.unlink(missing_ok=True)
 
 
+def refuse_other_recipe(folder: Path, recipe: Recipe) -> None:
+    """Raise UsageError if a folder holds anything but a run of this recipe; nothing is written."""
+    path = folder / "recipe.yaml"
+    if not path.exists():
+        ours_at_once = {".lock", "recipe.yaml.partial"}  # all that a run killed at its very start leaves
+        if folder.is_dir() and any(file.name not in ours_at_once for file in folder.iterdir()):
+            raise UsageError(f"{folder} is not a run's folder but holds files: choose another --out")
+        return
+    try:
+        theirs = _flat(yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+        raise UsageError(f"{path} is damaged: delete {folder} or choose another --out") from error
+    ours = _flat(recipe.as_dict())
+    other = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+    if other:
+        difference = ", ".join(f"{key} {theirs.get(key)} there, {ours.get(key)} here" for key in other[:3])
+        raise UsageError(f"{folder} was made by another recipe ({difference}): choose another --out")
+
+
 def read_metrics(folder: Path) -> list[Record]:
     """Return the whole records of a run's metrics.jsonl; a last line cut short by a kill does not count."""
     path = folder / "metrics.jsonl"
@@ -195,10 +214,27 @@ def read_metrics(folder: Path) -> list[Record]:
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], 1):
         try:
-            records.append(json.loads(line))
-        except ValueError as error:
+            record = json.loads(line)
+            if not {"stage", "epoch", "lr", "loss", "top1", "seconds"} <= set(record):
+                raise ValueError("not an epoch's record")
+            records.append(record)
+        except (ValueError, TypeError) as error:
             raise UsageError(f"{path} is damaged in line {number}: delete that line") from error
     return records
+
+
+def read_processes(folder: Path) -> list[Record]:
+    """Return what environment.json says of each process that worked on a run."""
+    path = folder / "environment.json"
+    if not path.exists():
+        return []
+    try:
+        processes = json.loads(path.read_text())["processes"]
+        if not all(isinstance(process, dict) for process in processes):
+            raise ValueError("not a list of records")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is damaged: delete it") from error
+    return list(processes)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -210,20 +246,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
-            expected = (file.metadata() or {}).get("sha256")
+            expected = (file.metadata() or {}).get(_HASH)
     except FileNotFoundError as error:
         raise UsageError(f"{path} does not exist") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise UsageError(f"{path} is not a safetensors file, or damaged") from error
     if expected is not None and expected != _tensors_hash(tensors):
-        raise UsageError(f"{path} is damaged: its weights are not those that were saved; delete it to make it anew")
+        raise UsageError(f"{path} is damaged: its weights are not those that were saved")
     return tensors
 
 
 def environment(device: torch.device) -> Record:
     """Return what a figure depends on beside the recipe: command, commit, versions and machine."""
     return {
-        "command": " ".join(["gsm", *sys.argv[1:]]),
+        "command": shlex.join(_command()),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": __version__,
         "commit": _commit(),
@@ -240,6 +276,13 @@ def environment(device: torch.device) -> Record:
 def device_name(device: torch.device) -> str:
     """Return a device's type, and for a GPU what it is."""
     return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+
+
+def _command() -> list[str]:
+    """Return the words that started this process."""
+    program, *words = sys.argv
+    name = Path(program).name
+    return [*(["gsm"] if name in ("gsm", "__main__.py") else ["python", program]), *words]
 
 
 def _commit() -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ..experiments import UsageError
-from ..experiments.rundir import Record, read_metrics
+from ..experiments.rundir import Record, read_metrics, read_processes
 
 TITLES = {
     "base": "base net",
@@ -62,13 +62,23 @@ def read_run(path: Path) -> Run:
         recipe = yaml.safe_load(file.read_text())
         if not isinstance(recipe, dict):
             raise ValueError("not a mapping")
-        file = path / "environment.json"
-        processes = json.loads(file.read_text())["processes"] if file.exists() else []
         file = path / "result.json"
         result = json.loads(file.read_text()) if file.exists() else None
-    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise UsageError(f"{file} is damaged") from error
-    return Run(path, recipe, processes, read_metrics(path), result)
+        if result is not None and not {"command", "seed", "seconds", "top1", "layers", "paper"} <= set(result):
+            raise ValueError("not a result")
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise UsageError(f"{file} is damaged: delete it and give the run's command again") from error
+    return Run(path, recipe, read_processes(path), read_metrics(path), result)
+
+
+def by_recipe(runs: Sequence[Run]) -> list[list[Run]]:
+    """Return finished runs in groups that differ in the seed alone, each run once."""
+    groups: dict[str, dict[Path, Run]] = {}
+    for run in runs:
+        if run.result is not None:
+            key = json.dumps([run.result["command"], {**run.recipe, "seed": None}])
+            groups.setdefault(key, {})[run.path.resolve()] = run
+    return [list(group.values()) for group in groups.values()]
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
@@ -82,13 +92,14 @@ def summary(runs: Sequence[Run]) -> Record:
     Raises:
         UsageError: a run is not over, or the recipes differ in more than the seed.
     """
-    results = []
     for run in runs:
         if run.result is None:
             raise UsageError(f"{run.path} is not finished: give its command again to go on")
-        results.append(run.result)
-        if {**run.recipe, "seed": 0} != {**runs[0].recipe, "seed": 0}:
-            raise UsageError(f"{run.path} and {runs[0].path} differ in more than the seed")
+    groups = by_recipe(runs)
+    if len(groups) > 1:
+        raise UsageError(f"{groups[0][0].path} and {groups[1][0].path} differ in more than the seed")
+    runs = groups[0]
+    results = [run.result for run in runs if run.result is not None]
     top1: dict[str, Any] = {}
     for key in results[0]["top1"]:
         mean, deviation = mean_and_deviation([result["top1"][key] for result in results])
