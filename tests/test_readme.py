@@ -18,14 +18,37 @@ def cells(record):
     return " | ".join(shown)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("lenet*.json")), ids=lambda path: path.stem)
-def test_results_stand_in_the_readme(path):
-    record = json.loads(path.read_text())
+RUNS = [
+    "lenet300-x60-paper",
+    "lenet300-x60-repo",
+    "lenet300-x60-fast",
+    "lenet5-x125-paper-quarter",
+    "lenet5-x300-paper-quarter",
+]
+
+
+def test_no_result_is_missing_or_unnamed():
+    assert {path.stem for path in (ROOT / "results").glob("lenet*.json")} == set(RUNS)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_results_stand_in_the_readme(name):
+    record = json.loads((ROOT / "results" / f"{name}.json").read_text())
     assert cells(record) in (ROOT / "README.md").read_text()
     for processes in record["processes"]:
         for process in processes:
+            assert process["commit"] is not None
             assert not process["commit"].endswith("-dirty"), "results come from committed code"
             assert {"command", "torch", "processor", "cores", "threads"} <= set(process)
+
+
+@pytest.mark.parametrize("name", ["epoch-lenet300", "epoch-lenet5"])
+def test_speeds_stand_in_the_readme(name):
+    rows = json.loads((ROOT / "results" / f"{name}.json").read_text())["rows"]
+    readme = (ROOT / "README.md").read_text()
+    for row in ("plain loop", "ours (channels_last, float32)"):
+        assert f"{rows[row]['seconds']:.2f} s" in readme
+    assert f"{rows['ours (channels_last, float32)']['ratio']:.1f}" in readme
 
 
 def test_commands_in_the_readme_exist():

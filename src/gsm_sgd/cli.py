@@ -84,33 +84,19 @@ def _complain(error: Exception, status: int) -> int:
 
 def _run(command: str, options: Namespace, console: Console, log: Console) -> None:
     """Run a recipe for each seed and show what came out."""
-    recipe = _recipe(options)
-    seeds = [recipe.seed] if options.seeds is None else _seeds(options.seeds)
+    planned = _plan(command, options)
     device = _device(options.device)
     if options.threads is not None:
-        if options.threads < 1:
-            raise UsageError(f"threads must be at least 1, not {options.threads}")
         torch.set_num_threads(options.threads)
-    if not (math.isfinite(options.checkpoint_seconds) and options.checkpoint_seconds >= 0):
-        raise UsageError(f"checkpoint-seconds must be at least 0, not {options.checkpoint_seconds}")
-    recipes = [replace(recipe, seed=seed) for seed in seeds]
-    for each in recipes:
-        each.check()
-    recipes = [each.scaled(options.epochs_scale) for each in recipes]
-    _check_optimizer(recipes[0])
-    folders = [
-        options.out / f"{each.recipe}-{command}-{each.preset}-x{each.compression:g}-s{each.seed}" for each in recipes
-    ]
-    for path, each in zip(folders, recipes, strict=True):
-        refuse_other_recipe(path, each)  # all of them, before the first is trained
+    recipe = next(iter(planned.values()))
     dataset = data.load(recipe.dataset, options.data_dir)
     if recipe.holdout:
         dataset = dataset.hold_out(recipe.holdout)
     dataset = dataset.to(device)
 
     runs = []
-    for path, each in zip(folders, recipes, strict=True):
-        with RunFolder(path, each, options.checkpoint_seconds) as folder:
+    for path, recipe in planned.items():
+        with RunFolder(path, recipe, options.checkpoint_seconds) as folder:
             log.print(str(path), highlight=False, soft_wrap=True)
             if not folder.finished:
                 folder.note_environment(device)
@@ -118,10 +104,29 @@ def _run(command: str, options: Namespace, console: Console, log: Console) -> No
                     observers: list[Observer] = [bars]
                     if options.tensorboard:
                         observers.append(at_end.enter_context(closing(TensorBoard(path))))
-                    _COMMANDS[command](Job(each, dataset, folder, Several(observers), device))
+                    _COMMANDS[command](Job(recipe, dataset, folder, Several(observers), device))
             runs.append(read_run(path))
             _save_pictures(runs[-1], folder)
     _print_results(runs, console)
+
+
+def _plan(command: str, options: Namespace) -> dict[Path, Recipe]:
+    """Return a run's folder and recipe for each seed, all checked before anything is written or trained."""
+    if options.threads is not None and options.threads < 1:
+        raise UsageError(f"threads must be at least 1, not {options.threads}")
+    if not (math.isfinite(options.checkpoint_seconds) and options.checkpoint_seconds >= 0):
+        raise UsageError(f"checkpoint-seconds must be at least 0, not {options.checkpoint_seconds}")
+    recipe = _recipe(options)
+    planned = {}
+    for seed in [recipe.seed] if options.seeds is None else _seeds(options.seeds):
+        seeded = replace(recipe, seed=seed)
+        seeded.check()
+        name = f"{seeded.recipe}-{command}-{seeded.preset}-x{seeded.compression:g}-s{seed}"
+        planned[options.out / name] = seeded.scaled(options.epochs_scale)
+    _check_optimizer(recipe)
+    for path, seeded in planned.items():
+        refuse_other_recipe(path, seeded)
+    return planned
 
 
 def _check_optimizer(recipe: Recipe) -> None:
