@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
@@ -22,9 +22,9 @@ from .experiments.loop import Observer
 from .experiments.lottery import lottery
 from .experiments.observers import ProgressBars, Several, TensorBoard
 from .experiments.prune import Job, gsm, prune
-from .experiments.recipes import RECIPES, Recipe, Training, find_recipe
+from .experiments.recipes import RECIPES, Preset, Recipe, Training, find_recipe
 from .experiments.rundir import Record, RunFolder, read_weights, refuse_other_recipe
-from .masks import LayerSparsity
+from .masks import LayerSparsity, sparsity_rows
 from .reports import plots, tables
 from .reports.runs import Run, by_recipe, read_run, summary
 
@@ -204,13 +204,7 @@ def _show(paths: Sequence[Path], json_path: Path | None, console: Console) -> No
         except OSError as error:
             raise UsageError(f"cannot write {json_path}: {error.strerror}") from error
     for path in files:
-        weights = read_weights(path)
-        layers = [
-            LayerSparsity(name, tuple(weight.shape), weight.numel(), int(weight.count_nonzero()))
-            for name, weight in weights.items()
-            if weight.ndim >= 2
-        ]
-        console.print(tables.layers_table(layers, str(path)))
+        console.print(tables.layers_table(sparsity_rows(read_weights(path)), str(path)))
     unfinished = [one for one in runs if one.result is None]
     for one in unfinished:
         console.print(tables.progress_table(one))
@@ -301,7 +295,7 @@ def _run_parser(recipe: Recipe, command: str, description: str) -> ArgumentParse
     usage = f"gsm {command} RECIPE [options]"
     parser = _Parser(usage=usage, description=f"{description[0].upper()}{description[1:]}.")
     parser.add_argument("recipe", type=str, help=f"one of {', '.join(RECIPES)}")
-    parser.add_argument("--preset", type=Literal["fast", "paper", "repo"], default="fast", help="whose settings")
+    parser.add_argument("--preset", type=Preset, default="fast", help="whose settings")
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any fields of the recipe")
     parser.add_argument("--seeds", type=str | None, default=None, help="several runs, like 0,1,2")
     parser.add_argument("--epochs-scale", type=float, default=1.0, help="shorten every stage, milestones too")

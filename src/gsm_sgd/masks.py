@@ -109,9 +109,15 @@ def freeze(optimizer: Optimizer, masks: Masks) -> RemovableHandle:
 
 def sparsity_table(model: nn.Module) -> list[LayerSparsity]:
     """Return a row (name, shape, params, nonzeros) for each prunable parameter, in model order."""
+    return sparsity_rows(prunable_parameters(model))
+
+
+def sparsity_rows(weights: Mapping[str, Tensor]) -> list[LayerSparsity]:
+    """Return the rows of a sparsity table for the prunable ones of named tensors, in their order."""
     return [
-        LayerSparsity(name, tuple(parameter.shape), parameter.numel(), int(parameter.count_nonzero()))
-        for name, parameter in prunable_parameters(model).items()
+        LayerSparsity(name, tuple(weight.shape), weight.numel(), int(weight.count_nonzero()))
+        for name, weight in weights.items()
+        if is_prunable(weight)
     ]
 
 

@@ -18,6 +18,9 @@ from .rundir import Record, Stage
 _EVALUATION_BATCH = 1_000  # small enough to stay in a CPU's cache
 
 
+_Parts = dict[str, nn.Module | Optimizer | LambdaLR]  # what has a state_dict
+
+
 class TrainingDivergedError(ArithmeticError):
     """The loss is no longer a number."""
 
@@ -55,15 +58,13 @@ def train(
     device = next(model.parameters()).device
     steps_per_epoch = math.ceil(len(data.train) / recipe.batch_size)
     schedule = LambdaLR(optimizer, lr_factor(training, steps_per_epoch))
+    parts: _Parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     torch.manual_seed(recipe.seed)
     position = {"epoch": 0, "step": 0, "seconds": 0.0}
     loss_sum = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     if (state := stage.resume(device)) is not None:
         try:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            schedule.load_state_dict(state["schedule"])
-            _set_random_state(state["random"], device)
+            _restore(state, parts, device)
             loss_sum.copy_(state["loss_sum"])
             position = {key: state[key] for key in position}
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -77,18 +78,8 @@ def train(
         order = image_order(len(data.train), recipe.seed, epoch).to(device)
         for step, (images, labels) in enumerate(data.train.batches(recipe.batch_size, order, first_step), first_step):
             if stage.due():
-                stage.save(
-                    {
-                        "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "schedule": schedule.state_dict(),
-                        "random": _random_state(device),
-                        "loss_sum": loss_sum,
-                        "epoch": epoch,
-                        "step": step,
-                        "seconds": time.perf_counter() - began,
-                    }
-                )
+                position = {"epoch": epoch, "step": step, "seconds": time.perf_counter() - began}
+                stage.save({**_snapshot(parts, device), "loss_sum": loss_sum, **position})
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
                 loss = F.cross_entropy(model(images), labels)
             optimizer.zero_grad()
@@ -158,15 +149,19 @@ def image_order(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    """Return the state of the generators that a model's own randomness, dropout say, draws from."""
-    state = {"cpu": torch.get_rng_state()}
+def _snapshot(parts: _Parts, device: torch.device) -> dict[str, Any]:
+    """Return the states of model, optimizer and schedule, and of the generators that dropout, say, draws from."""
+    random = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
+        random["cuda"] = torch.cuda.get_rng_state(device)
+    return {**{name: part.state_dict() for name, part in parts.items()}, "random": random}
 
 
-def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"].cpu())
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+def _restore(state: dict[str, Any], parts: _Parts, device: torch.device) -> None:
+    """Set everything to what `_snapshot` returned."""
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    random = state["random"]
+    torch.set_rng_state(random["cpu"].cpu())
+    if "cuda" in random and device.type == "cuda":
+        torch.cuda.set_rng_state(random["cuda"].cpu(), device)

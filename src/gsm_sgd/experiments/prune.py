@@ -14,7 +14,7 @@ from . import models
 from .data import Dataset
 from .loop import Observer, evaluate, parameter_groups, train
 from .recipes import Recipe, Training
-from .rundir import Record, RunFolder, device_name
+from .rundir import Record, RunFolder, device_name, read_metrics
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def gsm(model: nn.Module, recipe: Recipe) -> GSM:
 def finish(job: Job, command: str, pruned: nn.Module, top1: dict[str, float]) -> Record:
     """Write and return the result of a run."""
     recipe = job.recipe
-    last: dict[str, Any] = {record["stage"]: record for record in job.run.metrics()}
+    last: dict[str, Any] = {record["stage"]: record for record in read_metrics(job.run.path)}
     layers = sparsity_table(pruned)
     result = {
         "recipe": recipe.recipe,

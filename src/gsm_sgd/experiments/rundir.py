@@ -94,10 +94,6 @@ class RunFolder:
         write(partial)
         partial.replace(self.path / name)
 
-    def metrics(self) -> list[Record]:
-        """Return the records of metrics.jsonl: one for each epoch of each stage."""
-        return read_metrics(self.path)
-
     # --- weights ---
 
     def has_weights(self, name: str) -> bool:

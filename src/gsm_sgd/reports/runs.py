@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -81,9 +81,19 @@ def by_recipe(runs: Sequence[Run]) -> list[list[Run]]:
     return [list(group.values()) for group in groups.values()]
 
 
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return the mean and the sample standard deviation, None for a single value."""
-    return fmean(values), stdev(values) if len(values) > 1 else None
+class Figure(NamedTuple):
+    """An accuracy over the seeds, in percent: final mean, sample deviation, and mean of the last ten epochs."""
+
+    mean: float
+    std: float | None
+    last_ten_mean: float | None
+
+
+def figure(runs: Sequence[Run], key: str) -> Figure:
+    """Return a `top1` figure over finished runs; no deviation of one run, no last ten of what is no stage's."""
+    values = [run.result["top1"][key] for run in runs if run.result is not None]
+    last_ten = [value for run in runs if (value := run.last_ten(key)) is not None]
+    return Figure(fmean(values), stdev(values) if len(values) > 1 else None, fmean(last_ten) if last_ten else None)
 
 
 def summary(runs: Sequence[Run]) -> Record:
@@ -102,11 +112,10 @@ def summary(runs: Sequence[Run]) -> Record:
     results = [run.result for run in runs if run.result is not None]
     top1: dict[str, Any] = {}
     for key in results[0]["top1"]:
-        mean, deviation = mean_and_deviation([result["top1"][key] for result in results])
-        top1[key] = {"mean": round(mean, 4), "std": None if deviation is None else round(deviation, 4)}
-        last_ten = [value for run in runs if (value := run.last_ten(key)) is not None]
-        if last_ten:
-            top1[key]["last_ten_mean"] = round(fmean(last_ten), 4)
+        mean, std, last_ten = figure(runs, key)
+        top1[key] = {"mean": round(mean, 4), "std": None if std is None else round(std, 4)}
+        if last_ten is not None:
+            top1[key]["last_ten_mean"] = round(last_ten, 4)
     return {
         "recipe": runs[0].recipe,
         "seeds": [result["seed"] for result in results],

@@ -1,13 +1,13 @@
 """Tables for the terminal."""
 
 from collections.abc import Sequence
-from statistics import fmean
+from typing import get_args
 
 from rich.table import Table
 
-from ..experiments.recipes import RECIPES, published
+from ..experiments.recipes import RECIPES, Preset, published
 from ..masks import LayerSparsity
-from .runs import TITLES, Run, mean_and_deviation
+from .runs import TITLES, Run, figure
 
 
 def results_table(runs: Sequence[Run]) -> Table:
@@ -26,17 +26,15 @@ def results_table(runs: Sequence[Run]) -> Table:
     table.add_column("paper", justify="right")
     paper = first["paper"] or {}
     for key, title in TITLES.items():
-        values = [result["top1"][key] for result in results if key in result["top1"]]
-        if not values or (key == "pruned" and _same_as_after_cut(results)):
+        if key not in first["top1"] or (key == "pruned" and _same_as_after_cut(results)):
             continue
-        mean, deviation = mean_and_deviation(values)
-        last_ten = [value for run in runs if (value := run.last_ten(key)) is not None]
-        figure = paper.get("pruned" if key == "gsm_after_cut" else key)
+        mean, deviation, last_ten = figure(runs, key)
+        published_figure = paper.get("pruned" if key == "gsm_after_cut" else key)
         table.add_row(
             title,
             f"{mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}"),
-            f"{fmean(last_ten):.2f}" if last_ten else "",
-            "" if figure is None else f"{figure:.2f}",
+            "" if last_ten is None else f"{last_ten:.2f}",
+            "" if published_figure is None else f"{published_figure:.2f}",
         )
     return table
 
@@ -81,13 +79,13 @@ def recipes_table() -> Table:
         table.add_column(column, justify="left" if column in ("recipe", "preset") else "right")
     for name, make in RECIPES.items():
         figures = published(name)
-        for row, preset in enumerate(("fast", "paper", "repo")):
-            recipe = make(preset)  # type: ignore[arg-type]  # a literal in a tuple is a str to the checker
+        for row, preset in enumerate(get_args(Preset)):
+            recipe = make(preset)
             prune = recipe.base.epochs + recipe.gsm.epochs
             lead = ("", "", "")
             if row == 0:
                 ratios = "\n".join(f"{ratio:g}x" for ratio in figures)
-                lead = (name, ratios, "\n".join(f"{figure['pruned']:.2f}" for figure in figures.values()))
+                lead = (name, ratios, "\n".join(f"{top1['pruned']:.2f}" for top1 in figures.values()))
             table.add_row(*lead, preset, str(prune), str(prune + 2 * recipe.base.epochs))
         table.add_section()
     return table
