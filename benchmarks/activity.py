@@ -21,7 +21,7 @@ from gsm_sgd.experiments import data, models
 from gsm_sgd.experiments.loop import evaluate, image_order
 from gsm_sgd.experiments.rundir import environment, read_weights
 from gsm_sgd.reports.runs import read_run
-from gsm_sgd.selection import importance, kept_weights, top_indices
+from gsm_sgd.selection import importance, kept_weights, select_top
 
 
 def activity(path: Path, dataset: data.Dataset) -> dict[str, Any]:
@@ -40,8 +40,8 @@ def activity(path: Path, dataset: data.Dataset) -> dict[str, Any]:
         model.zero_grad()
         F.cross_entropy(model(images), labels).backward()
         scores = [importance(weight, weight.grad) for weight in weights.values() if weight.grad is not None]
-        for count, indices in zip(times_active, top_indices(scores, kept), strict=True):
-            count[indices] += 1
+        for count, active in zip(times_active, select_top(scores, kept), strict=True):
+            count += active.view(-1)
     masks = magnitude_masks(weights, recipe["compression"])
     cut_away = torch.cat([~mask.reshape(-1) for mask in masks.values()])
     times = torch.cat(times_active)

@@ -13,6 +13,8 @@ ROOT = Path(gsm_sgd.__file__).parent
 ORDER = [
     "selection",
     "masks",
+    "rule",
+    "fused",
     "optimizer",
     "__init__",
     "experiments/__init__",
@@ -20,6 +22,7 @@ ORDER = [
     "experiments/data",
     "experiments/models/lenet",
     "experiments/models/__init__",
+    "experiments/bench",
     "experiments/rundir",
     "experiments/loop",
     "experiments/observers",
@@ -32,7 +35,7 @@ ORDER = [
     "cli",
     "__main__",
 ]
-LIBRARY = ORDER[:4]
+LIBRARY = ORDER[:6]
 
 
 def module_of(path):

@@ -442,6 +442,15 @@ def test_bad_hyperparameter_of_a_group():
         )
 
 
+def test_parameters_on_several_devices():
+    params = [nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3, device="meta"))]
+    optimizer = GSM(params, 0.1, compression=2)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="on one device"):
+        optimizer.step()
+
+
 def test_nothing_prunable():
     with pytest.raises(ValueError, match="nothing to prune"):
         GSM([nn.Parameter(torch.ones(3))], 0.1, compression=2)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gsm_sgd.selection import importance, kept_weights, select_top, top_indices
+from gsm_sgd.selection import importance, kept_weights, select_top
 from reference_gsm import naive_top
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -115,12 +115,6 @@ def test_infinite_scores_are_the_largest():
     scores = torch.tensor([1.0, math.inf, -math.inf, 2.0, math.inf])
     assert select_top([scores], 1)[0].tolist() == [False, True, False, False, False]
     assert select_top([scores], 3)[0].tolist() == [False, True, False, True, True]
-
-
-def test_indices_are_ascending_and_flat():
-    scores = [torch.rand(3, 4), torch.rand(5)]
-    for indices, mask in zip(top_indices(scores, 6), select_top(scores, 6), strict=True):
-        assert torch.equal(indices, mask.reshape(-1).nonzero().squeeze(1))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import math
 import sys
 import warnings
@@ -17,7 +18,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from rich.console import Console
 
 from . import __version__
-from .experiments import UsageError, data, models
+from .experiments import UsageError, bench, data, models
 from .experiments.loop import Observer
 from .experiments.lottery import lottery
 from .experiments.observers import ProgressBars, Several, TensorBoard
@@ -53,6 +54,8 @@ def run(argv: Sequence[str]) -> int:
                 place, files = data.find_mnist(options.data_dir)
                 size = sum(map(len, files.values()))
                 console.print(f"MNIST: {len(files)} files, {size:,} bytes, md5 verified, in {place}", soft_wrap=True)
+            case "bench":
+                _bench(options, console, log)
             case "show":
                 _show(options.runs, options.json, console)
             case command:
@@ -226,6 +229,24 @@ def _print_results(runs: Sequence[Run], console: Console) -> None:
     )
 
 
+# --- bench ---
+
+
+def _bench(options: Namespace, console: Console, log: Console) -> None:
+    """Measure what a step costs on the shapes of each model named."""
+    if options.subject != "step":
+        raise UsageError(f"unknown benchmark {options.subject!r}: there is step")
+    if options.repeats < 1:
+        raise UsageError(f"repeats must be at least 1, not {options.repeats}")
+    device = _device(options.device)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no CUDA is no news
+    works = {name: bench.workload(name) for name in options.models}
+    for name, work in works.items():
+        with log.status(f"{name}: compiling, then {options.repeats} turns"):
+            costs = bench.measure(work, options.repeats, device)
+        console.print(tables.costs_table(name, work, costs))
+
+
 # --- the parser ---
 
 
@@ -283,6 +304,13 @@ def _parser(recipe: Recipe) -> ArgumentParser:
     show.add_argument("runs", nargs="+", type=Path, help="run folders, or safetensors files")
     show.add_argument("--json", type=Path | None, default=None, help="also write runs of several seeds to this file")
     commands.add_subcommand("show", show, help="what runs came to, or the layers of a weight file")
+
+    cost = _Parser(description="Measure what an optimizer step costs, GSM's beside SGD's, by turns in one run.")
+    cost.add_argument("subject", type=str, help="what to measure: step")
+    cost.add_argument("models", nargs="*", default=["lenet300", "resnet56"], help=f"of {', '.join(bench.WORKLOADS)}")
+    cost.add_argument("--repeats", type=int, default=9, help="turns")
+    cost.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, ...")
+    commands.add_subcommand("bench", cost, help="what an optimizer step costs")
 
     fetch = _Parser(description="Fetch a data set and verify it.")
     fetch.add_argument("dataset", type=str, help="which one: mnist")

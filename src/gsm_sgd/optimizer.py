@@ -14,6 +14,8 @@ B is chosen anew at every step, so a passive weight can come back.
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
+from itertools import compress
 from typing import Any, overload
 
 import torch
@@ -21,8 +23,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from .fused import FusedRule
 from .masks import Masks, apply_masks_, is_prunable, magnitude_masks, prunable_in
-from .selection import check_compression, importance, kept_weights, top_indices
+from .rule import EagerRule, Kernel, Part, laid_out_as
+from .selection import check_compression, kept_weights
 
 
 class NonFiniteGradientError(ArithmeticError):
@@ -47,9 +51,13 @@ class GSM(Optimizer):
         weight_decay: eta, coupled L2 as in `torch.optim.SGD`.
         nesterov: look ahead along the momentum, as in `torch.optim.SGD`.
         passive_decay: eta of passive weights; None means `weight_decay`, the paper's rule.
+        foreach, fused: which implementation to use; None is the quickest that needs no compiler. `fused=True` is
+            compiled at the first step, in up to minutes for a large model, and then needs almost no memory of its
+            own; other values are handed on to torch's SGD. None of it changes which weights are active.
 
     Raises:
         ValueError: a hyperparameter is out of range, nothing is prunable, or a parameter is given twice.
+            With `fused=True` a step raises RuntimeError where nothing can be compiled.
     """
 
     def __init__(
@@ -62,8 +70,12 @@ class GSM(Optimizer):
         weight_decay: float = 1e-4,
         nesterov: bool = False,
         passive_decay: float | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
     ) -> None:
         check_compression(compression)
+        if foreach and fused:
+            raise ValueError("foreach and fused cannot both be True")
         defaults = {
             "lr": lr,
             "compression": compression,
@@ -72,7 +84,10 @@ class GSM(Optimizer):
             "nesterov": nesterov,
             "passive_decay": passive_decay,
             "prunable": None,
+            "foreach": foreach,
+            "fused": fused,
         }
+        self._choose_rule(foreach, fused)
         super().__init__(params, defaults)
         if self.num_prunable == 0:
             raise ValueError("nothing to prune: GSM needs a parameter with ndim >= 2, or a prunable group")
@@ -111,12 +126,17 @@ class GSM(Optimizer):
     @property
     def num_prunable(self) -> int:
         """N, the number of weights that the rule governs."""
-        return sum(param.numel() for param in prunable_in(self).values())
+        return sum(p.numel() for group in self.param_groups for p in group["params"] if is_prunable(p, group))
 
     @property
     def nonzeros(self) -> int:
         """Q = floor(N / C): how many weights are active at every step, and how many `finalize()` keeps."""
         return kept_weights(self.num_prunable, self.param_groups[0]["compression"])
+
+    @property
+    def memory(self) -> Tensor:
+        """What is kept from one step to the next beside the state: an importance for each weight, or nothing."""
+        return self._rule.memory
 
     @property
     def finalized(self) -> bool:
@@ -148,16 +168,43 @@ class GSM(Optimizer):
             return loss
         if any(grad.is_sparse for grad in grads):
             raise RuntimeError("GSM does not support sparse gradients")
-        prunable = prunable_in(self)
-        _refuse_nonfinite_gradients(prunable)
-        num_prunable = sum(param.numel() for param in prunable.values())
+        check_finite = partial(_refuse_nonfinite_gradients, self)
+        governed = [[is_prunable(param, group) for param in group["params"]] for group in self.param_groups]
+        num_prunable = sum(
+            param.numel()
+            for group, flags in zip(self.param_groups, governed, strict=True)
+            for param in compress(group["params"], flags)
+        )
         kept = kept_weights(num_prunable, self.param_groups[0]["compression"])
-        active = self._active([param for param in prunable.values() if param.grad is not None], kept)
-        some_passive = kept < num_prunable and not self.finalized
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None or (some_passive and is_prunable(param, group)):
-                    _update_(param, self.state[param], active.get(param), group)
+        all_active, finalized = kept == num_prunable, self.finalized
+        plain: list[Part] = []
+        ruled: list[Part] = []
+        still: list[Part] = []
+        for group, flags in zip(self.param_groups, governed, strict=True):
+            sides: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
+            for param, by_rule in zip(group["params"], flags, strict=True):
+                if param.grad is not None:
+                    sides[by_rule and not all_active].append(param)
+                elif by_rule and not all_active and not finalized:
+                    sides[2].append(param)
+            for parts, params in zip((plain, ruled, still), sides, strict=True):
+                parts.append(self._part(params, group))
+        ruled = [part for part in ruled if part.params]
+        if all_active or finalized:
+            check_finite()
+        if ruled and finalized:
+            self._rule.update_masked_(ruled, [self.state[p]["mask"] for part in ruled for p in part.params])
+        elif ruled:
+            if len({param.device for part in ruled for param in part.params}) > 1:
+                raise ValueError("GSM needs all prunable parameters on one device")
+            available = sum(param.numel() for part in ruled for param in part.params)
+            self._rule.update_(ruled, min(kept, available), check_finite)
+        # Nothing passive: this is torch.optim.SGD, with the implementation that it would choose, to the bit.
+        for part in plain:
+            kernel = self._kernel if all_active else self._kernel.or_quickest(part.params)
+            kernel.sgd_(part, part.grads, part.weight_decay)
+        for part in still:
+            self._kernel.sgd_(part, part.grads, part.passive_decay)
         return loss
 
     @torch.no_grad()
@@ -179,6 +226,7 @@ class GSM(Optimizer):
                 state["mask"] = masks[key]
                 if "momentum_buffer" in state:  # else it would push a weight that was cut away from zero
                     state["momentum_buffer"].masked_fill_(~masks[key], 0)
+            self._rule.memory = torch.empty(0)  # nothing is chosen any more
         return {key: self.state[param]["mask"].clone() for key, param in prunable.items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -190,50 +238,27 @@ class GSM(Optimizer):
         for param_state in self.state.values():
             if "mask" in param_state:
                 param_state["mask"] = param_state["mask"].bool()
+        if not hasattr(self, "_rule"):  # a copy, or unpickled: none of it is state
+            self._choose_rule(self.defaults["foreach"], self.defaults["fused"])
 
-    def _active(self, params: list[Tensor], kept: int) -> dict[Tensor, Tensor]:
-        """Return B as flat indices for prunable parameters, all with gradients: Q in all, or all there are."""
-        if self.finalized:
-            return {param: self.state[param]["mask"].reshape(-1).nonzero().squeeze(1) for param in params}
-        scores = [importance(param, param.grad) for param in params if param.grad is not None]
-        active = top_indices(scores, min(kept, sum(score.numel() for score in scores)))
-        return dict(zip(params, active, strict=True))
+    def _choose_rule(self, foreach: bool | None, fused: bool | None) -> None:
+        self._kernel = Kernel(foreach, fused)
+        self._rule = FusedRule() if fused else EagerRule(self._kernel)
 
+    def _part(self, params: list[Tensor], group: dict[str, Any]) -> Part:
+        """Return what is needed to update parameters of a group. One without a gradient is given zeros."""
+        grads = [torch.zeros_like(param) if param.grad is None else param.grad for param in params]
+        momenta = [self._momentum(param) if group["momentum"] else None for param in params]
+        settings = (group["lr"], group["momentum"], group["weight_decay"], _passive_decay(group), group["nesterov"])
+        return Part(params, grads, momenta, *settings)
 
-def _update_(weight: Tensor, state: dict[str, Any], active: Tensor | None, group: dict[str, Any]) -> None:
-    """Apply the rule to one parameter, in place.
-
-    Each operation is the one that `torch.optim.SGD` uses, so that with all weights active the bits are its own.
-
-    Args:
-        weight: the parameter W, with its gradient.
-        state: its optimizer state, with the momentum Z.
-        active: B as ascending indices into the flattened weight; None where the rule does not govern it.
-        group: its hyperparameters.
-    """
-    alpha, beta, eta = group["lr"], group["momentum"], group["weight_decay"]
-    grad = weight.grad
-    if grad is None:
-        direction = weight * _passive_decay(group)
-    elif active is None or len(active) == weight.numel():  # all of it is active
-        direction = grad.add(weight, alpha=eta) if eta else grad
-    else:
-        direction = weight * _passive_decay(group)
-        moved = grad.take(active)
-        if eta:
-            moved.add_(weight.take(active), alpha=eta)
-        if direction.is_contiguous():
-            direction.view(-1)[active] = moved
-        else:  # not put_: it is not allowed where deterministic algorithms are asked for
-            direction[torch.unravel_index(active, direction.shape)] = moved
-    if beta:
-        if "momentum_buffer" in state:
-            state["momentum_buffer"].mul_(beta).add_(direction)
-        else:
-            state["momentum_buffer"] = direction.clone()
-        momentum = state["momentum_buffer"]
-        direction = direction.add(momentum, alpha=beta) if group["nesterov"] else momentum
-    weight.add_(direction, alpha=-alpha)
+    def _momentum(self, param: Tensor) -> Tensor:
+        state = self.state[param]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(param)
+        state["momentum_buffer"] = laid_out_as(param, state["momentum_buffer"])
+        momentum: Tensor = state["momentum_buffer"]
+        return momentum
 
 
 def _passive_decay(group: dict[str, Any]) -> float:
@@ -247,9 +272,9 @@ def _governs(group: dict[str, Any]) -> bool:
     return any(is_prunable(param, group) for param in group["params"])
 
 
-def _refuse_nonfinite_gradients(prunable: dict[str, Tensor] | dict[int, Tensor]) -> None:
+def _refuse_nonfinite_gradients(optimizer: Optimizer) -> None:
     """Raise if a gradient is not finite; one transfer from the device for all of them."""
-    grads = {key: p.grad for key, p in prunable.items() if p.grad is not None and p.grad.numel()}
+    grads = {key: p.grad for key, p in prunable_in(optimizer).items() if p.grad is not None and p.grad.numel()}
     if not grads:
         return
     # A tensor is finite if and only if its extremes are: infinity is one, and NaN spreads to both.

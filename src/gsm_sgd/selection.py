@@ -2,16 +2,29 @@
 
 Legend (Ding et al., "Global Sparse Momentum SGD", NeurIPS 2019): W weight, T importance, B activity mask,
 N number of prunable weights, C compression ratio, Q number of weights kept.
+
+The selection needs one number, the Q-th largest importance. Nothing is sorted to find it:
+
+1. A strided sample of the importances gives two values that very likely enclose it.
+2. One pass counts, row by row, the importances above the two values and those between them.
+3. The few between are gathered, and the one whose rank is Q is found among them.
+
+The counts of step 2 are exact, so they show if the sample misled: then the two values move apart, and step 2 is
+repeated. Of several importances equal to the Q-th largest those at lower indices are active, in parameter order.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import reduce
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-_SIGMAS = 5.0  # half-width of the guess where the threshold lies: a miss is rare and costs time, not exactness
+# Half-width of the guess where the threshold lies: one guess in twenty misses, which costs time, not exactness.
+_SIGMAS = 2.0
+ROW = 32  # scores at most: shorter rows take longer to count, in longer ones more is gathered than is needed
+_CHUNK = 2**14  # rows: what is compared at a time stays in the cache
 
 
 def check_compression(compression: float) -> None:
@@ -55,23 +68,6 @@ def select_top(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     Raises:
         ValueError: k is out of range, a score is NaN, not floating point, or on another device.
     """
-    chosen = top_indices(scores, k)
-    if any(bool(score.isnan().any()) for score in scores):
-        raise ValueError("scores contain NaN")
-    masks = [torch.zeros(score.shape, dtype=torch.bool, device=score.device) for score in scores]
-    for mask, indices in zip(masks, chosen, strict=True):
-        mask.view(-1)[indices] = True
-    return masks
-
-
-def top_indices(scores: Sequence[Tensor], k: int) -> list[Tensor]:
-    """Return what `select_top` marks as int64 indices into each flattened score tensor, ascending.
-
-    One pass gathers the candidates, the scores that a sample says are surely enough; all else looks at these
-    alone. Nothing is sorted, and nothing but the candidates concatenated: little more than k, or everything in the
-    rare case that the sample misled. Arguments and errors are those of `select_top`, except that NaN is no error as
-    long as there are k other scores: it is never selected.
-    """
     total = sum(score.numel() for score in scores)
     if not 0 <= k <= total:
         raise ValueError(f"cannot select {k} of {total} scores")
@@ -79,52 +75,171 @@ def top_indices(scores: Sequence[Tensor], k: int) -> list[Tensor]:
         raise ValueError("scores must be floating point")
     if len({score.device for score in scores}) > 1:
         raise ValueError("scores must all be on one device")
+    if any(bool(score.isnan().any()) for score in scores):
+        raise ValueError("scores contain NaN")
     if k in (0, total):
-        return [torch.arange(score.numel() if k else 0, device=score.device) for score in scores]
+        return [torch.full(score.shape, k > 0, dtype=torch.bool, device=score.device) for score in scores]
     dtype = reduce(torch.promote_types, (score.dtype for score in scores))
     flat = [score.to(dtype).reshape(-1) for score in scores]
-
-    low, high = _bracket(flat, k)
-    candidates = _at_least(flat, low)
-    if sum(map(len, candidates)) < k:  # the sample misled: everything is a candidate
-        candidates = _at_least(flat, torch.full_like(low, -torch.inf))
-        if sum(map(len, candidates)) < k:
-            raise ValueError("scores contain NaN")
-    values = torch.cat([score[indices] for score, indices in zip(flat, candidates, strict=True)])
-    chosen = _exactly(values, k, high)
-    return [part[keep] for part, keep in zip(candidates, chosen.split([*map(len, candidates)]), strict=True)]
+    cut = find_cut(StoredScores(flat), k)
+    masks = [score >= cut.value if i <= cut.tensor else score > cut.value for i, score in enumerate(flat)]
+    masks[cut.tensor][cut.surplus] = False
+    return [mask.view(score.shape) for mask, score in zip(masks, scores, strict=True)]
 
 
-def _at_least(flat: Sequence[Tensor], low: Tensor) -> list[Tensor]:
-    return [(score >= low).nonzero().squeeze(1) for score in flat]
+class Cut(NamedTuple):
+    """Where the k largest scores end: all above `value` are among them, and as many equal ones as there is room for.
+
+    Scores equal to `value` are among them in tensors up to number `tensor`, but not at the flat positions `surplus`
+    of that tensor, and not in tensors after it.
+    """
+
+    value: Tensor
+    tensor: int
+    surplus: Tensor
 
 
-def _exactly(values: Tensor, k: int, high: Tensor) -> Tensor:
-    """Mark the k largest values, ties to the lower index. `high`, a guess, is to lie just above the k-th."""
-    upper = values > high
-    above = int(upper.count_nonzero())
-    if above < k:
-        threshold = values[~upper].topk(k - above, sorted=False).values.amin()
-    else:  # the guess was too low
-        threshold = values.topk(k, sorted=False).values.amin()
-    chosen = values > threshold
-    ties = (values == threshold).nonzero().squeeze(1)
-    chosen[ties[: k - int(chosen.count_nonzero())]] = True
-    return chosen
+class Scores(Protocol):
+    """All scores of a model, as `find_cut` asks for them, be they stored or computed anew each time."""
+
+    def bracket(self, k: int, sigmas: float) -> tuple[Tensor, Tensor]:
+        """Guess two values that enclose the k-th largest score, `sigmas` standard deviations to either side."""
+
+    def between(self, low: Tensor, high: Tensor) -> tuple[int, Tensor]:
+        """Return how many scores exceed `high`, and all scores from `low` to `high`, in any order."""
+
+    def ties(self, value: Tensor) -> Iterator[Tensor]:
+        """Yield the flat positions of the scores equal to `value`, tensor by tensor, by ascending index."""
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
 
 
-def _bracket(flat: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """Guess two values that enclose the k-th largest score, from a strided sample of all of them."""
-    total = sum(score.numel() for score in flat)
-    # A sample of N^(2/3) balances its own cost against that of the scores that it leaves between the two values.
-    # An odd stride visits every column of a matrix with 2^n columns.
-    stride = round(total ** (1 / 3)) | 1
-    sample = torch.cat([score[::stride] for score in flat]).nan_to_num(-torch.inf, torch.inf, -torch.inf)
-    rank = k / total * len(sample)
-    # How many sampled scores lie above the k-th is about binomial: so many standard deviations, and one more.
-    margin = _SIGMAS * math.sqrt(rank * (1 - k / total)) + 1
+def find_cut(scores: Scores, k: int) -> Cut:
+    """Return where the k largest of all scores end, for 0 < k < their number. None may be NaN."""
+    sigmas = _SIGMAS
+    while True:
+        low, high = scores.bracket(k, sigmas)
+        above, values = scores.between(low, high)
+        if above < k <= above + len(values):
+            break
+        sigmas *= 2  # the sample misled
+    value = values.topk(k - above, sorted=False).values.amin()
+    larger, equal = torch.stack([(values > value).sum(), (values == value).sum()]).tolist()
+    room = k - above - larger
+    if room == equal:
+        return Cut(value, len(scores) - 1, values.new_empty(0, dtype=torch.int64))
+    for tensor, positions in enumerate(scores.ties(value)):
+        if len(positions) >= room:
+            return Cut(value, tensor, positions[room:])
+        room -= len(positions)
+    raise AssertionError("fewer ties than were counted")
+
+
+def guess_bracket(sample: Tensor, share: float, sigmas: float) -> tuple[Tensor, Tensor]:
+    """Guess two values with a `share` of all scores above them, the first too low and the second too high."""
+    rank = share * len(sample)
+    # How many sampled scores lie above the threshold is about binomial: so many standard deviations, and one more.
+    margin = sigmas * math.sqrt(rank * (1 - share)) + 1
     first, last = math.floor(rank - margin), math.ceil(rank + margin)
     largest = sample.topk(min(last + 1, len(sample))).values
-    high = largest[first] if first >= 0 else sample.new_tensor(torch.inf)
-    low = largest[last] if last < len(sample) else sample.new_tensor(-torch.inf)
+    high = largest[first] if first >= 0 else sample.new_tensor(math.inf)
+    low = largest[last] if last < len(sample) else sample.new_tensor(-math.inf)
     return low, high
+
+
+def row_width(numel: int, limit: int) -> int:
+    """Return the width, at most `limit`, of the rows that `numel` scores fall into without a rest."""
+    return next(width for width in range(limit, 0, -1) if numel % width == 0)
+
+
+def count_rows(parts: Sequence[Tensor], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Count scores by rows.
+
+    Args:
+        parts: matrices of scores, at most 256 wide: a bfloat16 number counts no further.
+        low, high: the bracket.
+
+    Returns:
+        For each row of all matrices how many scores lie from `low` to `high`, and the number above `high` in all.
+    """
+    inside, above = [], []
+    for rows in parts:
+        size = _CHUNK if rows.is_cpu else len(rows)
+        mark = rows.new_empty(min(len(rows), size), rows.shape[1])
+        for chunk in rows.split(size):
+            # On a CPU comparing into floats and adding these is several times as fast as comparing into bools.
+            above.append(torch.gt(chunk, high, out=mark[: len(chunk)]).sum(1))
+            inside.append(torch.ge(chunk, low, out=mark[: len(chunk)]).sum(1) - above[-1])
+    return torch.cat(inside), torch.cat(above).sum(dtype=torch.float64)
+
+
+class StoredScores:
+    """Scores that lie in memory.
+
+    Args:
+        scores: one-dimensional tensors of one dtype on one device.
+        whole: a tensor that holds all of them one after another, if there is one: it saves work for each of them.
+        like: what they are the scores of, if that may lie in memory in another order than that of its index.
+    """
+
+    def __init__(
+        self,
+        scores: Sequence[Tensor],
+        whole: Tensor | None = None,
+        like: Sequence[Tensor] = (),
+    ) -> None:
+        self._scores, self._like = scores, like
+        self._parts = list(scores) if whole is None else [whole]
+        self._total = sum(part.numel() for part in self._parts)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._scores)
+
+    def bracket(self, k: int, sigmas: float) -> tuple[Tensor, Tensor]:
+        """Guess from a strided sample."""
+        # A sample of about N^(2/3) balances its own cost against that of the scores that it leaves between the values.
+        # An odd stride visits every column of a matrix with 2^n columns.
+        stride = round(self._total ** (1 / 3) / 2) | 1
+        sample = torch.cat([part[::stride] for part in self._parts])
+        return guess_bracket(sample, k / self._total, sigmas)
+
+    def between(self, low: Tensor, high: Tensor) -> tuple[int, Tensor]:
+        """Count all rows and gather those with any score in the bracket."""
+        parts = [part.view(-1, row_width(len(part), ROW)) for part in self._parts if len(part)]
+        inside, above = count_rows(parts, low, high)
+        values = []
+        for rows, hits in zip(parts, inside.split([len(rows) for rows in parts]), strict=True):
+            near = rows.index_select(0, hits.nonzero().squeeze(1)).view(-1)
+            values.append(within(near, low, high))
+        return int(above), torch.cat(values)
+
+    def ties(self, value: Tensor) -> Iterator[Tensor]:
+        """Compare one tensor after the other."""
+        for number, score in enumerate(self._scores):
+            positions = (score == value).nonzero().squeeze(1)
+            yield by_index(positions, self._like[number]) if self._like else positions
+
+
+def within(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Return the values that lie from `low` to `high`."""
+    values = values[values >= low]
+    return values[values <= high]
+
+
+def by_index(positions: Tensor, like: Tensor) -> Tensor:
+    """Sort positions in the memory of a dense tensor by its index order."""
+    if like.is_contiguous():
+        return positions
+    index, rest = torch.zeros_like(positions), positions
+    for axis in memory_order(like):
+        if like.shape[axis] > 1:  # the stride of any other axis means nothing
+            index += rest.div(like.stride(axis), rounding_mode="floor") * math.prod(like.shape[axis + 1 :])
+            rest = rest % like.stride(axis)
+    return positions[index.argsort()]
+
+
+def memory_order(tensor: Tensor) -> list[int]:
+    """Return the axes of a dense tensor in the order that makes it contiguous."""
+    return sorted(range(tensor.ndim), key=lambda axis: (tensor.shape[axis] > 1, -tensor.stride()[axis]))

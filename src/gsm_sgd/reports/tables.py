@@ -1,10 +1,12 @@
 """Tables for the terminal."""
 
+import math
 from collections.abc import Sequence
 from typing import get_args
 
 from rich.table import Table
 
+from ..experiments.bench import BASELINE, Cost, Workload
 from ..experiments.recipes import RECIPES, Preset, published
 from ..masks import LayerSparsity
 from .runs import TITLES, Run, figure
@@ -105,3 +107,15 @@ def _same_as_after_cut(results: Sequence[dict[str, dict[str, float]]]) -> bool:
 
 def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.2f}" if whole else ""
+
+
+def costs_table(name: str, work: Workload, costs: Sequence[Cost]) -> Table:
+    """Return what a step of each optimizer costs."""
+    total = sum(math.prod(shape) for shape in work.shapes)
+    table = Table(title=f"a step on {name}'s {total:,} parameters, {work.compression:g}x")
+    for column in ("optimizer", "ms", f"of {BASELINE}", "extra MiB", "first step, s"):
+        table.add_column(column, justify="left" if column == "optimizer" else "right")
+    for cost in costs:
+        extra = "" if cost.extra_mib is None else f"{cost.extra_mib:.1f}"
+        table.add_row(cost.name, f"{cost.milliseconds:.3g}", f"{cost.ratio:.2f}", extra, f"{cost.first_seconds:.2f}")
+    return table

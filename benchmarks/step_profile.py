@@ -1,0 +1,103 @@
+"""Where the time of a fused GSM step goes: its compiled passes, and what lies between them.
+
+    python benchmarks/step_profile.py [MODEL ...] [--repeats N] [--json FILE]
+
+Shares are of torch.optim.SGD(fused=True), stepped by turns with it.
+"""
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from gsm_sgd import GSM, fused
+from gsm_sgd.experiments import bench
+from gsm_sgd.experiments.rundir import environment
+
+TITLES = {
+    "_importances": "pass: importances, stored",
+    "_count_stored": "pass: count the stored",
+    "_count_sample": "pass: count a sample",
+    "_count": "pass: compute and count",
+    "_decoded": "pass: counts from codes",
+    "_update_": "pass: update",
+    "find_cut": "find the threshold, its passes included",
+    "step": "the whole step",
+}
+
+
+def profile(name: str, repeats: int) -> dict[str, float]:
+    """Return for each part of a step its share of an SGD step; medians over steps."""
+    work = bench.workload(name)
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape) * 0.05) for shape in work.shapes]
+    twins = [nn.Parameter(param.detach().clone()) for param in params]
+    settings: dict[str, Any] = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4}
+    optimizer = GSM(params, compression=work.compression, fused=True, **settings)
+    sgd = torch.optim.SGD(twins, fused=True, **settings)
+    grads = [[torch.randn_like(param) * 0.01 * 1.1**number for param in params] for number in range(3)]
+
+    spent: dict[str, float] = defaultdict(float)  # in this step
+
+    def timed(title: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*args)
+            spent[title] += time.perf_counter() - started
+            return result
+
+        return call
+
+    rule: Any = optimizer._rule
+    module: Any = fused
+    for attribute in ("_importances", "_count_stored", "_update"):
+        setattr(rule, attribute, timed(getattr(rule, attribute).name, getattr(rule, attribute)))
+    passes = rule._passes
+    rule._passes = fused._Passes(*(timed(function.name, function) for function in passes))
+    find_cut = module.find_cut
+    module.find_cut = timed("find_cut", find_cut)
+    steps: list[dict[str, float]] = []
+    for turn in range(-4, repeats):
+        for param, twin, grad in zip(params, twins, grads[turn % 3], strict=True):
+            param.grad = twin.grad = grad
+        spent.clear()
+        timed("step", optimizer.step)()
+        timed("sgd", sgd.step)()
+        if turn >= 0:
+            steps.append(dict(spent))
+    module.find_cut = find_cut
+    baseline = median(step["sgd"] for step in steps)
+    return {
+        title: round(median(step.get(key, 0.0) for step in steps) / baseline, 3)
+        for key, title in TITLES.items()
+        if any(key in step for step in steps)
+    }
+
+
+def main() -> None:
+    """Print each model's profile, and write it down if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=["lenet300", "resnet56", "resnet50"])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--json", type=Path, default=None)
+    options = parser.parse_args()
+    profiles = {name: profile(name, options.repeats) for name in options.models}
+    for name, parts in profiles.items():
+        print(f"{name}: share of a step of torch.optim.SGD(fused=True)")
+        for title, share in parts.items():
+            print(f"  {title:<42} {share:6.2f}")
+    if options.json:
+        record = {"benchmark": "step_profile", "repeats": options.repeats}
+        record |= {"environment": environment(torch.device("cpu")), "profiles": profiles}
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""What an optimizer step costs: GSM's beside SGD's and the published approach, by turns on the same shapes."""
+
+import ctypes
+import math
+import re
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from .. import GSM
+from ..selection import kept_weights
+from . import UsageError, models
+
+Shapes = list[tuple[int, ...]]
+BASELINE = "SGD, fused"
+_SETTINGS: dict[str, Any] = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4}
+_GRADIENT_SETS = 3  # a threshold that never moves would flatter the fused step, which starts from the last one
+
+
+class Workload(NamedTuple):
+    """Shapes of a model's parameters, and the compression ratio to measure at."""
+
+    shapes: Shapes
+    compression: float
+
+
+class Cost(NamedTuple):
+    """What one optimizer's step costs."""
+
+    name: str
+    milliseconds: float  # median
+    ratio: float  # of SGD(fused=True), in the same run
+    extra_mib: float | None  # memory beyond parameters, gradients and momenta at its peak; None where unknown
+    first_seconds: float  # the first step, compilation included
+
+
+def workload(name: str) -> Workload:
+    """Return a workload by name.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if name not in WORKLOADS:
+        raise UsageError(f"no parameter shapes are known for {name!r}: choose one of {', '.join(WORKLOADS)}")
+    return WORKLOADS[name]()
+
+
+def measure(work: Workload, repeats: int, device: torch.device, fused: bool = True) -> list[Cost]:
+    """Return what a step of each optimizer costs, all of them by turns, `repeats` times.
+
+    Args:
+        work: what to step.
+        repeats: at least 1.
+        device: where.
+        fused: whether to measure the compiled step too, which takes its time to compile.
+    """
+    torch.manual_seed(0)
+    start = [torch.randn(shape, device=device) * 0.05 for shape in work.shapes]
+    # Gradients of different batches, and of different size.
+    grads = [[torch.randn_like(w) * 0.01 * 1.1**number for w in start] for number in range(_GRADIENT_SETS)]
+    optimizers: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+        BASELINE: lambda params: SGD(params, fused=True, **_SETTINGS),
+        "SGD, foreach": lambda params: SGD(params, foreach=True, **_SETTINGS),
+        "GSM": lambda params: GSM(params, compression=work.compression, **_SETTINGS),
+        "GSM, fused": lambda params: GSM(params, compression=work.compression, fused=True, **_SETTINGS),
+        "published approach": lambda params: _Published(params, work.compression),
+    }
+    if not fused:
+        del optimizers["GSM, fused"]
+    contestants = {}
+    for name, make in optimizers.items():
+        params = [nn.Parameter(w.clone()) for w in start]
+        contestants[name] = (make(params), params)
+    del start
+
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    first: dict[str, float] = {}
+    for turn in range(-2, repeats):  # two turns to warm up
+        for name, (optimizer, params) in contestants.items():
+            for param, grad in zip(params, grads[turn % _GRADIENT_SETS], strict=True):
+                param.grad = grad
+            duration = _timed(optimizer.step, device)
+            first.setdefault(name, duration)
+            if turn >= 0:
+                seconds[name].append(duration)
+    baseline = median(seconds[BASELINE])
+    return [
+        Cost(name, 1e3 * median(times), median(times) / baseline, _extra_mib(contestants[name][0], device), first[name])
+        for name, times in seconds.items()
+    ]
+
+
+class _Published(SGD):
+    """The published approach: all importances concatenated, their top-k, a mask by the smallest of them."""
+
+    def __init__(self, params: Sequence[nn.Parameter], compression: float) -> None:
+        super().__init__(params, **_SETTINGS)
+        self._prunable = [param for param in params if param.ndim >= 2]
+        self._kept = kept_weights(sum(param.numel() for param in self._prunable), compression)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        grads = [param.grad for param in self._prunable if param.grad is not None]
+        scores = [(param * grad).abs() for param, grad in zip(self._prunable, grads, strict=True)]
+        threshold = torch.cat([score.view(-1) for score in scores]).topk(self._kept).values[-1]
+        for param, score, grad in zip(self._prunable, scores, grads, strict=True):
+            param.grad = grad * (score >= threshold)
+        super().step()
+        for param, grad in zip(self._prunable, grads, strict=True):
+            param.grad = grad
+
+
+def _timed(step: Callable[[], object], device: torch.device) -> float:
+    _synchronize(device)
+    started = time.perf_counter()
+    step()
+    _synchronize(device)
+    return time.perf_counter() - started
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _extra_mib(optimizer: Optimizer, device: torch.device) -> float | None:
+    """Return the peak of memory that a step needs beyond what is there before it, and what it keeps for the next."""
+    kept = sum(tensor.nbytes for tensor in _kept_tensors(optimizer))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        optimizer.step()
+        return (torch.cuda.max_memory_allocated(device) - before + kept) / 2**20
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or the step would use memory that others left
+        before = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        optimizer.step()
+        return (max(_status("VmHWM") - before, 0) + kept) / 2**20
+    except (OSError, AttributeError):  # not Linux
+        return None
+
+
+def _kept_tensors(optimizer: Optimizer) -> list[Tensor]:
+    return [optimizer.memory] if isinstance(optimizer, GSM) else []
+
+
+def _status(key: str) -> int:
+    match = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if match is None:
+        raise OSError(f"no {key} in /proc/self/status")
+    return 1024 * int(match[1])
+
+
+# --- the shapes ---
+
+
+def _shapes_of(model: nn.Module) -> Shapes:
+    return [tuple(param.shape) for param in model.parameters()]
+
+
+def _resnet56() -> Shapes:
+    """Return those of ResNet-56 for CIFAR, shortcuts of 1x1 convolution where the width changes."""
+    shapes: Shapes = [(16, 3, 3, 3), (16,), (16,)]
+    inputs = 16
+    for width in (16, 32, 64):
+        for _ in range(9):
+            shapes += [(width, inputs, 3, 3), (width,), (width,), (width, width, 3, 3), (width,), (width,)]
+            if inputs != width:
+                shapes += [(width, inputs, 1, 1), (width,), (width,)]
+            inputs = width
+    return [*shapes, (10, 64), (10,)]
+
+
+def _resnet50() -> Shapes:
+    from torchvision.models import resnet50  # slow to import
+
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _shapes_of(resnet50())
+
+
+def _gpt2() -> Shapes:
+    """Return those of the smallest GPT-2, its head tied to the embedding."""
+    width = 768
+    block: Shapes = [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,)]
+    block += [(width,), (width,), (4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+    return [(50257, width), (1024, width), *(12 * block), (width,), (width,)]
+
+
+def of_size(total: int) -> Workload:
+    """Return about `total` weights as four equal matrices, to see how the cost grows."""
+    columns = max(1, round(math.sqrt(total / 4) / 64)) * 64
+    return Workload([(round(total / 4 / columns), columns)] * 4, 10)
+
+
+WORKLOADS: dict[str, Callable[[], Workload]] = {
+    "lenet300": lambda: Workload(_shapes_of(models.build("lenet300", 0)), 60),
+    "lenet5": lambda: Workload(_shapes_of(models.build("lenet5", 0)), 125),
+    "resnet56": lambda: Workload(_resnet56(), 10),
+    "resnet50": lambda: Workload(_resnet50(), 5),
+    "gpt2": lambda: Workload(_gpt2(), 10),
+}

@@ -1,0 +1,407 @@
+"""One step of the rule in compiled passes over memory, instead of one pass for each operation.
+
+The first pass counts, row by row, the importances above and inside a bracket around the threshold. Then only the few
+inside are looked at. The last pass updates all weights and momenta, and computes the importances once more instead of
+having stored them. All that changes from step to step is in tensors, so each pass is compiled once.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
+from itertools import accumulate, count, pairwise
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .rule import EagerRule, Kernel, Part, dense_stride
+from .selection import (
+    ROW,
+    Cut,
+    StoredScores,
+    by_index,
+    find_cut,
+    importance,
+    memory_order,
+    row_width,
+    within,
+)
+
+Tensors = Sequence[Tensor]
+
+_SMALL = 2**22  # importances; so few are stored, as it takes time to look at some of each tensor
+_WIDE = 128  # importances in a row, at most, where they are not stored
+_BASE = 256.0  # counts that share a number are its digits in this base: no row is longer
+_RUN, _STRIDE = 32, 736  # a sample: runs of so many importances, so far from each other that they visit all columns
+_GRID = (-2.0, -0.5, -0.125, -0.03, 0.0, 0.03, 0.125, 0.5, 2.0)  # log2 of where to look, from the last threshold
+_FINE = 1.1  # ratio of two values between which importances are taken to lie evenly
+
+
+class FusedRule:
+    """The rule as compiled passes. They are compiled when a step first needs them, and again for other parameters."""
+
+    def __init__(self) -> None:
+        self._importances = _Compiled(_importances)
+        self._count_stored = _Compiled(_count_stored)
+        self._passes = _Passes(_Compiled(_count_sample), _Compiled(_count), _Compiled(_decoded))
+        self._update = _Compiled(_update_)
+        self._update_masked = _Compiled(_update_masked_)
+        self._hints = _Hints()
+        self.memory = torch.empty(0)  # nothing is kept from step to step
+
+    def update_(self, parts: Sequence[Part], kept: int, check_finite: Callable[[], None]) -> None:
+        """Update weights and momenta in place; see `EagerRule.update_`."""
+        weights, grads, _ = lists = _lists(parts)
+        _refuse_gaps(weights)
+        try:
+            cut = find_cut(self._scores(weights, grads), kept)
+        except _NotFiniteError:
+            check_finite()
+            return EagerRule(Kernel(None, None)).update_(parts, kept, check_finite)
+        self._hints.threshold = cut.value
+        thresholds = cut.value.repeat(len(weights))
+        thresholds[cut.tensor + 1 :] = torch.nextafter(cut.value, cut.value.new_tensor(math.inf))
+        passive = _passive_values(parts, cut)
+        self._update(*lists, thresholds, *_settings(parts, cut.value))
+        for tensor, values in passive:
+            tensor[cut.surplus] = values
+
+    def update_masked_(self, parts: Sequence[Part], masks: Sequence[Tensor]) -> None:
+        """Update weights and momenta in place, where the active weights are those of bool masks."""
+        lists = _lists(parts)
+        self._update_masked(*lists, list(masks), *_settings(parts, lists[0][0]))
+
+    def _scores(self, weights: Tensors, grads: Tensors) -> "StoredScores | _ComputedScores":
+        sizes = [weight.numel() for weight in weights]
+        if sum(sizes) > _SMALL:
+            return _ComputedScores(weights, grads, self._hints, self._passes)
+        whole = self._importances(weights, grads)
+        flat = whole.split([*sizes, len(whole) - sum(sizes)])[: len(sizes)]
+        return _StoredScores(flat, whole, weights, self._count_stored)
+
+
+class _NotFiniteError(ArithmeticError):
+    """An importance is infinite or NaN."""
+
+
+class _StoredScores(StoredScores):
+    """The importances of a small model, stored once and then counted by a compiled pass."""
+
+    def __init__(self, scores: Tensors, whole: Tensor, like: Tensors, count: "_Compiled") -> None:
+        super().__init__(scores, whole, like)
+        self._rows, self._count = whole.view(-1, ROW), count
+
+    def between(self, low: Tensor, high: Tensor) -> tuple[int, Tensor]:
+        """Take the importances of rows with one in the bracket from the pass; gather the rows that have more."""
+        above, _, several, values = _singles(*self._count(self._rows, low, high))
+        near = self._rows.index_select(0, several).view(-1)
+        return above, torch.cat([values, within(near, low, high)])
+
+
+class _Passes(NamedTuple):
+    """The compiled passes over importances that are not stored."""
+
+    sample: Callable[[Tensors, Tensors, Tensor], Tensor]
+    rows: Callable[[Tensors, Tensors, Tensor, Tensor], tuple[Tensor, Tensor]]
+    decode: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class _Hints:
+    """What steps tell the next one. The result does not depend on it, only the time that it takes."""
+
+    threshold: Tensor | None = None
+    caution: float = 1.0  # by how much to widen the bracket: weights close to each other are not independent
+
+
+class _ComputedScores:
+    """The importances of a model, computed each time that they are looked at.
+
+    Args:
+        weights, grads: what they are the importances of.
+        hints: what earlier steps tell, to be renewed.
+        passes: the compiled passes.
+    """
+
+    def __init__(self, weights: Tensors, grads: Tensors, hints: _Hints, passes: _Passes) -> None:
+        self._weights, self._grads, self._hints, self._passes = weights, grads, hints, passes
+        sizes = [weight.numel() for weight in weights]
+        self._total = sum(sizes)
+        self._ends = list(accumulate((size // row_width(size, _WIDE) for size in sizes), initial=0))
+        self._dtype = reduce(torch.promote_types, (weight.dtype for weight in weights), torch.float32)
+        self._asked = False
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._weights)
+
+    def bracket(self, k: int, sigmas: float) -> tuple[Tensor, Tensor]:
+        """Guess by counting a large sample against a grid of values, laid ever finer."""
+        caution = self._hints.caution  # `sigmas` has grown already if this is the second time
+        self._hints.caution *= 2.0 if self._asked else 0.98
+        self._asked = True
+        share = k / self._total
+        finfo = torch.finfo(self._dtype)
+        last = 0.0 if self._hints.threshold is None else float(self._hints.threshold)
+        everything = _geometric(finfo.tiny, finfo.max, len(_GRID))
+        grid = [last * 2**step for step in _GRID] if last > finfo.tiny else everything
+        while True:
+            *counts, sampled = self._sample(grid)
+            margin = sigmas * caution * math.sqrt(sampled * share * (1 - share)) + 1
+            most, least = sampled * share + margin, sampled * share - margin
+            left = sum(number >= most for number in counts) - 1  # counts fall along the grid
+            right = len(grid) - sum(number <= least for number in counts)
+            if left < 0 or right == len(grid):
+                if grid is not everything:
+                    grid = everything
+                    continue
+                ends = grid[left] if left >= 0 else 0.0, grid[right] if right < len(grid) else math.inf
+                return self._tensor(ends[0]), self._tensor(ends[1])
+            no_finer = (left, right) == (0, len(grid) - 1)
+            if no_finer or grid[right] < grid[left] * _FINE:
+                low, high = (_between(grid, counts, left, right, wanted) for wanted in (most, least))
+                return self._tensor(low), self._tensor(high)
+            grid = _geometric(grid[left], grid[right], len(grid))
+
+    def between(self, low: Tensor, high: Tensor) -> tuple[int, Tensor]:
+        """Take the importances of rows with one in the bracket from the pass; gather the rows that have more."""
+        coded, top = self._passes.rows(self._weights, self._grads, low, high)
+        above, self._single, several, self._values = _singles(top, *self._passes.decode(coded))
+        self._several, self._near = self._gathered(several)
+        return above, torch.cat([self._values, within(self._near, low, high)])
+
+    def ties(self, value: Tensor) -> Iterator[Tensor]:
+        """Look where `between` found such a value."""
+        rows = [self._single[self._values == value]]
+        for number, mine, near in _pieces(self._several, self._near):
+            rows.append(mine[(near == value).any(1)] + self._ends[number])
+        found = {number: (mine, near) for number, mine, near in _pieces(*self._gathered(torch.cat(rows).unique()))}
+        for number, weight in enumerate(self._weights):
+            positions = rows[0].new_empty(0)
+            if number in found:
+                mine, near = found[number]
+                row, column = (near == value).nonzero(as_tuple=True)
+                positions = by_index(mine[row] * near.shape[1] + column, weight)
+            yield positions
+
+    def _sample(self, grid: Sequence[float]) -> list[float]:
+        return self._passes.sample(self._weights, self._grads, self._tensor(grid)).tolist()
+
+    def _tensor(self, values: float | Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=self._dtype, device=self._weights[0].device)
+
+    def _gathered(self, rows: Tensor) -> tuple[list[tuple[int, Tensor, int]], Tensor]:
+        """Return for tensors with any of the rows number, which of its rows, and width; and all their importances."""
+        splits = torch.searchsorted(rows, torch.tensor(self._ends, device=rows.device)).tolist()
+        several = []
+        for number, (start, end) in enumerate(pairwise(splits)):
+            if start < end:
+                mine = rows[start:end] - self._ends[number]
+                several.append((number, mine, row_width(self._weights[number].numel(), _WIDE)))
+        size = sum(len(mine) * width for _, mine, width in several)
+        weights, grads = (torch.empty(size, dtype=self._dtype, device=rows.device) for _ in range(2))
+        for gathered, tensors in ((weights, self._weights), (grads, self._grads)):
+            for (number, mine, _), (_, _, place) in zip(several, _pieces(several, gathered), strict=True):
+                source = _rows(tensors[number], self._weights[number])
+                if source.dtype == self._dtype:
+                    torch.index_select(source, 0, mine, out=place)
+                else:
+                    place.copy_(source.index_select(0, mine))
+        return several, weights.mul_(grads).abs_()
+
+
+def _pieces(several: list[tuple[int, Tensor, int]], gathered: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield each tensor's number, which of its rows were gathered, and these as a matrix."""
+    start = 0
+    for number, mine, width in several:
+        yield number, mine, gathered[start : start + len(mine) * width].view(-1, width)
+        start += len(mine) * width
+
+
+def _singles(top: Tensor, inside: Tensor, total: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
+    """Return the number of importances above the bracket, the rows with one in it and with several, and the ones."""
+    above = total.item()
+    if math.isnan(above):
+        raise _NotFiniteError
+    rows = (inside > 0).nonzero().squeeze(1)
+    more = inside.take(rows) > 1
+    single, several = rows[~more], rows[more]
+    return int(above), single, several, top.take(single)
+
+
+# --- the passes, as they are compiled ---
+
+
+def _importances(weights: Tensors, grads: Tensors) -> Tensor:
+    """Return the importances of all weights in one tensor, with a rest of -1."""
+    scores = [importance(_flat(w, w), _flat(g, w)) for w, g in zip(weights, grads, strict=True)]
+    dtype = reduce(torch.promote_types, (score.dtype for score in scores))
+    rest = -sum(score.numel() for score in scores) % ROW
+    return torch.cat([*(score.to(dtype) for score in scores), scores[0].new_full((rest,), -1, dtype=dtype)])
+
+
+def _count_stored(rows: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
+    """Return for each row the largest importance that is not above the bracket, and the counts as `_decoded` does."""
+    return torch.where(rows > high, -1.0, rows).amax(1), *_decoded(_coded(rows, low, high))
+
+
+def _count(weights: Tensors, grads: Tensors, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for each row the counts as one number, and the largest importance that is not above the bracket."""
+    coded, top = [], []
+    for w, g in zip(weights, grads, strict=True):
+        rows = importance(_rows(w, w), _rows(g, w)).to(low.dtype)
+        coded.append(_coded(rows, low, high))
+        top.append(torch.where(rows > high, -1.0, rows).amax(1))
+    return torch.cat(coded), torch.cat(top)
+
+
+def _count_sample(weights: Tensors, grads: Tensors, grid: Tensor) -> Tensor:
+    """Return how many sampled importances are at least each value of the grid, and how many there are."""
+    sampled = [importance(_sampled(w, w), _sampled(g, w)).to(grid.dtype) for w, g in zip(weights, grads, strict=True)]
+    runs = torch.cat(sampled)
+    marks = [torch.where(runs >= value, _BASE ** (i % 3), 0.0) for i, value in enumerate(grid.unbind())]
+    numbers = torch.stack([(marks[i] + marks[i + 1] + marks[i + 2]).sum(1) for i in range(0, len(marks), 3)])
+    squares = torch.floor(numbers / _BASE**2)
+    bases = torch.floor((numbers - squares * _BASE**2) / _BASE)
+    ones = numbers - squares * _BASE**2 - bases * _BASE
+    each = torch.stack([ones, bases, squares], 1).sum(2, dtype=torch.float64).view(-1)
+    return torch.cat([each, each.new_full((1,), runs.numel())])
+
+
+def _sampled(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return runs of a tensor, four of them in a row."""
+    size = 4 * _STRIDE
+    groups = tensor.numel() // size
+    return _flat(tensor, like)[: groups * size].view(4 * groups, _STRIDE)[:, :_RUN].reshape(groups, 4 * _RUN)
+
+
+def _coded(rows: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Return for each row a number with the counts of scores in the bracket and above it, NaN if one is not finite."""
+    return (torch.where(rows > high, _BASE, torch.where(rows >= low, 1.0, 0.0)) + rows * 0).sum(1)
+
+
+def _decoded(coded: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many scores each row has in the bracket, and how many are above it in all."""
+    above = torch.floor(coded / _BASE)
+    return coded - above * _BASE, above.sum(dtype=torch.float64)
+
+
+def _update_(
+    weights: Tensors, grads: Tensors, momenta: Tensors, thresholds: Tensor, settings: Tensor, kinds: "_Kinds"
+) -> None:
+    """Apply the rule to weights that are active if their importance reaches the threshold of their tensor."""
+    active = [
+        importance(w, g).to(thresholds.dtype) >= threshold
+        for w, g, threshold in zip(weights, grads, thresholds.unbind(), strict=True)
+    ]
+    _update_masked_(weights, grads, momenta, active, settings, kinds)
+
+
+def _update_masked_(
+    weights: Tensors, grads: Tensors, momenta: Tensors, masks: Tensors, settings: Tensor, kinds: "_Kinds"
+) -> None:
+    """Apply the rule: D = G + eta W where active, else eta_p W; Z <- beta Z + D; W <- W - alpha Z."""
+    owners = [group for group, (size, _, _) in enumerate(kinds) for _ in range(size)]
+    for i, (w, g, active, group) in reversed(list(enumerate(zip(weights, grads, masks, owners, strict=True)))):
+        alpha, beta, eta, eta_p = settings[group].unbind()
+        _, momentum, nesterov = kinds[group]
+        direction = torch.where(active, g + eta * w, eta_p * w)
+        if momentum:
+            momentum_ = momenta[i].mul_(beta).add_(direction)
+            direction = direction + beta * momentum_ if nesterov else momentum_
+        w.sub_(alpha * direction)
+
+
+# --- helpers of the passes ---
+
+_Kinds = tuple[tuple[int, bool, bool], ...]  # of each group: number of parameters, has momentum, is Nesterov's
+
+
+def _passive_values(parts: Sequence[Part], cut: Cut) -> list[tuple[Tensor, Tensor]]:
+    """Return what the rule makes of the surplus ties, which are passive, as tensors and their values there."""
+    if not len(cut.surplus):
+        return []
+    part, place = [(part, place) for part in parts for place in range(len(part.params))][cut.tensor]
+    param, momentum = part.params[place], part.momenta[place]
+    flat = _flat(param, param)
+    weight = flat[cut.surplus]
+    direction = weight * part.passive_decay
+    values = []
+    if momentum is not None:
+        flat_momentum = _flat(momentum, param)
+        moved = flat_momentum[cut.surplus] * part.momentum + direction
+        values.append((flat_momentum, moved))
+        direction = direction + moved * part.momentum if part.nesterov else moved
+    return [*values, (flat, weight - direction * part.lr)]
+
+
+def _lists(parts: Sequence[Part]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Return the weights, gradients and momenta of all parts; a weight's momentum is missing where it has none."""
+    weights = [param for part in parts for param in part.params]
+    momenta = [
+        param if momentum is None else momentum
+        for part in parts
+        for param, momentum in zip(part.params, part.momenta, strict=True)
+    ]
+    return weights, [grad for part in parts for grad in part.grads], momenta
+
+
+def _settings(parts: Sequence[Part], like: Tensor) -> tuple[Tensor, _Kinds]:
+    """Return lr, momentum, weight decay and passive decay of each part, and what has to be known to compile."""
+    rows = [[part.lr, part.momentum, part.weight_decay, part.passive_decay] for part in parts]
+    kinds = tuple((len(part.params), part.momentum > 0, part.nesterov) for part in parts)
+    return torch.tensor(rows, dtype=like.dtype, device=like.device), kinds
+
+
+def _flat(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor as one dimension, in the order in which `like`, of the same shape, lies in memory."""
+    return (tensor if like.is_contiguous() else tensor.permute(memory_order(like))).reshape(-1)
+
+
+def _rows(tensor: Tensor, like: Tensor) -> Tensor:
+    return _flat(tensor, like).view(-1, row_width(like.numel(), _WIDE))
+
+
+def _refuse_gaps(weights: Tensors) -> None:
+    for weight in weights:
+        if weight.stride() != dense_stride(weight):
+            raise ValueError(
+                "fused=True needs parameters without gaps in memory: make them contiguous, or leave it out"
+            )
+
+
+def _geometric(first: float, last: float, count: int) -> list[float]:
+    """Return a geometric sequence."""
+    start, step = math.log(first), (math.log(last) - math.log(first)) / (count - 1)
+    return [first, *(math.exp(start + step * i) for i in range(1, count - 1)), last]
+
+
+def _between(grid: Sequence[float], counts: Sequence[float], left: int, right: int, wanted: float) -> float:
+    """Return where between two places of a grid the count is as wanted, as if it fell evenly at each step."""
+    while left + 1 < right and counts[left + 1] >= wanted:
+        left += 1
+    fall = counts[left] - counts[left + 1]
+    part = (counts[left] - wanted) / fall if fall else 0.0
+    return grid[left] + min(part, 1.0) * (grid[left + 1] - grid[left])
+
+
+class _Compiled:
+    """A compiled function, with an error that says what to do if it cannot be compiled."""
+
+    _number = count()
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        # A code object of its own: compiled variants are counted, and limited in number, for each code object.
+        self.name = function.__name__
+        code = function.__code__.replace(co_name=f"{self.name}{next(self._number)}")
+        own = FunctionType(code, function.__globals__, self.name, function.__defaults__, function.__closure__)
+        self._function = torch.compile(own, fullgraph=True, dynamic=False)
+
+    def __call__(self, *args: Any) -> Any:
+        try:
+            return self._function(*args)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise RuntimeError(
+                "fused=True cannot compile its passes: it needs a C++ compiler on a CPU, Triton on a GPU; "
+                f"without it GSM runs as well, more slowly ({error})"
+            ) from error

@@ -1,0 +1,133 @@
+"""One step of the rule on all weights that it governs, in eager operations. fused.py has the compiled ones.
+
+With weights W, gradients G, momenta Z and activity B, ones and zeros, the rule is momentum SGD with the weight decay
+eta_p of passive weights and the gradient B (G + (eta - eta_p) W), so torch's own kernels make the update:
+
+    Z <- beta Z + B (G + (eta - eta_p) W) + eta_p W
+    W <- W - alpha Z
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import reduce
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd
+
+from .selection import ROW, StoredScores, find_cut
+
+
+class Part(NamedTuple):
+    """Parameters of a group to be updated together, with gradients and momenta, and the group's hyperparameters."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    momenta: list[Tensor | None]
+    lr: float
+    momentum: float
+    weight_decay: float
+    passive_decay: float
+    nesterov: bool
+
+
+class Kernel(NamedTuple):
+    """Which of torch's implementations of SGD to use, as `torch.optim.SGD` takes it."""
+
+    foreach: bool | None
+    fused: bool | None
+
+    def or_quickest(self, params: Sequence[Tensor]) -> "Kernel":
+        """Return this choice, or where none was made the quickest implementation for these parameters."""
+        fits = all(param.device.type in ("cpu", "cuda") and param.stride() == dense_stride(param) for param in params)
+        return Kernel(None, True if fits else None) if self == (None, None) else self
+
+    def sgd_(self, part: Part, grads: list[Tensor], weight_decay: float) -> None:
+        """Update parameters and momenta by momentum SGD."""
+        if part.params:
+            if self.fused:  # torch's kernel takes it for granted that tensors lie in memory alike
+                grads = [laid_out_as(param, grad) for param, grad in zip(part.params, grads, strict=True)]
+            sgd(
+                part.params,
+                grads,
+                part.momenta,
+                foreach=self.foreach,
+                fused=self.fused,
+                weight_decay=weight_decay,
+                momentum=part.momentum,
+                lr=part.lr,
+                dampening=0,
+                nesterov=part.nesterov,
+                maximize=False,
+            )
+
+
+class EagerRule:
+    """The rule in memory that is kept from step to step, a number for each weight: to get it anew takes longer."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self.memory = torch.empty(0)
+
+    def update_(self, parts: Sequence[Part], kept: int, check_finite: Callable[[], None]) -> None:
+        """Update weights and momenta in place, with exactly `kept` active weights.
+
+        `check_finite` is called if an importance is not finite, and raises if a gradient is to blame. Else a weight
+        is: it counts as the most important if it is infinite, as the least if it is NaN.
+        """
+        whole, views = self._importances(parts)
+        if not math.isfinite(whole.amax()):
+            check_finite()
+            whole.nan_to_num_(nan=-1.0, posinf=math.inf)
+        ends = list(accumulate((view.numel() for view in views), initial=0))
+        flat = [whole[start:end] for start, end in pairwise(ends)]
+        cut = find_cut(StoredScores(flat, whole, views), kept)
+        whole[: ends[cut.tensor + 1]].ge_(cut.value)
+        whole[ends[cut.tensor + 1] : ends[-1]].gt_(cut.value)
+        flat[cut.tensor][cut.surplus] = 0
+        self._update_active_(parts, views)
+
+    def update_masked_(self, parts: Sequence[Part], masks: Sequence[Tensor]) -> None:
+        """Update weights and momenta in place, where the active weights are those of bool masks."""
+        params = [param for part in parts for param in part.params]
+        self._update_active_(parts, [mask.to(param.dtype) for mask, param in zip(masks, params, strict=True)])
+
+    def _update_active_(self, parts: Sequence[Part], active: list[Tensor]) -> None:
+        """Update weights and momenta given B for each of them in turn, which is overwritten."""
+        for part in parts:
+            pulls, active = active[: len(part.params)], active[len(part.params) :]
+            extra = part.weight_decay - part.passive_decay
+            grads = torch._foreach_add(part.grads, part.params, alpha=extra) if extra and pulls else part.grads
+            torch._foreach_mul_(pulls, grads)
+            pulls = [pull.to(param.dtype) for pull, param in zip(pulls, part.params, strict=True)]
+            self._kernel.or_quickest(part.params).sgd_(part, pulls, part.passive_decay)
+
+    def _importances(self, parts: Sequence[Part]) -> tuple[Tensor, list[Tensor]]:
+        """Return |W G| of all weights in one tensor, with a rest of -1, and views of it laid out as the weights."""
+        weights = [param for part in parts for param in part.params]
+        dtype = reduce(torch.promote_types, (weight.dtype for weight in weights), torch.float32)
+        ends = list(accumulate((weight.numel() for weight in weights), initial=0))
+        size, device = -(-ends[-1] // ROW) * ROW, weights[0].device
+        if (len(self.memory), self.memory.dtype, self.memory.device) != (size, dtype, device):
+            self.memory = torch.full((size,), -1, dtype=dtype, device=device)
+        whole = self.memory
+        views = [
+            whole.as_strided(weight.shape, dense_stride(weight), end)
+            for weight, end in zip(weights, ends, strict=False)
+        ]
+        torch._foreach_copy_(views, weights)
+        torch._foreach_mul_(views, [grad for part in parts for grad in part.grads])
+        whole[: ends[-1]].abs_()
+        return whole, views
+
+
+def dense_stride(tensor: Tensor) -> tuple[int, ...]:
+    """Return the strides of a dense copy of a tensor, in its own memory order where that is dense."""
+    return tensor.stride() if tensor.is_contiguous() else torch.empty_like(tensor, device="meta").stride()
+
+
+def laid_out_as(param: Tensor, tensor: Tensor) -> Tensor:
+    """Return a tensor of a parameter's shape in the memory order of the parameter."""
+    return tensor if tensor.stride() == param.stride() else torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
