@@ -55,3 +55,23 @@ def test_commands_in_the_readme_exist():
     readme = (ROOT / "README.md").read_text()
     for command in ("gsm list", "gsm lottery lenet300", "gsm prune lenet5", "gsm show", "make demo", "make test"):
         assert command in readme
+
+
+def test_step_costs_stand_in_the_readme():
+    """A row for each model: milliseconds of SGD, then the ratios of the others to it, and the fused step's memory."""
+    record = json.loads((ROOT / "results" / "step.json").read_text())
+    assert not record["environment"]["commit"].endswith("-dirty")
+    readme = (ROOT / "README.md").read_text()
+    for model in record["models"].values():
+        costs = {cost["name"]: cost for cost in model["costs"]}
+        shown = [f"{costs['SGD, fused']['milliseconds']:.3g} ms"]
+        shown += [f"{costs[name]['ratio']:.1f}" for name in ("GSM", "GSM, fused", "published approach")]
+        assert " | ".join(shown) in readme
+
+
+def test_the_profile_of_a_step_stands_in_the_readme():
+    profiles = json.loads((ROOT / "results" / "step-profile.json").read_text())["profiles"]
+    readme = (ROOT / "README.md").read_text()
+    for profile in profiles.values():
+        assert f"{profile['pass: update']:.2f}" in readme
+        assert f"{profile['find the threshold, its passes included']:.2f}" in readme

@@ -7,7 +7,6 @@ having stored them. All that changes from step to step is in tensors, so each pa
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import reduce
 from itertools import accumulate, count, pairwise
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .rule import EagerRule, Kernel, Part, dense_stride
+from .rule import EagerRule, Kernel, Part, dense_stride, score_dtype
 from .selection import (
     ROW,
     Cut,
@@ -63,14 +62,14 @@ class FusedRule:
         thresholds = cut.value.repeat(len(weights))
         thresholds[cut.tensor + 1 :] = torch.nextafter(cut.value, cut.value.new_tensor(math.inf))
         passive = _passive_values(parts, cut)
-        self._update(*lists, thresholds, *_settings(parts, cut.value))
+        self._update(*lists, thresholds, *_settings(parts))
         for tensor, values in passive:
             tensor[cut.surplus] = values
 
     def update_masked_(self, parts: Sequence[Part], masks: Sequence[Tensor]) -> None:
         """Update weights and momenta in place, where the active weights are those of bool masks."""
-        lists = _lists(parts)
-        self._update_masked(*lists, list(masks), *_settings(parts, lists[0][0]))
+        weights, grads, momenta = _lists(parts)
+        self._update_masked(weights, grads, momenta, list(masks), *_settings(parts))
 
     def _scores(self, weights: Tensors, grads: Tensors) -> "StoredScores | _ComputedScores":
         sizes = [weight.numel() for weight in weights]
@@ -128,7 +127,7 @@ class _ComputedScores:
         sizes = [weight.numel() for weight in weights]
         self._total = sum(sizes)
         self._ends = list(accumulate((size // row_width(size, _WIDE) for size in sizes), initial=0))
-        self._dtype = reduce(torch.promote_types, (weight.dtype for weight in weights), torch.float32)
+        self._dtype = score_dtype(weights)
         self._asked = False
 
     def __len__(self) -> int:
@@ -235,9 +234,8 @@ def _singles(top: Tensor, inside: Tensor, total: Tensor) -> tuple[int, Tensor, T
 def _importances(weights: Tensors, grads: Tensors) -> Tensor:
     """Return the importances of all weights in one tensor, with a rest of -1."""
     scores = [importance(_flat(w, w), _flat(g, w)) for w, g in zip(weights, grads, strict=True)]
-    dtype = reduce(torch.promote_types, (score.dtype for score in scores))
     rest = -sum(score.numel() for score in scores) % ROW
-    return torch.cat([*(score.to(dtype) for score in scores), scores[0].new_full((rest,), -1, dtype=dtype)])
+    return torch.cat([*scores, scores[0].new_full((rest,), -1)]).to(score_dtype(weights))
 
 
 def _count_stored(rows: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
@@ -346,11 +344,12 @@ def _lists(parts: Sequence[Part]) -> tuple[list[Tensor], list[Tensor], list[Tens
     return weights, [grad for part in parts for grad in part.grads], momenta
 
 
-def _settings(parts: Sequence[Part], like: Tensor) -> tuple[Tensor, _Kinds]:
+def _settings(parts: Sequence[Part]) -> tuple[Tensor, _Kinds]:
     """Return lr, momentum, weight decay and passive decay of each part, and what has to be known to compile."""
     rows = [[part.lr, part.momentum, part.weight_decay, part.passive_decay] for part in parts]
     kinds = tuple((len(part.params), part.momentum > 0, part.nesterov) for part in parts)
-    return torch.tensor(rows, dtype=like.dtype, device=like.device), kinds
+    weights = [param for part in parts for param in part.params]
+    return torch.tensor(rows, dtype=score_dtype(weights), device=weights[0].device), kinds
 
 
 def _flat(tensor: Tensor, like: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class EagerRule:
     def _importances(self, parts: Sequence[Part]) -> tuple[Tensor, list[Tensor]]:
         """Return |W G| of all weights in one tensor, with a rest of -1, and views of it laid out as the weights."""
         weights = [param for part in parts for param in part.params]
-        dtype = reduce(torch.promote_types, (weight.dtype for weight in weights), torch.float32)
+        dtype = score_dtype(weights)
         ends = list(accumulate((weight.numel() for weight in weights), initial=0))
         size, device = -(-ends[-1] // ROW) * ROW, weights[0].device
         if (len(self.memory), self.memory.dtype, self.memory.device) != (size, dtype, device):
@@ -121,6 +121,11 @@ class EagerRule:
         torch._foreach_mul_(views, [grad for part in parts for grad in part.grads])
         whole[: ends[-1]].abs_()
         return whole, views
+
+
+def score_dtype(weights: Sequence[Tensor]) -> torch.dtype:
+    """Return the precision in which all importances can be compared: float32 at least."""
+    return reduce(torch.promote_types, (weight.dtype for weight in weights), torch.float32)
 
 
 def dense_stride(tensor: Tensor) -> tuple[int, ...]:
