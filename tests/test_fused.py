@@ -239,6 +239,26 @@ def test_copies_and_loaded_states_go_on_in_the_same_way():
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("options", [{}, {"fused": True}])
+def test_layout_of_gradients_and_loaded_momenta_does_not_matter(options):
+    """Torch's fused SGD takes for granted that all tensors lie in memory as the parameter does."""
+    params = [nn.Parameter(torch.rand(6, 5, 4, 3)), nn.Parameter(torch.rand(3))]
+    params += [nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format)) for p in params]
+    optimizers = [
+        GSM(params[:2], 0.1, compression=3, weight_decay=0.1, **options),
+        GSM(params[2:], 0.1, compression=3, weight_decay=0.1, foreach=False),
+    ]
+    for step in range(3):
+        if step == 1:
+            params[0].data = params[0].data.to(memory_format=torch.channels_last)  # the momenta stay as they are
+        for p, q in zip(params[:2], params[2:], strict=True):
+            p.grad, q.grad = (torch.full_like(q, 0.1).copy_(q.detach() ** 2 - 0.3) for _ in range(2))
+        for optimizer in optimizers:
+            optimizer.step()
+        for p, q in zip(params[:2], params[2:], strict=True):
+            torch.testing.assert_close(p, q)
+
+
 def test_without_a_compiler_the_error_says_what_to_do():
     model = net(torch.float32)
     optimizer = GSM(model.parameters(), 0.1, compression=5, fused=True)

@@ -248,17 +248,22 @@ class GSM(Optimizer):
     def _part(self, params: list[Tensor], group: dict[str, Any]) -> Part:
         """Return what is needed to update parameters of a group. One without a gradient is given zeros."""
         grads = [torch.zeros_like(param) if param.grad is None else param.grad for param in params]
-        momenta = [self._momentum(param) if group["momentum"] else None for param in params]
+        momenta: list[Tensor | None] = [None for _ in params]
+        if group["momentum"]:
+            momenta = [*self._momenta(params)]
         settings = (group["lr"], group["momentum"], group["weight_decay"], _passive_decay(group), group["nesterov"])
         return Part(params, grads, momenta, *settings)
 
-    def _momentum(self, param: Tensor) -> Tensor:
-        state = self.state[param]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(param)
-        state["momentum_buffer"] = laid_out_as(param, state["momentum_buffer"])
-        momentum: Tensor = state["momentum_buffer"]
-        return momentum
+    def _momenta(self, params: list[Tensor]) -> list[Tensor]:
+        """Return the parameters' momenta, zeros where there are none yet."""
+        states = [self.state[param] for param in params]
+        found = [state.get("momentum_buffer") for state in states]
+        momenta = [torch.zeros_like(p) if z is None else z for p, z in zip(params, found, strict=True)]
+        momenta = laid_out_as(params, momenta)  # a state from elsewhere may lie in memory in another order
+        for state, before, momentum in zip(states, found, momenta, strict=True):
+            if momentum is not before:
+                state["momentum_buffer"] = momentum
+        return momenta
 
 
 def _passive_decay(group: dict[str, Any]) -> float:

@@ -41,14 +41,15 @@ class Kernel(NamedTuple):
 
     def or_quickest(self, params: Sequence[Tensor]) -> "Kernel":
         """Return this choice, or where none was made the quickest implementation for these parameters."""
-        fits = all(param.device.type in ("cpu", "cuda") and param.stride() == dense_stride(param) for param in params)
+        fits = all(param.is_contiguous() or param.stride() == dense_stride(param) for param in params)
+        fits = fits and {param.device.type for param in params} <= {"cpu", "cuda"}
         return Kernel(None, True if fits else None) if self == (None, None) else self
 
     def sgd_(self, part: Part, grads: list[Tensor], weight_decay: float) -> None:
         """Update parameters and momenta by momentum SGD."""
         if part.params:
             if self.fused:  # torch's kernel takes it for granted that tensors lie in memory alike
-                grads = [laid_out_as(param, grad) for param, grad in zip(part.params, grads, strict=True)]
+                grads = laid_out_as(part.params, grads)
             sgd(
                 part.params,
                 grads,
@@ -133,6 +134,11 @@ def dense_stride(tensor: Tensor) -> tuple[int, ...]:
     return tensor.stride() if tensor.is_contiguous() else torch.empty_like(tensor, device="meta").stride()
 
 
-def laid_out_as(param: Tensor, tensor: Tensor) -> Tensor:
-    """Return a tensor of a parameter's shape in the memory order of the parameter."""
-    return tensor if tensor.stride() == param.stride() else torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
+def laid_out_as(params: Sequence[Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    """Return tensors of the parameters' shapes, each in the memory order of its parameter."""
+    if [tensor.stride() for tensor in tensors] == [param.stride() for param in params]:
+        return tensors
+    return [
+        tensor if tensor.stride() == param.stride() else torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
+        for param, tensor in zip(params, tensors, strict=True)
+    ]
