@@ -241,6 +241,21 @@ def test_non_finite_gradient_of_an_unnamed_parameter_is_numbered():
         optimizer.step()
 
 
+@pytest.mark.parametrize("finalized", [False, True])
+@pytest.mark.parametrize("compression", [1, 5])
+def test_a_refused_first_step_leaves_no_state(compression, finalized):
+    net = small_net()
+    optimizer = GSM(net.parameters(), 0.1, compression=compression)
+    if finalized:
+        optimizer.finalize()
+    before = copy.deepcopy(optimizer.state_dict())
+    backward(net, next(batches(1)))
+    net[2].weight.grad[0, 0] = math.nan
+    with pytest.raises(NonFiniteGradientError):
+        optimizer.step()
+    torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
+
+
 def test_sparse_gradient_is_refused():
     embedding = nn.Embedding(10, 3, sparse=True)
     optimizer = GSM(embedding.parameters(), 0.1, compression=2)

@@ -25,7 +25,7 @@ from torch.optim.optimizer import ParamsT
 
 from .fused import FusedRule
 from .masks import Masks, apply_masks_, is_prunable, magnitude_masks, prunable_in
-from .rule import EagerRule, Kernel, Part, laid_out_as
+from .rule import EagerRule, Kernel, Part, all_params, laid_out_as
 from .selection import check_compression, kept_weights
 
 
@@ -193,11 +193,11 @@ class GSM(Optimizer):
         if all_active or finalized:
             check_finite()
         if ruled and finalized:
-            self._rule.update_masked_(ruled, [self.state[p]["mask"] for part in ruled for p in part.params])
+            self._rule.update_masked_(ruled, [self.state[param]["mask"] for param in all_params(ruled)])
         elif ruled:
-            if len({param.device for part in ruled for param in part.params}) > 1:
+            if len({param.device for param in all_params(ruled)}) > 1:
                 raise ValueError("GSM needs all prunable parameters on one device")
-            available = sum(param.numel() for part in ruled for param in part.params)
+            available = sum(param.numel() for param in all_params(ruled))
             self._rule.update_(ruled, min(kept, available), check_finite)
         # Nothing passive: this is torch.optim.SGD, with the implementation that it would choose, to the bit.
         for part in plain:
@@ -205,6 +205,8 @@ class GSM(Optimizer):
             kernel.sgd_(part, part.grads, part.weight_decay)
         for part in still:
             self._kernel.sgd_(part, part.grads, part.passive_decay)
+        for part in (*plain, *ruled, *still):
+            self._remember(part)
         return loss
 
     @torch.no_grad()
@@ -255,15 +257,16 @@ class GSM(Optimizer):
         return Part(params, grads, momenta, *settings)
 
     def _momenta(self, params: list[Tensor]) -> list[Tensor]:
-        """Return the parameters' momenta, zeros where there are none yet."""
-        states = [self.state[param] for param in params]
-        found = [state.get("momentum_buffer") for state in states]
+        """Return the parameters' momenta, zeros where there are none yet. The state stays as it is."""
+        found = [self.state[p].get("momentum_buffer") if p in self.state else None for p in params]
         momenta = [torch.zeros_like(p) if z is None else z for p, z in zip(params, found, strict=True)]
-        momenta = laid_out_as(params, momenta)  # a state from elsewhere may lie in memory in another order
-        for state, before, momentum in zip(states, found, momenta, strict=True):
-            if momentum is not before:
-                state["momentum_buffer"] = momentum
-        return momenta
+        return laid_out_as(params, momenta)  # a state from elsewhere may lie in memory in another order
+
+    def _remember(self, part: Part) -> None:
+        """Put the momenta of parameters that have been updated into the state."""
+        for param, momentum in zip(part.params, part.momenta, strict=True):
+            if momentum is not None:
+                self.state[param]["momentum_buffer"] = momentum
 
 
 def _passive_decay(group: dict[str, Any]) -> float:

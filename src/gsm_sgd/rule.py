@@ -33,6 +33,11 @@ class Part(NamedTuple):
     nesterov: bool
 
 
+def all_params(parts: Sequence[Part]) -> list[Tensor]:
+    """Return the parameters of all parts."""
+    return [param for part in parts for param in part.params]
+
+
 class Kernel(NamedTuple):
     """Which of torch's implementations of SGD to use, as `torch.optim.SGD` takes it."""
 
@@ -78,11 +83,10 @@ class EagerRule:
         `check_finite` is called if an importance is not finite, and raises if a gradient is to blame. Else a weight
         is: it counts as the most important if it is infinite, as the least if it is NaN.
         """
-        whole, views = self._importances(parts)
+        whole, views, ends = self._importances(parts)
         if not math.isfinite(whole.amax()):
             check_finite()
             whole.nan_to_num_(nan=-1.0, posinf=math.inf)
-        ends = list(accumulate((view.numel() for view in views), initial=0))
         flat = [whole[start:end] for start, end in pairwise(ends)]
         cut = find_cut(StoredScores(flat, whole, views), kept)
         whole[: ends[cut.tensor + 1]].ge_(cut.value)
@@ -92,8 +96,8 @@ class EagerRule:
 
     def update_masked_(self, parts: Sequence[Part], masks: Sequence[Tensor]) -> None:
         """Update weights and momenta in place, where the active weights are those of bool masks."""
-        params = [param for part in parts for param in part.params]
-        self._update_active_(parts, [mask.to(param.dtype) for mask, param in zip(masks, params, strict=True)])
+        active = [mask.to(param.dtype) for mask, param in zip(masks, all_params(parts), strict=True)]
+        self._update_active_(parts, active)
 
     def _update_active_(self, parts: Sequence[Part], active: list[Tensor]) -> None:
         """Update weights and momenta given B for each of them in turn, which is overwritten."""
@@ -105,9 +109,9 @@ class EagerRule:
             pulls = [pull.to(param.dtype) for pull, param in zip(pulls, part.params, strict=True)]
             self._kernel.or_quickest(part.params).sgd_(part, pulls, part.passive_decay)
 
-    def _importances(self, parts: Sequence[Part]) -> tuple[Tensor, list[Tensor]]:
-        """Return |W G| of all weights in one tensor, with a rest of -1, and views of it laid out as the weights."""
-        weights = [param for part in parts for param in part.params]
+    def _importances(self, parts: Sequence[Part]) -> tuple[Tensor, list[Tensor], list[int]]:
+        """Return |W G| of all weights in one tensor with a rest of -1, views laid out as the weights, their ends."""
+        weights = all_params(parts)
         dtype = score_dtype(weights)
         ends = list(accumulate((weight.numel() for weight in weights), initial=0))
         size, device = -(-ends[-1] // ROW) * ROW, weights[0].device
@@ -121,7 +125,7 @@ class EagerRule:
         torch._foreach_copy_(views, weights)
         torch._foreach_mul_(views, [grad for part in parts for grad in part.grads])
         whole[: ends[-1]].abs_()
-        return whole, views
+        return whole, views, ends
 
 
 def score_dtype(weights: Sequence[Tensor]) -> torch.dtype:
