@@ -22,12 +22,12 @@ from gsm_sgd.experiments import bench
 from gsm_sgd.experiments.rundir import environment
 
 TITLES = {
-    "_importances": "pass: importances, stored",
-    "_count_stored": "pass: count the stored",
-    "_count_sample": "pass: count a sample",
-    "_count": "pass: compute and count",
-    "_decoded": "pass: counts from codes",
-    "_update_": "pass: update",
+    "importances": "pass: importances, stored",
+    "count_stored": "pass: count the stored",
+    "count_sample": "pass: count a sample",
+    "count_all": "pass: compute and count",
+    "decoded": "pass: counts from codes",
+    "update_": "pass: update",
     "find_cut": "find the threshold, its passes included",
     "step": "the whole step",
 }

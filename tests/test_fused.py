@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gsm_sgd import GSM, NonFiniteGradientError, fused
+from gsm_sgd.passes import flattened
 from gsm_sgd.selection import find_cut, importance
 from reference_gsm import NaiveGSM, naive_top
 
@@ -94,7 +95,7 @@ def check_choice(weights, grads, k):
     for number, (score, expected) in enumerate(zip(scores, naive_top(scores, k), strict=True)):
         active = score >= cut.value if number <= cut.tensor else score > cut.value
         if number == cut.tensor:
-            fused._flat(active, weights[number])[cut.surplus] = False
+            flattened(active, weights[number])[cut.surplus] = False
         assert torch.equal(active, expected)
 
 

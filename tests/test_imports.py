@@ -14,6 +14,7 @@ ORDER = [
     "selection",
     "masks",
     "rule",
+    "passes",
     "fused",
     "optimizer",
     "__init__",
@@ -35,7 +36,7 @@ ORDER = [
     "cli",
     "__main__",
 ]
-LIBRARY = ORDER[:6]
+LIBRARY = ORDER[:7]
 
 
 def module_of(path):

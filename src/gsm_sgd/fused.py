@@ -7,32 +7,31 @@ having stored them. All that changes from step to step is in tensors, so each pa
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate, count, pairwise
-from types import FunctionType
-from typing import Any, NamedTuple
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .rule import EagerRule, Kernel, Part, dense_stride, score_dtype
-from .selection import (
-    ROW,
-    Cut,
-    StoredScores,
-    by_index,
-    find_cut,
-    importance,
-    memory_order,
-    row_width,
-    within,
+from .passes import (
+    WIDE,
+    Compiled,
+    Kinds,
+    Tensors,
+    count_all,
+    count_sample,
+    count_stored,
+    decoded,
+    flattened,
+    importances,
+    rows_of,
+    update_,
+    update_masked_,
 )
-
-Tensors = Sequence[Tensor]
+from .rule import EagerRule, Kernel, Part, all_params, dense_stride, score_dtype
+from .selection import ROW, Cut, Scores, StoredScores, by_index, find_cut, row_width, within
 
 _SMALL = 2**22  # importances; so few are stored, as it takes time to look at some of each tensor
-_WIDE = 128  # importances in a row, at most, where they are not stored
-_BASE = 256.0  # counts that share a number are its digits in this base: no row is longer
-_RUN, _STRIDE = 32, 736  # a sample: runs of so many importances, so far from each other that they visit all columns
 _GRID = (-2.0, -0.5, -0.125, -0.03, 0.0, 0.03, 0.125, 0.5, 2.0)  # log2 of where to look, from the last threshold
 _FINE = 1.1  # ratio of two values between which importances are taken to lie evenly
 
@@ -41,11 +40,11 @@ class FusedRule:
     """The rule as compiled passes. They are compiled when a step first needs them, and again for other parameters."""
 
     def __init__(self) -> None:
-        self._importances = _Compiled(_importances)
-        self._count_stored = _Compiled(_count_stored)
-        self._passes = _Passes(_Compiled(_count_sample), _Compiled(_count), _Compiled(_decoded))
-        self._update = _Compiled(_update_)
-        self._update_masked = _Compiled(_update_masked_)
+        self._importances = Compiled(importances)
+        self._count_stored = Compiled(count_stored)
+        self._passes = _Passes(Compiled(count_sample), Compiled(count_all), Compiled(decoded))
+        self._update = Compiled(update_)
+        self._update_masked = Compiled(update_masked_)
         self._hints = _Hints()
         self.memory = torch.empty(0)  # nothing is kept from step to step
 
@@ -71,7 +70,7 @@ class FusedRule:
         weights, grads, momenta = _lists(parts)
         self._update_masked(weights, grads, momenta, list(masks), *_settings(parts))
 
-    def _scores(self, weights: Tensors, grads: Tensors) -> "StoredScores | _ComputedScores":
+    def _scores(self, weights: Tensors, grads: Tensors) -> Scores:
         sizes = [weight.numel() for weight in weights]
         if sum(sizes) > _SMALL:
             return _ComputedScores(weights, grads, self._hints, self._passes)
@@ -87,7 +86,7 @@ class _NotFiniteError(ArithmeticError):
 class _StoredScores(StoredScores):
     """The importances of a small model, stored once and then counted by a compiled pass."""
 
-    def __init__(self, scores: Tensors, whole: Tensor, like: Tensors, count: "_Compiled") -> None:
+    def __init__(self, scores: Tensors, whole: Tensor, like: Tensors, count: "Compiled") -> None:
         super().__init__(scores, whole, like)
         self._rows, self._count = whole.view(-1, ROW), count
 
@@ -126,7 +125,7 @@ class _ComputedScores:
         self._weights, self._grads, self._hints, self._passes = weights, grads, hints, passes
         sizes = [weight.numel() for weight in weights]
         self._total = sum(sizes)
-        self._ends = list(accumulate((size // row_width(size, _WIDE) for size in sizes), initial=0))
+        self._ends = list(accumulate((size // row_width(size, WIDE) for size in sizes), initial=0))
         self._dtype = score_dtype(weights)
         self._asked = False
 
@@ -196,12 +195,12 @@ class _ComputedScores:
         for number, (start, end) in enumerate(pairwise(splits)):
             if start < end:
                 mine = rows[start:end] - self._ends[number]
-                several.append((number, mine, row_width(self._weights[number].numel(), _WIDE)))
+                several.append((number, mine, row_width(self._weights[number].numel(), WIDE)))
         size = sum(len(mine) * width for _, mine, width in several)
         weights, grads = (torch.empty(size, dtype=self._dtype, device=rows.device) for _ in range(2))
         for gathered, tensors in ((weights, self._weights), (grads, self._grads)):
             for (number, mine, _), (_, _, place) in zip(several, _pieces(several, gathered), strict=True):
-                source = _rows(tensors[number], self._weights[number])
+                source = rows_of(tensors[number], self._weights[number])
                 if source.dtype == self._dtype:
                     torch.index_select(source, 0, mine, out=place)
                 else:
@@ -228,91 +227,7 @@ def _singles(top: Tensor, inside: Tensor, total: Tensor) -> tuple[int, Tensor, T
     return int(above), single, several, top.take(single)
 
 
-# --- the passes, as they are compiled ---
-
-
-def _importances(weights: Tensors, grads: Tensors) -> Tensor:
-    """Return the importances of all weights in one tensor, with a rest of -1."""
-    scores = [importance(_flat(w, w), _flat(g, w)) for w, g in zip(weights, grads, strict=True)]
-    rest = -sum(score.numel() for score in scores) % ROW
-    return torch.cat([*scores, scores[0].new_full((rest,), -1)]).to(score_dtype(weights))
-
-
-def _count_stored(rows: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
-    """Return for each row the largest importance that is not above the bracket, and the counts as `_decoded` does."""
-    return torch.where(rows > high, -1.0, rows).amax(1), *_decoded(_coded(rows, low, high))
-
-
-def _count(weights: Tensors, grads: Tensors, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for each row the counts as one number, and the largest importance that is not above the bracket."""
-    coded, top = [], []
-    for w, g in zip(weights, grads, strict=True):
-        rows = importance(_rows(w, w), _rows(g, w)).to(low.dtype)
-        coded.append(_coded(rows, low, high))
-        top.append(torch.where(rows > high, -1.0, rows).amax(1))
-    return torch.cat(coded), torch.cat(top)
-
-
-def _count_sample(weights: Tensors, grads: Tensors, grid: Tensor) -> Tensor:
-    """Return how many sampled importances are at least each value of the grid, and how many there are."""
-    sampled = [importance(_sampled(w, w), _sampled(g, w)).to(grid.dtype) for w, g in zip(weights, grads, strict=True)]
-    runs = torch.cat(sampled)
-    marks = [torch.where(runs >= value, _BASE ** (i % 3), 0.0) for i, value in enumerate(grid.unbind())]
-    numbers = torch.stack([(marks[i] + marks[i + 1] + marks[i + 2]).sum(1) for i in range(0, len(marks), 3)])
-    squares = torch.floor(numbers / _BASE**2)
-    bases = torch.floor((numbers - squares * _BASE**2) / _BASE)
-    ones = numbers - squares * _BASE**2 - bases * _BASE
-    each = torch.stack([ones, bases, squares], 1).sum(2, dtype=torch.float64).view(-1)
-    return torch.cat([each, each.new_full((1,), runs.numel())])
-
-
-def _sampled(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return runs of a tensor, four of them in a row."""
-    size = 4 * _STRIDE
-    groups = tensor.numel() // size
-    return _flat(tensor, like)[: groups * size].view(4 * groups, _STRIDE)[:, :_RUN].reshape(groups, 4 * _RUN)
-
-
-def _coded(rows: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Return for each row a number with the counts of scores in the bracket and above it, NaN if one is not finite."""
-    return (torch.where(rows > high, _BASE, torch.where(rows >= low, 1.0, 0.0)) + rows * 0).sum(1)
-
-
-def _decoded(coded: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how many scores each row has in the bracket, and how many are above it in all."""
-    above = torch.floor(coded / _BASE)
-    return coded - above * _BASE, above.sum(dtype=torch.float64)
-
-
-def _update_(
-    weights: Tensors, grads: Tensors, momenta: Tensors, thresholds: Tensor, settings: Tensor, kinds: "_Kinds"
-) -> None:
-    """Apply the rule to weights that are active if their importance reaches the threshold of their tensor."""
-    active = [
-        importance(w, g).to(thresholds.dtype) >= threshold
-        for w, g, threshold in zip(weights, grads, thresholds.unbind(), strict=True)
-    ]
-    _update_masked_(weights, grads, momenta, active, settings, kinds)
-
-
-def _update_masked_(
-    weights: Tensors, grads: Tensors, momenta: Tensors, masks: Tensors, settings: Tensor, kinds: "_Kinds"
-) -> None:
-    """Apply the rule: D = G + eta W where active, else eta_p W; Z <- beta Z + D; W <- W - alpha Z."""
-    owners = [group for group, (size, _, _) in enumerate(kinds) for _ in range(size)]
-    for i, (w, g, active, group) in reversed(list(enumerate(zip(weights, grads, masks, owners, strict=True)))):
-        alpha, beta, eta, eta_p = settings[group].unbind()
-        _, momentum, nesterov = kinds[group]
-        direction = torch.where(active, g + eta * w, eta_p * w)
-        if momentum:
-            momentum_ = momenta[i].mul_(beta).add_(direction)
-            direction = direction + beta * momentum_ if nesterov else momentum_
-        w.sub_(alpha * direction)
-
-
-# --- helpers of the passes ---
-
-_Kinds = tuple[tuple[int, bool, bool], ...]  # of each group: number of parameters, has momentum, is Nesterov's
+# --- helpers ---
 
 
 def _passive_values(parts: Sequence[Part], cut: Cut) -> list[tuple[Tensor, Tensor]]:
@@ -321,12 +236,12 @@ def _passive_values(parts: Sequence[Part], cut: Cut) -> list[tuple[Tensor, Tenso
         return []
     part, place = [(part, place) for part in parts for place in range(len(part.params))][cut.tensor]
     param, momentum = part.params[place], part.momenta[place]
-    flat = _flat(param, param)
+    flat = flattened(param, param)
     weight = flat[cut.surplus]
     direction = weight * part.passive_decay
     values = []
     if momentum is not None:
-        flat_momentum = _flat(momentum, param)
+        flat_momentum = flattened(momentum, param)
         moved = flat_momentum[cut.surplus] * part.momentum + direction
         values.append((flat_momentum, moved))
         direction = direction + moved * part.momentum if part.nesterov else moved
@@ -335,30 +250,20 @@ def _passive_values(parts: Sequence[Part], cut: Cut) -> list[tuple[Tensor, Tenso
 
 def _lists(parts: Sequence[Part]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Return the weights, gradients and momenta of all parts; a weight's momentum is missing where it has none."""
-    weights = [param for part in parts for param in part.params]
     momenta = [
         param if momentum is None else momentum
         for part in parts
         for param, momentum in zip(part.params, part.momenta, strict=True)
     ]
-    return weights, [grad for part in parts for grad in part.grads], momenta
+    return all_params(parts), [grad for part in parts for grad in part.grads], momenta
 
 
-def _settings(parts: Sequence[Part]) -> tuple[Tensor, _Kinds]:
+def _settings(parts: Sequence[Part]) -> tuple[Tensor, Kinds]:
     """Return lr, momentum, weight decay and passive decay of each part, and what has to be known to compile."""
     rows = [[part.lr, part.momentum, part.weight_decay, part.passive_decay] for part in parts]
     kinds = tuple((len(part.params), part.momentum > 0, part.nesterov) for part in parts)
-    weights = [param for part in parts for param in part.params]
+    weights = all_params(parts)
     return torch.tensor(rows, dtype=score_dtype(weights), device=weights[0].device), kinds
-
-
-def _flat(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor as one dimension, in the order in which `like`, of the same shape, lies in memory."""
-    return (tensor if like.is_contiguous() else tensor.permute(memory_order(like))).reshape(-1)
-
-
-def _rows(tensor: Tensor, like: Tensor) -> Tensor:
-    return _flat(tensor, like).view(-1, row_width(like.numel(), _WIDE))
 
 
 def _refuse_gaps(weights: Tensors) -> None:
@@ -382,25 +287,3 @@ def _between(grid: Sequence[float], counts: Sequence[float], left: int, right: i
     fall = counts[left] - counts[left + 1]
     part = (counts[left] - wanted) / fall if fall else 0.0
     return grid[left] + min(part, 1.0) * (grid[left + 1] - grid[left])
-
-
-class _Compiled:
-    """A compiled function, with an error that says what to do if it cannot be compiled."""
-
-    _number = count()
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        # A code object of its own: compiled variants are counted, and limited in number, for each code object.
-        self.name = function.__name__
-        code = function.__code__.replace(co_name=f"{self.name}{next(self._number)}")
-        own = FunctionType(code, function.__globals__, self.name, function.__defaults__, function.__closure__)
-        self._function = torch.compile(own, fullgraph=True, dynamic=False)
-
-    def __call__(self, *args: Any) -> Any:
-        try:
-            return self._function(*args)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            raise RuntimeError(
-                "fused=True cannot compile its passes: it needs a C++ compiler on a CPU, Triton on a GPU; "
-                f"without it GSM runs as well, more slowly ({error})"
-            ) from error

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Optimizer
 
 from .. import GSM
@@ -52,14 +52,13 @@ def workload(name: str) -> Workload:
     return WORKLOADS[name]()
 
 
-def measure(work: Workload, repeats: int, device: torch.device, fused: bool = True) -> list[Cost]:
+def measure(work: Workload, repeats: int, device: torch.device) -> list[Cost]:
     """Return what a step of each optimizer costs, all of them by turns, `repeats` times.
 
     Args:
         work: what to step.
         repeats: at least 1.
         device: where.
-        fused: whether to measure the compiled step too, which takes its time to compile.
     """
     torch.manual_seed(0)
     start = [torch.randn(shape, device=device) * 0.05 for shape in work.shapes]
@@ -72,8 +71,6 @@ def measure(work: Workload, repeats: int, device: torch.device, fused: bool = Tr
         "GSM, fused": lambda params: GSM(params, compression=work.compression, fused=True, **_SETTINGS),
         "published approach": lambda params: _Published(params, work.compression),
     }
-    if not fused:
-        del optimizers["GSM, fused"]
     contestants = {}
     for name, make in optimizers.items():
         params = [nn.Parameter(w.clone()) for w in start]
@@ -106,7 +103,7 @@ class _Published(SGD):
         self._kept = kept_weights(sum(param.numel() for param in self._prunable), compression)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # a benchmark has no closure
         grads = [param.grad for param in self._prunable if param.grad is not None]
         scores = [(param * grad).abs() for param, grad in zip(self._prunable, grads, strict=True)]
         threshold = torch.cat([score.view(-1) for score in scores]).topk(self._kept).values[-1]
@@ -132,7 +129,7 @@ def _synchronize(device: torch.device) -> None:
 
 def _extra_mib(optimizer: Optimizer, device: torch.device) -> float | None:
     """Return the peak of memory that a step needs beyond what is there before it, and what it keeps for the next."""
-    kept = sum(tensor.nbytes for tensor in _kept_tensors(optimizer))
+    kept = optimizer.memory.nbytes if isinstance(optimizer, GSM) else 0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -146,10 +143,6 @@ def _extra_mib(optimizer: Optimizer, device: torch.device) -> float | None:
         return (max(_status("VmHWM") - before, 0) + kept) / 2**20
     except (OSError, AttributeError):  # not Linux
         return None
-
-
-def _kept_tensors(optimizer: Optimizer) -> list[Tensor]:
-    return [optimizer.memory] if isinstance(optimizer, GSM) else []
 
 
 def _status(key: str) -> int:
