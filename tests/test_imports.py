@@ -11,6 +11,7 @@ ROOT = Path(gsm_sgd.__file__).parent
 
 # Top to bottom. A package's __init__ stands where it is listed.
 ORDER = [
+    "budget",
     "selection",
     "masks",
     "rule",

@@ -8,7 +8,8 @@ The rule, for a prunable weight tensor W with momentum Z (Ding et al., NeurIPS 2
     W <- W - alpha Z
 
 alpha learning rate (`lr`), beta `momentum`, eta `weight_decay`; for passive weights eta is `passive_decay`.
-B is chosen anew at every step, so a passive weight can come back.
+B is chosen anew at every step, so a passive weight can come back. Q may fall to its final value over the first steps,
+and the passive weights may be cut before the last ones, which then train the kept weights alone.
 """
 
 import math
@@ -16,17 +17,20 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import compress
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from .budget import PassiveWeight, cubic_compression, decay_for_rate, fastest_rate
 from .fused import FusedRule
 from .masks import Masks, apply_masks_, is_prunable, magnitude_masks, prunable_in
 from .rule import EagerRule, Kernel, Part, all_params, laid_out_as
 from .selection import check_compression, kept_weights
+
+_OF_THE_MODEL = ("compression", "total_steps", "shrink_to", "compression_schedule", "ramp_steps", "cut_step", "steps")
 
 
 class NonFiniteGradientError(ArithmeticError):
@@ -50,7 +54,16 @@ class GSM(Optimizer):
             for k steps follows w_0 exp(-alpha eta k / (1 - beta)).
         weight_decay: eta, coupled L2 as in `torch.optim.SGD`.
         nesterov: look ahead along the momentum, as in `torch.optim.SGD`.
-        passive_decay: eta of passive weights; None means `weight_decay`, the paper's rule.
+        passive_decay: eta of passive weights; None means `weight_decay`, the paper's rule. "auto" chooses it anew at
+            every step, so that whatever the learning rate does a weight that is passive from the end of the ramp on
+            has shrunk to `shrink_to` of its value by the cut; it is never below `weight_decay`.
+        total_steps: how many steps will be taken, for "auto".
+        shrink_to: what "auto" aims at.
+        compression_schedule: "constant"; "cubic", which raises the compression ratio from 1 to C over the first
+            `ramp_steps` (`budget.cubic_compression`); or a function of the number of steps taken, the compression
+            ratio of the next. A function is not in `state_dict()`.
+        ramp_steps: how many steps the cubic rise takes; None means two fifths of `total_steps`.
+        cut_step: the number of steps after which `finalize()` is called by itself; None means never.
         foreach, fused: which implementation to use; None is the quickest that needs no compiler. `fused=True` is
             compiled at the first step, in up to minutes for a large model, and then needs almost no memory of its
             own; other values are handed on to torch's SGD. None of it changes which weights are active.
@@ -69,13 +82,23 @@ class GSM(Optimizer):
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
         nesterov: bool = False,
-        passive_decay: float | None = None,
+        passive_decay: float | Literal["auto"] | None = None,
+        total_steps: int | None = None,
+        shrink_to: float = 1e-3,
+        compression_schedule: Literal["constant", "cubic"] | Callable[[int], float] = "constant",
+        ramp_steps: int | None = None,
+        cut_step: int | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
         check_compression(compression)
         if foreach and fused:
             raise ValueError("foreach and fused cannot both be True")
+        if compression_schedule == "constant":
+            ramp_steps = 0
+        elif ramp_steps is None and total_steps is not None:
+            ramp_steps = round(0.4 * total_steps)
+        self._schedule = compression_schedule if callable(compression_schedule) else None
         defaults = {
             "lr": lr,
             "compression": compression,
@@ -83,6 +106,14 @@ class GSM(Optimizer):
             "weight_decay": weight_decay,
             "nesterov": nesterov,
             "passive_decay": passive_decay,
+            "total_steps": total_steps,
+            "shrink_to": shrink_to,
+            "compression_schedule": "custom" if self._schedule else compression_schedule,
+            "ramp_steps": ramp_steps,
+            "cut_step": cut_step,
+            "steps": 0,
+            "highest_lr": 0.0,
+            "passive_weight": tuple(PassiveWeight()),  # one since the ramp's end, in units of what it was then
             "prunable": None,
             "foreach": foreach,
             "fused": fused,
@@ -92,11 +123,16 @@ class GSM(Optimizer):
         if self.num_prunable == 0:
             raise ValueError("nothing to prune: GSM needs a parameter with ndim >= 2, or a prunable group")
         kept_weights(self.num_prunable, compression)
-        shrinks = (_passive_decay(group) > 0 for group in self.param_groups if _governs(group))
-        if compression > 1 and not all(shrinks):
+        slow = [group for group in self.param_groups if _governs(group) and not _vanishes(group)]
+        if compression > 1 and slow:
+            too_few = slow[0]["passive_decay"] == "auto"
             warnings.warn(
-                "passive weights never shrink where weight_decay and passive_decay are both 0: "
-                "the cut will remove weights that still matter",
+                "the cut will remove weights that still matter: "
+                + (
+                    "there are too few steps for passive weights to shrink at this momentum; train longer or lower it"
+                    if too_few
+                    else "passive weights never shrink where weight_decay and passive_decay are both 0"
+                ),
                 UserWarning,
                 stacklevel=2,
             )
@@ -116,8 +152,12 @@ class GSM(Optimizer):
             if len({id(tensor) for tensor in tensors}) < len(tensors):
                 raise ValueError("a parameter is given twice")
         _check_hyperparameters(group)
-        if self.param_groups and group["compression"] != self.param_groups[0]["compression"]:
-            raise ValueError("compression is one number for the whole model, groups cannot differ in it")
+        if self.param_groups:
+            first = self.param_groups[0]
+            group["steps"] = first["steps"]
+            other = next((key for key in _OF_THE_MODEL if group[key] != first[key]), None)
+            if other:
+                raise ValueError(f"{other} is one for the whole model, groups cannot differ in it")
         super().add_param_group(group)
         if self.finalized and _governs(self.param_groups[-1]):
             del self.param_groups[-1]
@@ -130,8 +170,31 @@ class GSM(Optimizer):
 
     @property
     def nonzeros(self) -> int:
-        """Q = floor(N / C): how many weights are active at every step, and how many `finalize()` keeps."""
+        """Q = floor(N / C): how many weights `finalize()` keeps, and how many are active once the ramp is over."""
         return kept_weights(self.num_prunable, self.param_groups[0]["compression"])
+
+    @property
+    def compression(self) -> float:
+        """The compression ratio of the next step: that of the schedule, and C once `finalize()` has cut.
+
+        Raises:
+            ValueError: a schedule's function returns a number that is no compression ratio.
+        """
+        group = self.param_groups[0]
+        if self.finalized or group["compression_schedule"] == "constant":
+            return float(group["compression"])
+        if group["compression_schedule"] == "cubic":
+            return cubic_compression(group["compression"], group["steps"], group["ramp_steps"])
+        if self._schedule is None:
+            raise ValueError("the state is of a compression_schedule that is a function: give it to GSM as well")
+        compression = float(self._schedule(group["steps"]))
+        check_compression(compression)
+        return compression
+
+    @property
+    def passive_shrinkage(self) -> float:
+        """What share is left of a weight that has been passive since the ramp's end; the largest of all groups."""
+        return max(abs(float(group["passive_weight"][0])) for group in self.param_groups if _governs(group))
 
     @property
     def memory(self) -> Tensor:
@@ -169,13 +232,19 @@ class GSM(Optimizer):
         if any(grad.is_sparse for grad in grads):
             raise RuntimeError("GSM does not support sparse gradients")
         check_finite = partial(_refuse_nonfinite_gradients, self)
+        steps, cut_step = self.param_groups[0]["steps"], self.param_groups[0]["cut_step"]
+        if cut_step is not None and steps >= cut_step and not self.finalized:
+            check_finite()
+            self.finalize()
         governed = [[is_prunable(param, group) for param in group["params"]] for group in self.param_groups]
         num_prunable = sum(
             param.numel()
             for group, flags in zip(self.param_groups, governed, strict=True)
             for param in compress(group["params"], flags)
         )
-        kept = kept_weights(num_prunable, self.param_groups[0]["compression"])
+        compression = self.compression
+        kept = kept_weights(num_prunable, compression)
+        ramp_is_over = compression >= self.param_groups[0]["compression"]
         all_active, finalized = kept == num_prunable, self.finalized
         plain: list[Part] = []
         ruled: list[Part] = []
@@ -207,6 +276,11 @@ class GSM(Optimizer):
             self._kernel.sgd_(part, part.grads, part.passive_decay)
         for part in (*plain, *ruled, *still):
             self._remember(part)
+        for group in self.param_groups:
+            if ramp_is_over and not finalized:
+                group["passive_weight"] = _after_step(group)
+            group["highest_lr"] = max(group["highest_lr"], float(group["lr"]))
+            group["steps"] += 1
         return loss
 
     @torch.no_grad()
@@ -230,6 +304,10 @@ class GSM(Optimizer):
                     state["momentum_buffer"].masked_fill_(~masks[key], 0)
             self._rule.memory = torch.empty(0)  # nothing is chosen any more
         return {key: self.state[param]["mask"].clone() for key, param in prunable.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs: beside the state, a compression schedule that is a function."""
+        return {**super().__getstate__(), "_schedule": self._schedule}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a state; torch casts loaded masks to the parameters' dtype, here they are bool again."""
@@ -270,9 +348,43 @@ class GSM(Optimizer):
 
 
 def _passive_decay(group: dict[str, Any]) -> float:
-    chosen: float | None = group["passive_decay"]
-    decay: float = group["weight_decay"] if chosen is None else chosen
-    return decay
+    """Return the decay of passive weights in the next step."""
+    decay = float(group["weight_decay"])
+    if group["passive_decay"] is None:
+        return decay
+    if group["passive_decay"] != "auto":
+        return float(group["passive_decay"])
+    lr, momentum, nesterov = float(group["lr"]), float(group["momentum"]), bool(group["nesterov"])
+    weight, target = abs(float(group["passive_weight"][0])), float(group["shrink_to"])
+    if lr == 0 or weight <= target:
+        return decay
+    steps_left = max(1, _last_step(group) - max(group["steps"], group["ramp_steps"] or 0))
+    rate = (target / weight) ** (1 / steps_left)
+    # With this much, if the learning rate jumped to its highest again, the momentum that a passive weight has would
+    # just move it to zero: alpha eta w (1 + beta + beta^2 + ...)^2 = w.
+    most = (1 - momentum) ** 2 / max(lr, float(group["highest_lr"]))
+    return max(decay, min(most, decay_for_rate(rate, lr, momentum, nesterov)))
+
+
+def _after_step(group: dict[str, Any]) -> tuple[float, float]:
+    """Return the weight that has been passive since the ramp was over, and its momentum, a step later."""
+    passive = PassiveWeight(*group["passive_weight"])
+    passive = passive.step(float(group["lr"]), _passive_decay(group), group["momentum"], group["nesterov"])
+    return passive.weight, passive.momentum
+
+
+def _last_step(group: dict[str, Any]) -> int:
+    """Return the number of the step by which passive weights are to have vanished."""
+    return min(int(end) for end in (group["cut_step"], group["total_steps"]) if end is not None)
+
+
+def _vanishes(group: dict[str, Any]) -> bool:
+    """Return whether passive weights can shrink as far as they are to, or at all where nothing is aimed at."""
+    if group["passive_decay"] != "auto":
+        return _passive_decay(group) > 0
+    steps = _last_step(group) - (group["ramp_steps"] or 0)
+    best = fastest_rate(group["momentum"], group["nesterov"]) ** steps
+    return best <= float(group["shrink_to"])
 
 
 def _governs(group: dict[str, Any]) -> bool:
@@ -295,7 +407,10 @@ def _refuse_nonfinite_gradients(optimizer: Optimizer) -> None:
 
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:
-    for key in ("lr", "weight_decay", "passive_decay"):
+    auto = group["passive_decay"] == "auto"
+    if isinstance(group["passive_decay"], str) and not auto:
+        raise ValueError(f"passive_decay must be a number, 'auto' or None, not {group['passive_decay']!r}")
+    for key in ("lr", "weight_decay", *(() if auto else ("passive_decay",))):
         value = group[key]
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{key} must be finite and at least 0, not {value}")
@@ -303,3 +418,27 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
         raise ValueError(f"momentum must be at least 0 and below 1, not {group['momentum']}")
     if group["nesterov"] and not group["momentum"]:
         raise ValueError("nesterov needs momentum above 0")
+    _check_schedule(group)
+
+
+def _check_schedule(group: dict[str, Any]) -> None:
+    for key in ("total_steps", "ramp_steps", "cut_step"):
+        value = group[key]
+        if value is not None and not (isinstance(value, int) and value >= 0):
+            raise ValueError(f"{key} must be a whole number of at least 0, not {value!r}")
+    total, ramp, cut = group["total_steps"], group["ramp_steps"], group["cut_step"]
+    if group["compression_schedule"] not in ("constant", "cubic", "custom"):
+        raise ValueError(
+            f"unknown compression_schedule {group['compression_schedule']!r}: "
+            "choose constant or cubic, or give a function of the step"
+        )
+    if group["compression_schedule"] == "cubic" and ramp is None:
+        raise ValueError("compression_schedule='cubic' needs ramp_steps or total_steps")
+    auto = group["passive_decay"] == "auto"
+    if auto and total is None:
+        raise ValueError("passive_decay='auto' needs total_steps, the number of steps to be taken")
+    if not 0 < group["shrink_to"] < 1:
+        raise ValueError(f"shrink_to must be above 0 and below 1, not {group['shrink_to']}")
+    end = min(step for step in (total, cut, math.inf) if step is not None)
+    if (auto or ramp) and (ramp or 0) >= end:
+        raise ValueError(f"ramp_steps must be below cut_step and total_steps: {ramp} leaves nothing of {end}")
