@@ -79,7 +79,7 @@ def plain_epoch(loader: DataLoader[tuple[Tensor, int]], recipe: Recipe, steps: i
 def our_epoch(dataset: data.Dataset, recipe: Recipe, steps: int, layout: torch.memory_format) -> float:
     """Return the seconds that our loop takes for so many steps."""
     model = models.build(recipe.model, 0).to(memory_format=layout)
-    optimizer = gsm(model, recipe)
+    optimizer = gsm(model, recipe, steps)
     began = time.perf_counter()
     batches = dataset.train.batches(recipe.batch_size, image_order(len(dataset.train), 0, 0))
     for _, (images, labels) in zip(range(steps), batches, strict=False):

@@ -15,9 +15,10 @@ from torch import nn
 
 from gsm_sgd import magnitude_masks, prunable_parameters
 from gsm_sgd.experiments import UsageError, data, models
+from gsm_sgd.experiments.cutnow import CutNow
 from gsm_sgd.experiments.loop import TrainingDivergedError, evaluate, image_order, train
 from gsm_sgd.experiments.lottery import lottery
-from gsm_sgd.experiments.prune import Job, plain_sgd, prune
+from gsm_sgd.experiments.prune import Job, gsm, plain_sgd, prune
 from gsm_sgd.experiments.recipes import Training, find_recipe
 from gsm_sgd.experiments.rundir import RunFolder, read_metrics, read_weights
 
@@ -256,6 +257,77 @@ def test_killed_at_many_moments_ends_in_the_same_bits(straight, tmp_path):
     assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
     for name in WEIGHTS:
         assert (path / f"{name}.safetensors").read_bytes() == (straight / f"{name}.safetensors").read_bytes()
+
+
+ONE_PHASE = replace(
+    RECIPE,
+    start="init",
+    gsm=Training(6, 0.05, momentum=0.2, cosine=0.5, label_smoothing=0.05),
+    ramp=0.25,
+    cut=0.67,
+    passive_decay="auto",
+)
+
+
+def test_one_phase_run_cuts_on_the_way_and_survives_interruption(synthetic, tmp_path):
+    """No base net; compression rises, the cut comes after four of six epochs; what is measured goes on as well."""
+    straight = run(prune, tmp_path / "straight", synthetic, ONE_PHASE, checkpoint_seconds=1e9)
+    assert list(straight["top1"]) == ["gsm_before_cut", "gsm_after_cut", "pruned"]
+    assert straight["epochs"] == {"gsm": 6}
+    assert straight["nonzeros"] == 13_310
+    records = read_metrics(tmp_path / "straight")
+    assert straight["top1"]["gsm_before_cut"] == records[3]["top1"]
+    assert straight["top1"]["gsm_after_cut"] == records[3]["cut_top1"]
+    assert straight["top1"]["pruned"] == records[5]["top1"] == records[5]["cut_top1"]
+    assert [record["gap"] == 0 for record in records] == [False] * 4 + [True] * 2
+    assert [record["entered"] for record in records[:1] + records[4:]] == [13_310, 0, 0]
+    assert records[3]["passive"] == pytest.approx(1e-3, rel=0.2)
+    assert all(0 <= record["returned"] <= record["entered"] for record in records)
+
+    path = tmp_path / "interrupted"
+    while True:
+        try:
+            run(prune, path, synthetic, ONE_PHASE, observer=Interrupting(4))
+            break
+        except KeyboardInterrupt:
+            pass
+    assert without_seconds(path) == without_seconds(tmp_path / "straight")
+    ours, theirs = (read_weights(folder / "pruned.safetensors") for folder in (path, tmp_path / "straight"))
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+
+
+def test_one_phase_lottery_still_has_a_base_net_for_its_tickets(synthetic, tmp_path):
+    result = run(lottery, tmp_path / "lottery", synthetic, ONE_PHASE)
+    assert list(result["top1"]) == [
+        "base", "gsm_before_cut", "gsm_after_cut", "pruned", "ticket_gsm", "ticket_magnitude",
+    ]  # fmt: skip
+
+
+def test_a_cut_that_will_cost_accuracy_is_foretold(synthetic, tmp_path):
+    """Hardly any decay: passive weights stay, and the cut destroys the net."""
+    hopeless = replace(RECIPE, start="init", compression=200.0, gsm=Training(3, 0.05, momentum=0.5, weight_decay=1e-6))
+    run(prune, tmp_path / "run", synthetic, replace(hopeless, passive_decay=None))
+    records = read_metrics(tmp_path / "run")
+    assert all("the cut will not be lossless" in record["warning"] for record in records[:2])
+    assert "shrink to 100% only" in records[0]["warning"]
+
+
+def test_measuring_the_cut_leaves_the_net_as_it_is(synthetic):
+    model = models.build("lenet300", 0)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    optimizer = gsm(model, ONE_PHASE, 5)
+    probe = CutNow(model, optimizer, ONE_PHASE, synthetic.test, 5)
+    record = probe.measure(10.0, 25)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    weights = torch.cat([weight.detach().abs().view(-1) for weight in prunable_parameters(model).values()])
+    ranked = weights.sort(descending=True).values
+    assert record["gap"] == pytest.approx((ranked[13_310] / ranked[13_309]).item())
+    with torch.no_grad():  # the largest weight becomes the smallest, then comes back
+        model.fc1.weight[:] = 0
+        assert probe.measure(10.0, 20)["returned"] == 0
+        model.load_state_dict(before)
+    third = probe.measure(10.0, 15)
+    assert third["returned"] == third["entered"] > 0
 
 
 def test_finished_run_is_not_trained_again(straight, synthetic):

@@ -27,6 +27,7 @@ ORDER = [
     "experiments/bench",
     "experiments/rundir",
     "experiments/loop",
+    "experiments/cutnow",
     "experiments/observers",
     "experiments/prune",
     "experiments/lottery",

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -71,6 +72,28 @@ def test_learning_rate_warms_up_and_drops():
         0.01,
         0.01,
     ]
+
+
+def test_learning_rate_falls_along_a_cosine():
+    factor = lr_factor(Training(4, 1.0, cosine=0.5), steps_per_epoch=10)
+    assert [round(factor(step), 12) for step in (0, 20, 30, 40)] == [1, 1, 0.5, 0]
+    assert factor(25) == pytest.approx(0.5 + 0.5 * math.cos(math.pi / 4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ramp": 0.5, "cut": 0.5}, "0 <= ramp < cut <= 1 must hold, not ramp 0.5 and cut 0.5"),
+        ({"ramp": -0.1}, "0 <= ramp"),
+        ({"cut": 1.5}, "cut <= 1"),
+        ({"gsm": Training(4, 0.1, cosine=1.0)}, "gsm.cosine must be at least 0 and below 1"),
+        ({"gsm": Training(4, 0.1, label_smoothing=1.0)}, "gsm.label_smoothing must be at least 0 and below 1"),
+    ],
+)
+def test_settings_that_make_no_sense(changes, message):
+    with pytest.raises(UsageError) as error:
+        replace(find_recipe("lenet300", "paper"), **changes).check()
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def _check_optimizer(recipe: Recipe) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # given again when the stage begins
-            gsm(model, recipe)
+            gsm(model, recipe, steps_per_epoch=1_000)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -222,6 +222,7 @@ def _print_results(runs: Sequence[Run], console: Console) -> None:
     layers = [LayerSparsity(**layer) for layer in result["layers"]]
     console.print(tables.results_table(runs))
     console.print(tables.layers_table(layers, f"pruned net of seed {result['seed']}"))
+    console.print(tables.cut_line(runs), highlight=False, soft_wrap=True)
     seconds = sum(sum(one.result["seconds"].values()) for one in runs if one.result)
     where = runs[0].path if len(runs) == 1 else f"{runs[0].path} and {len(runs) - 1} more"
     console.print(

@@ -18,11 +18,21 @@ from .rundir import Record, Stage
 _EVALUATION_BATCH = 1_000  # small enough to stay in a CPU's cache
 
 
-_Parts = dict[str, nn.Module | Optimizer | LambdaLR]  # what has a state_dict
-
-
 class TrainingDivergedError(ArithmeticError):
     """The loss is no longer a number."""
+
+
+class Probe(Protocol):
+    """Something more to measure at each evaluation, with a state of its own."""
+
+    def measure(self, top1: float, steps_left: int) -> Record:
+        """Return what the epoch's record is to hold beside its accuracy `top1`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that later measurements depend on."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from such a state."""
 
 
 class Observer(Protocol):
@@ -38,6 +48,9 @@ class Observer(Protocol):
         """Tell what an epoch came to: the record that metrics.jsonl gets."""
 
 
+_Parts = dict[str, nn.Module | Optimizer | LambdaLR | Probe]  # what has a state_dict
+
+
 def train(
     model: nn.Module,
     optimizer: Optimizer,
@@ -46,6 +59,7 @@ def train(
     data: Dataset,
     stage: Stage,
     observer: Observer,
+    probe: Probe | None = None,
 ) -> None:
     """Train `model` for `training.epochs`, from where the stage was interrupted if it was.
 
@@ -56,9 +70,11 @@ def train(
         TrainingDivergedError: the loss of an epoch is not finite.
     """
     device = next(model.parameters()).device
-    steps_per_epoch = math.ceil(len(data.train) / recipe.batch_size)
-    schedule = LambdaLR(optimizer, lr_factor(training, steps_per_epoch))
+    steps = steps_per_epoch(data, recipe)
+    schedule = LambdaLR(optimizer, lr_factor(training, steps))
     parts: _Parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    if probe is not None:
+        parts["probe"] = probe
     torch.manual_seed(recipe.seed)
     position = {"epoch": 0, "step": 0, "seconds": 0.0}
     loss_sum = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
@@ -72,7 +88,7 @@ def train(
 
     first_epoch, first_step = int(position["epoch"]), int(position["step"])
     began = time.perf_counter() - position["seconds"]
-    observer.start(stage.name, training.epochs, steps_per_epoch, first_epoch * steps_per_epoch + first_step)
+    observer.start(stage.name, training.epochs, steps, first_epoch * steps + first_step)
     for epoch in range(first_epoch, training.epochs):
         model.train()
         order = image_order(len(data.train), recipe.seed, epoch).to(device)
@@ -81,7 +97,7 @@ def train(
                 position = {"epoch": epoch, "step": step, "seconds": time.perf_counter() - began}
                 stage.save({**_snapshot(parts, device), "loss_sum": loss_sum, **position})
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-                loss = F.cross_entropy(model(images), labels)
+                loss = F.cross_entropy(model(images), labels, label_smoothing=training.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -102,8 +118,15 @@ def train(
             "top1": evaluate(model, data.test),
             "seconds": round(time.perf_counter() - began, 3),
         }
+        if probe is not None:
+            record |= probe.measure(record["top1"], (training.epochs - epoch - 1) * steps)
         stage.log(record)
         observer.epoch(record)
+
+
+def steps_per_epoch(data: Dataset, recipe: Recipe) -> int:
+    """Return the number of batches that the training set makes."""
+    return math.ceil(len(data.train) / recipe.batch_size)
 
 
 @torch.no_grad()
@@ -131,15 +154,20 @@ def parameter_groups(model: nn.Module, training: Training) -> list[dict[str, Any
 def lr_factor(training: Training, steps_per_epoch: int) -> Callable[[int], float]:
     """Return what to multiply the initial learning rate by, as a function of the step.
 
-    A linear rise from 0 over the warm-up, then a tenth at each milestone.
+    A linear rise from 0 over the warm-up, then a tenth at each milestone, then the fall along a cosine.
     """
     warmup_steps = round(training.warmup_epochs * steps_per_epoch)
+    steps = training.epochs * steps_per_epoch
 
     def factor(step: int) -> float:
         if step < warmup_steps:
             return step / warmup_steps
         passed = sum(step >= milestone * steps_per_epoch for milestone in training.milestones)
-        return float(0.1**passed)
+        cosine = 1.0
+        if training.cosine is not None and step > training.cosine * steps:
+            done = (step / steps - training.cosine) / (1 - training.cosine)
+            cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, done))
+        return float(0.1**passed * cosine)
 
     return factor
 

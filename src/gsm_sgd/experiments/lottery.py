@@ -3,14 +3,16 @@
 from ..masks import apply_masks_, magnitude_masks, prunable_parameters
 from . import models
 from .loop import evaluate
-from .prune import Job, finish, plain_sgd, prune_steps, train_stage
+from .prune import Job, finish, initial_net, plain_sgd, prune_steps, train_base, train_stage
 from .rundir import Record
 
 
 def lottery(job: Job) -> Record:
     """Find and retrain a ticket by either method from one initialisation and base net; return the run's result."""
-    # 1. Initialise and save. 2. Train the base net. And GSM's part of step 3.
-    pruned, top1 = prune_steps(job)
+    # 1. Initialise and save. 2. Train the base net. And GSM's part of step 3, which may do without a base net.
+    top1 = {"base": train_base(job, initial_net(job))}
+    pruned, figures = prune_steps(job)
+    top1 |= figures
     top1["ticket_gsm"] = retrain_ticket(job, "gsm", trained="gsm")
     top1["ticket_magnitude"] = retrain_ticket(job, "magnitude", trained="base")
     return finish(job, "lottery", pruned, top1)

@@ -35,6 +35,7 @@ class ProgressBars:
         self._taken = 0
         self._began = self._logged = time.monotonic()
         self._epochs = 0
+        self._warned = False
 
     def __enter__(self) -> Self:
         """Begin to draw."""
@@ -50,6 +51,7 @@ class ProgressBars:
     def start(self, stage: str, epochs: int, steps_per_epoch: int, first_step: int) -> None:
         """Show a new bar."""
         self._epochs = epochs
+        self._warned = False
         self._taken, self._began = 0, time.monotonic()
         self._task = self._progress.add_task(
             stage,
@@ -69,8 +71,13 @@ class ProgressBars:
         self._progress.advance(self._task)
 
     def epoch(self, record: Record) -> None:
-        """Show what an epoch came to."""
+        """Show what an epoch came to; a warning once in a stage."""
         outcome = f"loss {record['loss']:.4f}  top-1 {record['top1']:.2f}"
+        if "cut_top1" in record:
+            outcome += f"  if cut now {record['cut_top1']:.2f}"
+        if "warning" in record and not self._warned:
+            self._warned = True
+            self._console.print(f"{record['stage']}, epoch {record['epoch']}: {record['warning']}", soft_wrap=True)
         now = time.monotonic()
         rate = self._taken / (now - self._began)
         self._progress.update(self._task, epoch=record["epoch"], rate=rate, outcome=outcome)
@@ -110,8 +117,9 @@ class TensorBoard:
     def epoch(self, record: Record) -> None:
         """Write what an epoch came to."""
         if self._writer is not None:
-            for key in ("loss", "top1", "lr"):
-                self._writer.add_scalar(key, record[key], record["epoch"])
+            for key, value in record.items():
+                if isinstance(value, float):
+                    self._writer.add_scalar(key, value, record["epoch"])
             self._writer.flush()
 
     def close(self) -> None:

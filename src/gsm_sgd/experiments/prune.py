@@ -11,8 +11,9 @@ from .. import __version__
 from ..masks import apply_masks_, freeze, magnitude_masks, prunable_parameters, sparsity_table
 from ..optimizer import GSM
 from . import models
+from .cutnow import CutNow
 from .data import Dataset
-from .loop import Observer, evaluate, parameter_groups, train
+from .loop import Observer, Probe, evaluate, parameter_groups, steps_per_epoch, train
 from .recipes import Recipe, Training
 from .rundir import Record, RunFolder, device_name, read_metrics
 
@@ -40,25 +41,46 @@ def prune_steps(job: Job) -> tuple[nn.Module, dict[str, float]]:
     top1 = {}
 
     # 1. Initialise and save.
-    model = models.build(recipe.model, recipe.seed).to(job.device)
-    if not run.has_weights("init"):
-        run.save_weights("init", model)
+    model = initial_net(job)
 
-    # 2. Train the base net.
-    run.load_weights("init", model)
-    train_stage(job, "base", model, recipe.base, plain_sgd(model, recipe.base))
-    top1["base"] = evaluate(model, test)
+    # 2. Train the base net, if GSM is to start from it.
+    if recipe.start == "base":
+        top1["base"] = train_base(job, model)
 
-    # 3. Train it on with GSM: all but Q weights shrink to nothing.
-    train_stage(job, "gsm", model, recipe.gsm, gsm(model, recipe))
-    top1["gsm_before_cut"] = evaluate(model, test)
+    # 3. Train with GSM: all but Q weights shrink to nothing. They may be cut before the end.
+    steps = steps_per_epoch(job.data, recipe)
+    optimizer = gsm(model, recipe, steps)
+    train_stage(job, "gsm", model, recipe.gsm, optimizer, probe=CutNow(model, optimizer, recipe, test, steps))
+    if recipe.cut_epoch < recipe.gsm.epochs:
+        records = {record["epoch"]: record for record in read_metrics(run.path) if record["stage"] == "gsm"}
+        at_cut = records[recipe.cut_epoch]
+        top1["gsm_before_cut"], top1["gsm_after_cut"] = at_cut["top1"], at_cut["cut_top1"]
+    else:
+        top1["gsm_before_cut"] = evaluate(model, test)
 
     # 4. Cut: the same as GSM.finalize(), which a stage that was finished earlier no longer has.
     prunable = prunable_parameters(model)
     apply_masks_(prunable, magnitude_masks(prunable, recipe.compression))
-    top1["gsm_after_cut"] = top1["pruned"] = evaluate(model, test)
+    pruned = evaluate(model, test)
+    top1.setdefault("gsm_after_cut", pruned)
+    top1["pruned"] = pruned
     run.save_weights("pruned", model)
     return model, top1
+
+
+def initial_net(job: Job) -> nn.Module:
+    """Return the net as it is initialised, saved if it was not yet."""
+    model = models.build(job.recipe.model, job.recipe.seed).to(job.device)
+    if not job.run.has_weights("init"):
+        job.run.save_weights("init", model)
+    job.run.load_weights("init", model)
+    return model
+
+
+def train_base(job: Job, model: nn.Module) -> float:
+    """Train an initial net by plain SGD, and return its accuracy in percent."""
+    train_stage(job, "base", model, job.recipe.base, plain_sgd(model, job.recipe.base))
+    return evaluate(model, job.data.test)
 
 
 def train_stage(
@@ -68,6 +90,7 @@ def train_stage(
     training: Training,
     optimizer: Optimizer,
     masks: dict[str, Tensor] | None = None,
+    probe: Probe | None = None,
 ) -> None:
     """Train `model` as one stage of the run, or load what the stage left if it is over.
 
@@ -79,7 +102,7 @@ def train_stage(
         masks = masks or {}
         if masks:
             freeze(optimizer, masks)
-        train(model, optimizer, training, job.recipe, job.data, stage, job.observer)
+        train(model, optimizer, training, job.recipe, job.data, stage, job.observer, probe)
         for key, mask in masks.items():
             if model.get_parameter(key)[~mask].any():
                 raise RuntimeError(f"a masked weight of {key} moved in stage {name}")
@@ -99,8 +122,9 @@ def plain_sgd(model: nn.Module, training: Training) -> SGD:
     )
 
 
-def gsm(model: nn.Module, recipe: Recipe) -> GSM:
+def gsm(model: nn.Module, recipe: Recipe, steps_per_epoch: int) -> GSM:
     """Return the optimizer of GSM training."""
+    total = recipe.gsm.epochs * steps_per_epoch
     return GSM(
         parameter_groups(model, recipe.gsm),
         lr=recipe.gsm.lr,
@@ -108,6 +132,10 @@ def gsm(model: nn.Module, recipe: Recipe) -> GSM:
         momentum=recipe.gsm.momentum,
         nesterov=recipe.gsm.nesterov,
         passive_decay=recipe.passive_decay,
+        total_steps=total,
+        compression_schedule="cubic" if recipe.ramp else "constant",
+        ramp_steps=round(recipe.ramp * total),
+        cut_step=recipe.cut_epoch * steps_per_epoch if recipe.cut_epoch < recipe.gsm.epochs else None,
     )
 
 

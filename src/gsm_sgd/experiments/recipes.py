@@ -18,7 +18,7 @@ Preset = Literal["fast", "paper", "repo"]
 
 @dataclass(frozen=True)
 class Training:
-    """How one stage is trained: momentum SGD, the learning rate cut tenfold at each milestone.
+    """How one stage is trained: momentum SGD, the learning rate cut tenfold at each milestone, or along a cosine.
 
     Args:
         epochs: passes over the training set.
@@ -29,6 +29,8 @@ class Training:
         nesterov: whether momentum is Nesterov's.
         warmup_epochs: epochs over which the learning rate rises linearly from 0, a step at a time.
         bias_lr_factor: the biases' learning rate is this times lr.
+        cosine: share of the epochs after which the learning rate falls to zero along half a cosine; null means not.
+        label_smoothing: share of each label that is spread over all classes.
     """
 
     epochs: int
@@ -39,6 +41,8 @@ class Training:
     nesterov: bool = False
     warmup_epochs: float = 0.0
     bias_lr_factor: float = 1.0
+    cosine: float | None = None
+    label_smoothing: float = 0.0
 
     def check(self, stage: str) -> None:
         """Raise UsageError, naming the stage, if a setting makes no sense."""
@@ -52,6 +56,10 @@ class Training:
             raise UsageError(f"{stage}.momentum must be at least 0 and below 1, not {self.momentum}")
         if self.nesterov and not self.momentum:
             raise UsageError(f"{stage}.nesterov needs {stage}.momentum above 0")
+        if self.cosine is not None and not 0 <= self.cosine < 1:
+            raise UsageError(f"{stage}.cosine must be at least 0 and below 1, not {self.cosine}")
+        if not 0 <= self.label_smoothing < 1:
+            raise UsageError(f"{stage}.label_smoothing must be at least 0 and below 1, not {self.label_smoothing}")
 
     def scaled(self, factor: float) -> "Training":
         """Return the same schedule in `factor` times the epochs, at least one, milestones moved alike."""
@@ -73,9 +81,13 @@ class Recipe:
         model: network to train.
         dataset: images to train it on; "synthetic" is made up, for trying things out without data.
         base: training of the base net, and of a ticket.
-        gsm: training with GSM, from the base net.
+        gsm: training with GSM.
         compression: C; of N prunable weights floor(N / C) are kept.
-        passive_decay: weight decay of passive weights in GSM training; null means gsm.weight_decay, the paper's rule.
+        start: what GSM training starts from: the base net, or its initialisation, without training a base net.
+        ramp: share of GSM training in which the compression ratio rises from 1 to C, by the cubic rule.
+        cut: share of GSM training after which passive weights are cut; the rest trains the kept weights alone.
+        passive_decay: weight decay of passive weights in GSM training; null means gsm.weight_decay, the paper's rule;
+            "auto" lets them vanish between the ramp and the cut.
         batch_size: images per step.
         seed: of the initial weights and of the order of the images.
         precision: of the arithmetic in training; weights and updates are always float32.
@@ -90,7 +102,10 @@ class Recipe:
     base: Training
     gsm: Training
     compression: float
-    passive_decay: float | None = None
+    start: Literal["base", "init"] = "base"
+    ramp: float = 0.0
+    cut: float = 1.0
+    passive_decay: float | Literal["auto"] | None = None
     batch_size: int = 256
     seed: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -101,6 +116,11 @@ class Recipe:
         if not (math.isfinite(factor) and factor > 0):
             raise UsageError(f"epochs-scale must be a finite number above 0, not {factor}")
         return replace(self, base=self.base.scaled(factor), gsm=self.gsm.scaled(factor))
+
+    @property
+    def cut_epoch(self) -> int:
+        """The epoch of GSM training at whose end passive weights are cut."""
+        return max(1, round(self.cut * self.gsm.epochs))
 
     def paper(self) -> dict[str, float] | None:
         """Return the paper's top-1 figures, in percent, or None if it has none to compare this run with."""
@@ -125,6 +145,8 @@ class Recipe:
             raise UsageError(f"seed must be at least 0 and below 2**32, not {self.seed}")
         if self.holdout < 0:
             raise UsageError(f"holdout must be at least 0, not {self.holdout}")
+        if not 0 <= self.ramp < self.cut <= 1:
+            raise UsageError(f"0 <= ramp < cut <= 1 must hold, not ramp {self.ramp} and cut {self.cut}")
 
 
 def _lenet(recipe: str, compression: float, preset: Preset) -> Recipe:
@@ -141,7 +163,7 @@ def _lenet(recipe: str, compression: float, preset: Preset) -> Recipe:
             base = Training(30, 3e-2, (15, 24), warmup_epochs=1)
             gsm = Training(40, 3e-2, (27, 34), momentum=0.99)
             passive_decay = 5e-3
-    return Recipe(recipe, preset, recipe, "mnist", base, gsm, compression, passive_decay)
+    return Recipe(recipe, preset, recipe, "mnist", base, gsm, compression, passive_decay=passive_decay)
 
 
 def lenet300(preset: Preset = "fast") -> Recipe:

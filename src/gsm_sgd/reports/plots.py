@@ -56,6 +56,11 @@ def curves_figure(run: Run) -> Figure:
         if records:
             loss.plot(epochs, [record["loss"] for record in records], label=stage, **style)
             error.plot(epochs, [100 - record["top1"] for record in records], label=stage, **style)
+    cut_now = [record for record in run.uncut if "cut_top1" in record]
+    if cut_now:
+        style = {"color": _COLOURS["gsm"], "linestyle": ":", "linewidth": 1.0}
+        (line,) = error.plot([r["epoch"] for r in cut_now], [100 - r["cut_top1"] for r in cut_now], **style)
+        error.legend([line], ["gsm, if cut then"], frameon=False, fontsize=8)
     loss.set_title("training loss", fontsize=10)
     error.set_title("top-1 error, %", fontsize=10)
     for axes in (loss, error):

@@ -31,6 +31,7 @@ STAGES = {
 """The stage whose last evaluation a `top1` figure is."""
 
 _LAST = 10  # evaluations in the mean that the authors' code reports
+_SAME = 0.05  # points of accuracy that a cut may cost and still be called lossless
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,25 @@ class Run:
 
     def last_ten(self, key: str) -> float | None:
         """Return the mean accuracy of a stage's last ten epochs, in percent, or None if they are not there."""
-        top1 = [record["top1"] for record in self.metrics if record["stage"] == STAGES.get(key)]
+        records = self.uncut if key == "gsm_before_cut" else self.metrics
+        top1 = [record["top1"] for record in records if record["stage"] == STAGES.get(key)]
         return fmean(top1[-_LAST:]) if top1 else None
+
+    @property
+    def uncut(self) -> list[Record]:
+        """The records of GSM training up to the cut."""
+        cut_epoch = max(1, round(self.recipe.get("cut", 1.0) * self.recipe["gsm"]["epochs"]))
+        return [record for record in self.metrics if record["stage"] == "gsm" and record["epoch"] <= cut_epoch]
+
+    @property
+    def lossless_since(self) -> int | None:
+        """The epoch of GSM training from which on a cut would have cost nothing, or None if the cut cost something."""
+        epoch = None
+        for record in reversed(self.uncut):
+            if record["top1"] - record.get("cut_top1", 0.0) > _SAME:
+                break
+            epoch = record["epoch"]
+        return epoch
 
 
 def read_run(path: Path) -> Run:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from statistics import fmean
 from typing import get_args
 
 from rich.table import Table
@@ -39,6 +40,20 @@ def results_table(runs: Sequence[Run]) -> Table:
             "" if published_figure is None else f"{published_figure:.2f}",
         )
     return table
+
+
+def cut_line(runs: Sequence[Run]) -> str:
+    """Return a sentence on what the cut cost, and since when it would have cost nothing."""
+    results = [run.result["top1"] for run in runs if run.result is not None]
+    cost = fmean(top1["gsm_before_cut"] - top1["gsm_after_cut"] for top1 in results)
+    since = [run.lossless_since for run in runs]
+    epochs = runs[0].uncut[-1]["epoch"]
+    text = f"The cut after epoch {epochs} cost {cost:.2f} points of accuracy"
+    if all(epoch is not None for epoch in since):
+        text = f"The cut after epoch {epochs} was lossless, and would have been since epoch "
+        return text + f"{', '.join(str(epoch) for epoch in since)}."
+    gained = fmean(top1["pruned"] - top1["gsm_after_cut"] for top1 in results)
+    return text + (f", of which training on with the mask brought back {gained:.2f}." if gained else ".")
 
 
 def progress_table(run: Run) -> Table:

@@ -1,0 +1,189 @@
+"""Accuracy against compression: GSM, gradual magnitude pruning, and one-shot magnitude pruning with retraining.
+
+    python benchmarks/frontier.py [--model M] [--compressions 10,60,...] [--seeds 0,1,2] [--epochs N] [--json FILE]
+
+Every method has the same epochs in all, from the same initialisations, in the same order of images, with the same
+batch size, loss and learning-rate schedule; each has the settings that were best for it on 5,000 held-out training
+images (--holdout). The baselines are torch.nn.utils.prune's:
+
+- gradual: masks from |w| every 50 steps, the share of zeros rising by the cubic rule (Zhu and Gupta, 2017);
+- one-shot: half of the epochs for the dense net, one cut to the largest |w|, half for training on with the mask.
+
+What is finished is found again in --runs, so an interrupted run goes on.
+"""
+
+import argparse
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from torch.nn.utils import prune as torch_prune
+from torch.optim import Optimizer
+
+from gsm_sgd.budget import cubic_compression
+from gsm_sgd.experiments import data, models
+from gsm_sgd.experiments.loop import evaluate, steps_per_epoch, train
+from gsm_sgd.experiments.prune import Job, plain_sgd, prune
+from gsm_sgd.experiments.recipes import Recipe, find_recipe
+from gsm_sgd.experiments.rundir import RunFolder, environment
+from gsm_sgd.selection import kept_weights
+
+METHODS = ("GSM, fast", "gradual magnitude", "one-shot magnitude")
+_EVERY = 50  # steps between two masks of gradual magnitude pruning
+_CPU = torch.device("cpu")
+
+
+class Silent:
+    """Watches nothing."""
+
+    def start(self, stage: str, epochs: int, steps_per_epoch: int, first_step: int) -> None:
+        """Do nothing."""
+
+    def step(self) -> None:
+        """Do nothing."""
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """Do nothing."""
+
+
+def prune_to(model: nn.Module, kept: int) -> None:
+    """Cut all but the `kept` largest |w| of the weights that are left, for good."""
+    layers = [(module, "weight") for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    for module, name in layers:
+        if not torch_prune.is_pruned(module):
+            torch_prune.identity(module, name)
+    left = sum(int(module.get_buffer(f"{name}_mask").sum()) for module, name in layers)
+    if left > kept:
+        torch_prune.global_unstructured(layers, torch_prune.L1Unstructured, amount=left - kept)
+
+
+def gradual(job: Job) -> float:
+    """Return the accuracy, in percent, that gradual magnitude pruning reaches."""
+    recipe = job.recipe
+    model = models.build(recipe.model, recipe.seed)
+    prunable = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
+    steps = steps_per_epoch(job.data, recipe) * recipe.gsm.epochs
+    ramp = math.ceil(recipe.ramp * steps / _EVERY) * _EVERY
+    prune_to(model, prunable)
+    optimizer = plain_sgd(model, recipe.gsm)
+    taken = 0
+
+    def mask_when_due(*_: Any) -> None:
+        nonlocal taken
+        taken += 1
+        if taken % _EVERY == 0 and taken <= ramp:
+            prune_to(model, kept_weights(prunable, cubic_compression(recipe.compression, taken, ramp)))
+
+    optimizer.register_step_post_hook(mask_when_due)
+    return trained(job, model, optimizer, recipe)
+
+
+def one_shot(job: Job) -> float:
+    """Return the accuracy, in percent, that one cut and as much training after it as before reach."""
+    half = replace(job.recipe, gsm=replace(job.recipe.gsm, epochs=job.recipe.gsm.epochs // 2))
+    model = models.build(half.model, half.seed)
+    trained(job, model, plain_sgd(model, half.gsm), half)
+    prunable = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
+    prune_to(model, kept_weights(prunable, half.compression))
+    return trained(job, model, plain_sgd(model, half.gsm), half)
+
+
+def trained(job: Job, model: nn.Module, optimizer: Optimizer, recipe: Recipe) -> float:
+    """Train, and return the accuracy in percent."""
+    stage = job.run.stage("baseline")
+    stage.discard_checkpoint()
+    train(model, optimizer, recipe.gsm, recipe, job.data, stage, job.observer)
+    stage.discard_checkpoint()
+    return evaluate(model, job.data.test)
+
+
+def measure(method: str, recipe: Recipe, dataset: data.Dataset, runs: Path) -> float:
+    """Return the accuracy of one run, in percent, from its folder if it is there."""
+    name = f"{recipe.model}-{method.split(',')[0]}-x{recipe.compression:g}-e{recipe.gsm.epochs}-s{recipe.seed}"
+    path = runs / name.replace(" ", "-")
+    with RunFolder(path, recipe, checkpoint_seconds=1e9) as folder:
+        if not folder.finished:
+            job = Job(recipe, dataset, folder, Silent(), _CPU)
+            if method == METHODS[0]:
+                prune(job)
+            else:
+                top1 = gradual(job) if method == METHODS[1] else one_shot(job)
+                folder.finish({"top1": {"pruned": top1}})
+    result: dict[str, Any] = json.loads((path / "result.json").read_text())
+    return float(result["top1"]["pruned"])
+
+
+def settings(method: str, recipe: Recipe) -> Recipe:
+    """Return a recipe with what was best for a method on held-out images."""
+    if method == METHODS[0]:
+        return recipe
+    # plain SGD with momentum .9, the best of .9 and .95 for it; no passive weights, no cut
+    return replace(recipe, gsm=replace(recipe.gsm, momentum=0.9), passive_decay=None)
+
+
+def picture(record: dict[str, Any], path: Path) -> None:
+    """Draw accuracy against compression."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for method, colour, style in zip(METHODS, ("#0072B2", "#D55E00", "#000000"), ("o-", "s--", "^:"), strict=True):
+        cells = record["methods"].get(method, {})
+        ratios = [float(ratio) for ratio in cells]
+        errors = [cell["std"] or 0.0 for cell in cells.values()]
+        means = [cell["mean"] for cell in cells.values()]
+        axes.errorbar(ratios, means, errors, fmt=style, color=colour, label=method, capsize=3, linewidth=1.3)
+    axes.set_xscale("log")
+    axes.set_xticks(ratios, [f"{ratio:g}x" for ratio in ratios])
+    axes.minorticks_off()
+    axes.set_xlabel("compression ratio")
+    axes.set_ylabel("top-1, %")
+    axes.set_title(f"{record['model']} on MNIST, {record['epochs']} epochs in all", fontsize=10)
+    axes.grid(alpha=0.25, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Run what is not there yet, print means, and write them down if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="lenet300")
+    parser.add_argument("--compressions", default="10,30,60,100,200,500,1000")
+    parser.add_argument("--methods", default="0,1,2", help="numbers of " + ", ".join(METHODS))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--holdout", type=int, default=0)
+    parser.add_argument("--runs", type=Path, default=Path("runs/frontier"))
+    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--png", type=Path, default=None)
+    options = parser.parse_args()
+    dataset = data.load("mnist")
+    if options.holdout:
+        dataset = dataset.hold_out(options.holdout)
+    recipe = find_recipe(options.model)
+    recipe = replace(recipe, gsm=replace(recipe.gsm, epochs=options.epochs), holdout=options.holdout)
+    record: dict[str, Any] = {"benchmark": "frontier", "model": options.model, "epochs": options.epochs}
+    record |= {"seeds": [int(seed) for seed in options.seeds.split(",")], "holdout": options.holdout}
+    record |= {"environment": environment(_CPU), "methods": {}}
+    for method in (METHODS[int(number)] for number in options.methods.split(",")):
+        cells = record["methods"][method] = {}
+        for ratio in (float(word) for word in options.compressions.split(",")):
+            one = replace(settings(method, recipe), compression=ratio)
+            values = [measure(method, replace(one, seed=seed), dataset, options.runs) for seed in record["seeds"]]
+            std = stdev(values) if len(values) > 1 else None
+            cells[f"{ratio:g}"] = {"mean": round(fmean(values), 4), "std": std and round(std, 4), "values": values}
+            shown = f"{fmean(values):.2f}" + ("" if std is None else f" ± {std:.2f}")
+            print(f"{method:<20} {ratio:>6g}x  {shown}", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    if options.png:
+        picture(record, options.png)
+
+
+if __name__ == "__main__":
+    main()
