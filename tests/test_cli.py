@@ -16,6 +16,7 @@ from gsm_sgd.experiments.rundir import read_weights
 SHORT = [
     "--dataset", "synthetic", "--base.epochs", "2", "--gsm.epochs=2", "--compression", "20",
     "--batch-size", "512", "--base.milestones", "[1]", "--gsm.milestones", "[]",
+    "--start", "base", "--ramp", "0", "--cut", "1", "--passive-decay", "0.05",
 ]  # fmt: skip
 
 
@@ -229,7 +230,7 @@ def test_bad_usage(words, message, capsys, tmp_path, monkeypatch):
 
 def test_other_recipe_in_the_folder(runs, capsys):
     said = fails(capsys, "lottery", "lenet300", *SHORT, "--gsm.lr", "0.5", "--out", runs[0].parent)
-    assert "was made by another recipe (gsm.lr 0.03 there, 0.5 here): choose another --out" in said
+    assert "was made by another recipe (gsm.lr 0.1 there, 0.5 here): choose another --out" in said
 
 
 def test_file_that_is_not_safetensors(tmp_path, capsys):

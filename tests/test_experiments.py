@@ -24,7 +24,7 @@ from gsm_sgd.experiments.rundir import RunFolder, read_metrics, read_weights
 
 CPU = torch.device("cpu")
 RECIPE = replace(
-    find_recipe("lenet300"),
+    find_recipe("lenet300", "repo"),
     dataset="synthetic",
     base=Training(3, 0.05, (2,), warmup_epochs=0.5),
     gsm=Training(4, 0.05, (3,), momentum=0.95),
@@ -266,6 +266,7 @@ ONE_PHASE = replace(
     ramp=0.25,
     cut=0.67,
     passive_decay="auto",
+    shrink_to=1e-3,
 )
 
 
@@ -467,5 +468,6 @@ def test_short_lottery_on_real_mnist(mnist_folder, tmp_path):
     assert result["paper"]["pruned"] == 98.18
     assert top1["base"] > 96
     assert top1["gsm_after_cut"] > 90
-    assert abs(top1["gsm_before_cut"] - top1["gsm_after_cut"]) < 1
+    assert abs(top1["gsm_before_cut"] - top1["gsm_after_cut"]) < 2
+    assert top1["pruned"] > 95
     assert top1["ticket_gsm"] > top1["ticket_magnitude"]

@@ -58,7 +58,7 @@ class GSM(Optimizer):
             every step, so that whatever the learning rate does a weight that is passive from the end of the ramp on
             has shrunk to `shrink_to` of its value by the cut; it is never below `weight_decay`.
         total_steps: how many steps will be taken, for "auto".
-        shrink_to: what "auto" aims at.
+        shrink_to: what "auto" aims at. It is low since a weight that turns passive later has less time.
         compression_schedule: "constant"; "cubic", which raises the compression ratio from 1 to C over the first
             `ramp_steps` (`budget.cubic_compression`); or a function of the number of steps taken, the compression
             ratio of the next. A function is not in `state_dict()`.
@@ -84,7 +84,7 @@ class GSM(Optimizer):
         nesterov: bool = False,
         passive_decay: float | Literal["auto"] | None = None,
         total_steps: int | None = None,
-        shrink_to: float = 1e-3,
+        shrink_to: float = 1e-6,
         compression_schedule: Literal["constant", "cubic"] | Callable[[int], float] = "constant",
         ramp_steps: int | None = None,
         cut_step: int | None = None,
