@@ -162,7 +162,7 @@ def _lenet(recipe: str, compression: float, preset: Preset) -> Recipe:
             gsm = Training(280, 1e-2, (160, 200, 240), momentum=0.99, nesterov=True)
         case "fast":
             base = Training(30, 3e-2, (15, 24), warmup_epochs=1)
-            gsm = Training(48, 0.1, momentum=0.95, weight_decay=1e-4, cosine=0.5, label_smoothing=0.05)
+            gsm = Training(48, 0.1, momentum=0.95, weight_decay=5e-4, cosine=0.5, label_smoothing=0.05)
             one_phase: dict[str, Any] = {"start": "init", "ramp": 0.3, "cut": 0.6, "passive_decay": "auto"}
             return Recipe(recipe, preset, recipe, "mnist", base, gsm, compression, batch_size=128, **one_phase)
     return Recipe(recipe, preset, recipe, "mnist", base, gsm, compression)
