@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from frontier import Silent
+from frontier import Silent, over_seeds
 from gsm_sgd.experiments import data, prune
 from gsm_sgd.experiments.recipes import Recipe, find_recipe
 from gsm_sgd.experiments.rundir import RunFolder, environment
@@ -140,11 +139,8 @@ def main() -> None:
     for name in (names[int(number)] for number in options.variants.split(",")):
         seeded = [replace(recipe, holdout=holdout, seed=seed) for seed in record["seeds"]]
         results = [measure(name, one, dataset, options.runs) for one in seeded]
-        cell = {}
-        for key in ("gsm_before_cut", "gsm_after_cut", "pruned"):
-            values = [result[key] for result in results]
-            std = stdev(values) if len(values) > 1 else None
-            cell[key] = {"mean": round(fmean(values), 4), "std": std and round(std, 4), "values": values}
+        keys = ("gsm_before_cut", "gsm_after_cut", "pruned")
+        cell = {key: over_seeds([result[key] for result in results]) for key in keys}
         record["variants"][name] = cell
         shown = "  ".join(f"{cell[key]['mean']:.2f} ± {cell[key]['std'] or 0:.2f}" for key in cell)
         print(f"{name:<30} before, after the cut, in the end: {shown}", flush=True)

@@ -2,9 +2,9 @@
 
     python benchmarks/frontier.py [--model M] [--compressions 10,60,...] [--seeds 0,1,2] [--epochs N] [--json FILE]
 
-Every method has the same epochs in all, from the same initialisations, in the same order of images, with the same
-batch size, loss and learning-rate schedule; each has the settings that were best for it on 5,000 held-out training
-images (--holdout). The baselines are torch.nn.utils.prune's:
+Every method has the same epochs in all, from the same initialisations, with the same batch size, loss and
+learning-rate schedule; each has the settings that were best for it on 5,000 held-out training images (--holdout). The
+baselines are torch.nn.utils.prune's:
 
 - gradual: masks from |w| every 50 steps, the share of zeros rising by the cubic rule (Zhu and Gupta, 2017);
 - one-shot: half of the epochs for the dense net, one cut to the largest |w|, half for training on with the mask.
@@ -105,8 +105,8 @@ def trained(job: Job, model: nn.Module, optimizer: Optimizer, recipe: Recipe) ->
 
 def measure(method: str, recipe: Recipe, dataset: data.Dataset, runs: Path) -> float:
     """Return the accuracy of one run, in percent, from its folder if it is there."""
-    name = f"{recipe.model}-{method.split(',')[0]}-x{recipe.compression:g}-e{recipe.gsm.epochs}-s{recipe.seed}"
-    path = runs / name.replace(" ", "-")
+    size = f"x{recipe.compression:g}-e{recipe.gsm.epochs}-h{recipe.holdout}-s{recipe.seed}"
+    path = runs / f"{recipe.model}-{method.split(',')[0].replace(' ', '-')}-{size}"
     with RunFolder(path, recipe, checkpoint_seconds=1e9) as folder:
         if not folder.finished:
             job = Job(recipe, dataset, folder, Silent(), _CPU)
@@ -127,16 +127,23 @@ def settings(method: str, recipe: Recipe) -> Recipe:
     return replace(recipe, gsm=replace(recipe.gsm, momentum=0.9), passive_decay=None)
 
 
+def over_seeds(values: list[float]) -> dict[str, Any]:
+    """Return mean and sample deviation."""
+    std = round(stdev(values), 4) if len(values) > 1 else None
+    return {"mean": round(fmean(values), 4), "std": std, "values": values}
+
+
 def picture(record: dict[str, Any], path: Path) -> None:
     """Draw accuracy against compression."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
+    ratios = sorted({float(ratio) for cells in record["methods"].values() for ratio in cells})
     for method, colour, style in zip(METHODS, ("#0072B2", "#D55E00", "#000000"), ("o-", "s--", "^:"), strict=True):
         cells = record["methods"].get(method, {})
-        ratios = [float(ratio) for ratio in cells]
+        places = [float(ratio) for ratio in cells]
         errors = [cell["std"] or 0.0 for cell in cells.values()]
         means = [cell["mean"] for cell in cells.values()]
-        axes.errorbar(ratios, means, errors, fmt=style, color=colour, label=method, capsize=3, linewidth=1.3)
+        axes.errorbar(places, means, errors, fmt=style, color=colour, label=method, capsize=3, linewidth=1.3)
     axes.set_xscale("log")
     axes.set_xticks(ratios, [f"{ratio:g}x" for ratio in ratios])
     axes.minorticks_off()
@@ -162,6 +169,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--png", type=Path, default=None)
     options = parser.parse_args()
+    if options.epochs % 2:
+        parser.error("--epochs must be even: one-shot pruning takes half of them before the cut")
     dataset = data.load("mnist")
     if options.holdout:
         dataset = dataset.hold_out(options.holdout)
@@ -175,10 +184,8 @@ def main() -> None:
         for ratio in (float(word) for word in options.compressions.split(",")):
             one = replace(settings(method, recipe), compression=ratio)
             values = [measure(method, replace(one, seed=seed), dataset, options.runs) for seed in record["seeds"]]
-            std = stdev(values) if len(values) > 1 else None
-            cells[f"{ratio:g}"] = {"mean": round(fmean(values), 4), "std": std and round(std, 4), "values": values}
-            shown = f"{fmean(values):.2f}" + ("" if std is None else f" ± {std:.2f}")
-            print(f"{method:<20} {ratio:>6g}x  {shown}", flush=True)
+            cells[f"{ratio:g}"] = cell = over_seeds(values)
+            print(f"{method:<20} {ratio:>6g}x  {cell['mean']:.2f} ± {cell['std'] or 0:.2f}", flush=True)
     if options.json:
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     if options.png:

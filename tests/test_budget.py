@@ -114,7 +114,9 @@ def test_decay_for_shrinkage_reaches_it(lrs, momentum, nesterov, factor):
 
 
 def test_too_few_steps_say_what_can_be_reached():
-    with pytest.raises(ValueError, match=r"10 steps shrink a passive weight by 1 at best, not by 0\.001: train longer"):
+    with pytest.raises(
+        ValueError, match=r"10 steps shrink a passive weight by 1 at best without oscillating, not by 0\.001"
+    ):
         decay_for_shrinkage(1e-3, [0.1] * 10, 0.99)
     with pytest.raises(ValueError, match="0 steps shrink a passive weight by 1 at best"):
         decay_for_shrinkage(1e-3, [], 0.9)
@@ -161,6 +163,22 @@ def test_auto_survives_a_learning_rate_that_jumps():
     assert abs(param[0, 1].item()) < 0.05
 
 
+def test_auto_survives_a_warm_up_from_next_to_nothing():
+    """A tiny learning rate asks for a huge decay, whose momentum would throw the weight far away a little later."""
+    optimizer, param = passive_by_construction(lr=0.1, momentum=0.95, passive_decay="auto", total_steps=2_000)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1e-6, total_iters=100)
+    for _ in range(2_000):
+        optimizer.step()
+        scheduler.step()
+        assert abs(param[0, 1].item()) <= 1
+    assert abs(param[0, 1].item()) < 2e-6
+
+
+def test_a_function_needs_no_ramp():
+    param = nn.Parameter(torch.ones(10, 10))
+    GSM([param], 0.1, compression=10, compression_schedule=lambda step: 1 + step, total_steps=1_000, cut_step=300)
+
+
 def test_auto_is_never_below_weight_decay():
     param = nn.Parameter(torch.ones(1, 2, dtype=torch.float64))
     optimizer = GSM(
@@ -194,7 +212,7 @@ def test_exactly_q_of_the_step_are_active(schedule, fused):
     params = [nn.Parameter(torch.rand(shape, generator=generator) + 0.5) for shape in ((7, 5), (4, 3, 2), (3, 3))]
     optimizer = GSM(
         params, 0.1, compression=12, momentum=0.0, weight_decay=0.0, passive_decay=1e-30,
-        compression_schedule=schedule, ramp_steps=10, fused=fused,
+        compression_schedule=schedule, ramp_steps=10 if schedule == "cubic" else None, fused=fused,
     )  # fmt: skip
     for step in range(14):
         for param in params:
@@ -287,6 +305,8 @@ def test_copies_keep_a_schedule_that_is_a_function():
         ({"compression_schedule": "cubic"}, "needs ramp_steps or total_steps"),
         ({"compression_schedule": "cubic", "ramp_steps": 50, "cut_step": 50}, "must be below cut_step and total_steps"),
         ({"cut_step": 2.5}, "cut_step must be a whole number"),
+        ({"cut_step": 50, "total_steps": 50}, "cut_step must be below total_steps, not 50 of 50"),
+        ({"ramp_steps": 50}, "ramp_steps is for compression_schedule='cubic' only"),
         ({"total_steps": -1}, "total_steps must be a whole number"),
     ],
 )

@@ -282,6 +282,25 @@ def test_help_shows_the_presets_own_settings():
     assert "passes over the training set" in text  # a field's docstring is its help
 
 
+def test_a_cut_on_the_way_is_told(tmp_path, capsys):
+    words = ["--dataset", "synthetic", "--gsm.epochs", "5", "--gsm.momentum", "0.2", "--compression", "60"]
+    assert cli.run(["prune", "lenet300", *words, "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert "pruned net" in said.out
+    assert "base net" not in said.out
+    assert "The cut after epoch 3 of GSM training " in said.out
+    assert "if cut now" in said.err
+    record = json.loads((tmp_path / "lenet300-prune-fast-x60-s0" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert record["cut_top1"] == record["top1"]
+
+
+def test_a_warning_is_one_line(tmp_path):
+    words = ["prune", "lenet300", "--dataset", "synthetic", "--gsm.epochs", "1", "--cut", "1", "--out", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-m", "gsm_sgd", *words], capture_output=True, text=True, check=True)
+    assert any(line.startswith("warning: the cut will remove weights") for line in done.stderr.splitlines())
+    assert ".py:" not in done.stderr
+
+
 def test_python_m_is_the_same_command():
     done = subprocess.run([sys.executable, "-m", "gsm_sgd", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"gsm-sgd {__version__}\n"

@@ -13,7 +13,8 @@ With x = alpha eta, a constant step multiplies both by an eigenvalue lambda of t
 
 For small x that is the paper's w_k = w_0 exp(-alpha eta k / (1 - beta)) (Ding et al., 2019, section 3.3). x is largest
 at lambda = sqrt(beta), where it is (1 - sqrt(beta))^2; Nesterov: at 2 beta / (1 + beta), where it is
-((1 - beta) / (1 + beta))^2. Any more, and lambda is complex: the weight oscillates about zero, and shrinks no faster.
+((1 - beta) / (1 + beta))^2. Any more, and lambda is complex: the weight oscillates about zero, and by |lambda| it
+shrinks no faster, with Nesterov's by |lambda| = sqrt(beta (1 - x)).
 """
 
 import math
@@ -79,7 +80,7 @@ def decay_for_shrinkage(factor: float, lrs: Sequence[float], momentum: float, ne
     best = shrinkage(high, lrs, momentum, nesterov)
     if best > factor:
         raise ValueError(
-            f"{len(lrs)} steps shrink a passive weight by {best:.2g} at best, not by {factor:.2g}: "
+            f"{len(lrs)} steps shrink a passive weight by {best:.2g} at best without oscillating, not by {factor:.2g}: "
             "train longer, with a higher learning rate, or with less momentum"
         )
     while high - low > 1e-9 * high:

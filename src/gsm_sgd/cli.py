@@ -59,7 +59,9 @@ def run(argv: Sequence[str]) -> int:
             case "show":
                 _show(options.runs, options.json, console)
             case command:
-                _run(command, options, console, log)
+                with warnings.catch_warnings():
+                    warnings.showwarning = lambda message, *_: log.print(f"warning: {message}", soft_wrap=True)
+                    _run(command, options, console, log)
     except KeyboardInterrupt:
         log.print("interrupted: give the same command again to go on where it was")
         return 130
@@ -126,7 +128,9 @@ def _plan(command: str, options: Namespace) -> dict[Path, Recipe]:
         seeded.check()
         name = f"{seeded.recipe}-{command}-{seeded.preset}-x{seeded.compression:g}-s{seed}"
         planned[options.out / name] = seeded.scaled(options.epochs_scale)
-    _check_optimizer(recipe)
+    for seeded in planned.values():
+        seeded.check()
+    _check_optimizer(recipe.scaled(options.epochs_scale))
     for path, seeded in planned.items():
         refuse_other_recipe(path, seeded)
     return planned

@@ -55,15 +55,17 @@ class GSM(Optimizer):
         weight_decay: eta, coupled L2 as in `torch.optim.SGD`.
         nesterov: look ahead along the momentum, as in `torch.optim.SGD`.
         passive_decay: eta of passive weights; None means `weight_decay`, the paper's rule. "auto" chooses it anew at
-            every step, so that whatever the learning rate does a weight that is passive from the end of the ramp on
-            has shrunk to `shrink_to` of its value by the cut; it is never below `weight_decay`.
+            every step from the learning rate, so that a weight that is passive from the end of the ramp on has shrunk
+            to `shrink_to` of its value by the cut. It is never below `weight_decay`, and not so high that a return to
+            the highest learning rate would do harm: where the rate falls very low before the cut, weights shrink less
+            (`passive_shrinkage` tells).
         total_steps: how many steps will be taken, for "auto".
         shrink_to: what "auto" aims at. It is low since a weight that turns passive later has less time.
         compression_schedule: "constant"; "cubic", which raises the compression ratio from 1 to C over the first
             `ramp_steps` (`budget.cubic_compression`); or a function of the number of steps taken, the compression
             ratio of the next. A function is not in `state_dict()`.
-        ramp_steps: how many steps the cubic rise takes; None means two fifths of `total_steps`.
-        cut_step: the number of steps after which `finalize()` is called by itself; None means never.
+        ramp_steps: how many steps the cubic rise takes; None means two fifths of those up to the cut or the end.
+        cut_step: the step after so many begins with `finalize()`; None means that only you call it.
         foreach, fused: which implementation to use; None is the quickest that needs no compiler. `fused=True` is
             compiled at the first step, in up to minutes for a large model, and then needs almost no memory of its
             own; other values are handed on to torch's SGD. None of it changes which weights are active.
@@ -94,10 +96,12 @@ class GSM(Optimizer):
         check_compression(compression)
         if foreach and fused:
             raise ValueError("foreach and fused cannot both be True")
-        if compression_schedule == "constant":
+        if compression_schedule != "cubic":
+            if ramp_steps:
+                raise ValueError("ramp_steps is for compression_schedule='cubic' only")
             ramp_steps = 0
         elif ramp_steps is None and total_steps is not None:
-            ramp_steps = round(0.4 * total_steps)
+            ramp_steps = round(0.4 * (total_steps if cut_step is None else min(total_steps, cut_step)))
         self._schedule = compression_schedule if callable(compression_schedule) else None
         defaults = {
             "lr": lr,
@@ -141,8 +145,8 @@ class GSM(Optimizer):
         """Add a group as `torch.optim.SGD` does.
 
         Raises:
-            ValueError: a hyperparameter is out of range, a parameter is given twice, `compression` is not the
-                other groups', or the group is prunable and `finalize()` has already chosen what is kept.
+            ValueError: a hyperparameter is out of range, a parameter is given twice, `compression` or its schedule
+                is not the other groups', or the group is prunable and `finalize()` has already chosen what is kept.
         """
         group = {**self.defaults, **param_group}
         params = group["params"]
@@ -152,6 +156,7 @@ class GSM(Optimizer):
             if len({id(tensor) for tensor in tensors}) < len(tensors):
                 raise ValueError("a parameter is given twice")
         _check_hyperparameters(group)
+        group["highest_lr"] = float(group["lr"])  # a scheduler that begins lower comes later
         if self.param_groups:
             first = self.param_groups[0]
             group["steps"] = first["steps"]
@@ -181,7 +186,7 @@ class GSM(Optimizer):
             ValueError: a schedule's function returns a number that is no compression ratio.
         """
         group = self.param_groups[0]
-        if self.finalized or group["compression_schedule"] == "constant":
+        if group["compression_schedule"] == "constant" or self.finalized:
             return float(group["compression"])
         if group["compression_schedule"] == "cubic":
             return cubic_compression(group["compression"], group["steps"], group["ramp_steps"])
@@ -331,7 +336,7 @@ class GSM(Optimizer):
         momenta: list[Tensor | None] = [None for _ in params]
         if group["momentum"]:
             momenta = [*self._momenta(params)]
-        settings = (group["lr"], group["momentum"], group["weight_decay"], _passive_decay(group), group["nesterov"])
+        settings = (group["lr"], group["momentum"], group["weight_decay"], passive_decay(group), group["nesterov"])
         return Part(params, grads, momenta, *settings)
 
     def _momenta(self, params: list[Tensor]) -> list[Tensor]:
@@ -347,7 +352,7 @@ class GSM(Optimizer):
                 self.state[param]["momentum_buffer"] = momentum
 
 
-def _passive_decay(group: dict[str, Any]) -> float:
+def passive_decay(group: dict[str, Any]) -> float:
     """Return the decay of passive weights in the next step."""
     decay = float(group["weight_decay"])
     if group["passive_decay"] is None:
@@ -369,7 +374,7 @@ def _passive_decay(group: dict[str, Any]) -> float:
 def _after_step(group: dict[str, Any]) -> tuple[float, float]:
     """Return the weight that has been passive since the ramp was over, and its momentum, a step later."""
     passive = PassiveWeight(*group["passive_weight"])
-    passive = passive.step(float(group["lr"]), _passive_decay(group), group["momentum"], group["nesterov"])
+    passive = passive.step(float(group["lr"]), passive_decay(group), group["momentum"], group["nesterov"])
     return passive.weight, passive.momentum
 
 
@@ -381,7 +386,7 @@ def _last_step(group: dict[str, Any]) -> int:
 def _vanishes(group: dict[str, Any]) -> bool:
     """Return whether passive weights can shrink as far as they are to, or at all where nothing is aimed at."""
     if group["passive_decay"] != "auto":
-        return _passive_decay(group) > 0
+        return passive_decay(group) > 0
     steps = _last_step(group) - (group["ramp_steps"] or 0)
     best = fastest_rate(group["momentum"], group["nesterov"]) ** steps
     return best <= float(group["shrink_to"])
@@ -437,6 +442,10 @@ def _check_schedule(group: dict[str, Any]) -> None:
     auto = group["passive_decay"] == "auto"
     if auto and total is None:
         raise ValueError("passive_decay='auto' needs total_steps, the number of steps to be taken")
+    if total is not None and cut is not None and cut >= total:
+        raise ValueError(
+            f"cut_step must be below total_steps, not {cut} of {total}: call finalize() at the end instead"
+        )
     if not 0 < group["shrink_to"] < 1:
         raise ValueError(f"shrink_to must be above 0 and below 1, not {group['shrink_to']}")
     end = min(step for step in (total, cut, math.inf) if step is not None)

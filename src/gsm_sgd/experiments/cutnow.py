@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..budget import shrinkage
 from ..masks import apply_masks_, magnitude_masks, prunable_parameters
-from ..optimizer import GSM
+from ..optimizer import GSM, passive_decay
 from .data import Split
 from .loop import evaluate, lr_factor
 from .recipes import Recipe
@@ -65,25 +65,23 @@ class CutNow:
             "passive": self._optimizer.passive_shrinkage,
         }
         if top1 - cut_top1 > _POINTS and (left := self._left(steps_left)) > _LEFT:
+            more = "lower shrink_to" if self._recipe.passive_decay == "auto" else "raise passive_decay"
             record["warning"] = (
                 f"the cut will not be lossless: now it would cost {top1 - cut_top1:.2f} points, and until it comes "
-                f"passive weights shrink to {left:.0%} only; train longer, or raise passive_decay or momentum"
+                f"a weight that turns passive now shrinks to {left:.0%} only; train longer, or {more}"
             )
         return record
 
     def _left(self, steps_left: int) -> float:
-        """Return to what share of itself a weight that is passive from now on will have shrunk by the cut."""
+        """Return what share is left at the cut of a weight that turns passive now, 0 if the cut is due."""
         group = self._optimizer.param_groups[0]
         end = self._recipe.cut_epoch * self._steps_per_epoch
         now = self._recipe.gsm.epochs * self._steps_per_epoch - steps_left
-        if now < group["ramp_steps"]:
+        if not group["ramp_steps"] <= now < end:
             return 0.0
-        if group["passive_decay"] == "auto":
-            return float(min(1.0, group["shrink_to"] / self._optimizer.passive_shrinkage))
         factor = lr_factor(self._recipe.gsm, self._steps_per_epoch)
-        lrs = (self._recipe.gsm.lr * factor(step) for step in range(now, end))
-        decay = group["weight_decay"] if group["passive_decay"] is None else group["passive_decay"]
-        return shrinkage(decay, lrs, group["momentum"], group["nesterov"])
+        lrs = [self._recipe.gsm.lr * factor(step) for step in range(now, end)]
+        return shrinkage(passive_decay(group), lrs, group["momentum"], group["nesterov"])
 
     def state_dict(self) -> dict[str, Any]:
         """Return what later measurements depend on."""

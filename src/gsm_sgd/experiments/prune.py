@@ -10,7 +10,7 @@ from torch.optim import SGD, Optimizer
 from .. import __version__
 from ..masks import apply_masks_, freeze, magnitude_masks, prunable_parameters, sparsity_table
 from ..optimizer import GSM
-from . import models
+from . import UsageError, models
 from .cutnow import CutNow
 from .data import Dataset
 from .loop import Observer, Probe, evaluate, parameter_groups, steps_per_epoch, train
@@ -53,7 +53,12 @@ def prune_steps(job: Job) -> tuple[nn.Module, dict[str, float]]:
     train_stage(job, "gsm", model, recipe.gsm, optimizer, probe=CutNow(model, optimizer, recipe, test, steps))
     if recipe.cut_epoch < recipe.gsm.epochs:
         records = {record["epoch"]: record for record in read_metrics(run.path) if record["stage"] == "gsm"}
-        at_cut = records[recipe.cut_epoch]
+        at_cut = records.get(recipe.cut_epoch)
+        if at_cut is None:
+            raise UsageError(
+                f"{run.path / 'metrics.jsonl'} lacks epoch {recipe.cut_epoch} of stage gsm: "
+                "delete gsm.safetensors beside it to train the stage again"
+            )
         top1["gsm_before_cut"], top1["gsm_after_cut"] = at_cut["top1"], at_cut["cut_top1"]
     else:
         top1["gsm_before_cut"] = evaluate(model, test)

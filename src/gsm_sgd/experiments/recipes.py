@@ -122,7 +122,7 @@ class Recipe:
     @property
     def cut_epoch(self) -> int:
         """The epoch of GSM training at whose end passive weights are cut."""
-        return max(1, round(self.cut * self.gsm.epochs))
+        return cut_epoch(self.cut, self.gsm.epochs)
 
     def paper(self) -> dict[str, float] | None:
         """Return the paper's top-1 figures, in percent, or None if it has none to compare this run with."""
@@ -149,6 +149,16 @@ class Recipe:
             raise UsageError(f"holdout must be at least 0, not {self.holdout}")
         if not 0 <= self.ramp < self.cut <= 1:
             raise UsageError(f"0 <= ramp < cut <= 1 must hold, not ramp {self.ramp} and cut {self.cut}")
+        if self.ramp * self.gsm.epochs >= self.cut_epoch:
+            raise UsageError(
+                f"a ramp of {self.ramp} does not end before the cut, which comes after {self.cut_epoch} "
+                f"of {self.gsm.epochs} epochs: shorten it, or train for more epochs"
+            )
+
+
+def cut_epoch(cut: float, epochs: int) -> int:
+    """Return the epoch at whose end a cut comes that is to come after a share of all epochs."""
+    return max(1, round(cut * epochs))
 
 
 def _lenet(recipe: str, compression: float, preset: Preset) -> Recipe:

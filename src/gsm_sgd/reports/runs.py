@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from ..experiments import UsageError
+from ..experiments.recipes import cut_epoch
 from ..experiments.rundir import Record, read_metrics, read_processes
 
 TITLES = {
@@ -28,7 +29,7 @@ STAGES = {
     "ticket_gsm": "ticket-gsm",
     "ticket_magnitude": "ticket-magnitude",
 }
-"""The stage whose last evaluation a `top1` figure is."""
+"""The stage whose last evaluation, before a cut if it is `gsm_before_cut`, a `top1` figure is."""
 
 _LAST = 10  # evaluations in the mean that the authors' code reports
 _SAME = 0.05  # points of accuracy that a cut may cost and still be called lossless
@@ -53,8 +54,12 @@ class Run:
     @property
     def uncut(self) -> list[Record]:
         """The records of GSM training up to the cut."""
-        cut_epoch = max(1, round(self.recipe.get("cut", 1.0) * self.recipe["gsm"]["epochs"]))
-        return [record for record in self.metrics if record["stage"] == "gsm" and record["epoch"] <= cut_epoch]
+        return [record for record in self.metrics if record["stage"] == "gsm" and record["epoch"] <= self.cut_epoch]
+
+    @property
+    def cut_epoch(self) -> int:
+        """The epoch of GSM training at whose end the cut comes."""
+        return cut_epoch(self.recipe.get("cut", 1.0), self.recipe["gsm"]["epochs"])
 
     @property
     def lossless_since(self) -> int | None:

@@ -27,12 +27,15 @@ def results_table(runs: Sequence[Run]) -> Table:
     table.add_column("top-1 %", justify="right")
     table.add_column("last ten", justify="right")
     table.add_column("paper", justify="right")
-    paper = first["paper"] or {}
+    paper = dict(first["paper"] or {})
+    lasting = _same_as_after_cut(results)  # then one row tells both
+    if lasting and "pruned" in paper:
+        paper["gsm_after_cut"] = paper["pruned"]
     for key, title in TITLES.items():
-        if key not in first["top1"] or (key == "pruned" and _same_as_after_cut(results)):
+        if key not in first["top1"] or (key == "pruned" and lasting):
             continue
         mean, deviation, last_ten = figure(runs, key)
-        published_figure = paper.get("pruned" if key == "gsm_after_cut" else key)
+        published_figure = paper.get(key)
         table.add_row(
             title,
             f"{mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}"),
@@ -45,15 +48,14 @@ def results_table(runs: Sequence[Run]) -> Table:
 def cut_line(runs: Sequence[Run]) -> str:
     """Return a sentence on what the cut cost, and since when it would have cost nothing."""
     results = [run.result["top1"] for run in runs if run.result is not None]
-    cost = fmean(top1["gsm_before_cut"] - top1["gsm_after_cut"] for top1 in results)
-    since = [run.lossless_since for run in runs]
-    epochs = runs[0].uncut[-1]["epoch"]
-    text = f"The cut after epoch {epochs} cost {cost:.2f} points of accuracy"
-    if all(epoch is not None for epoch in since):
-        text = f"The cut after epoch {epochs} was lossless, and would have been since epoch "
-        return text + f"{', '.join(str(epoch) for epoch in since)}."
+    text = f"The cut after epoch {runs[0].cut_epoch} of GSM training "
+    since = [str(run.lossless_since) for run in runs if run.lossless_since is not None]
+    if len(since) == len(runs):
+        text += f"was lossless, and would have been since epoch {', '.join(since)}"
+    else:
+        text += f"cost {fmean(top1['gsm_before_cut'] - top1['gsm_after_cut'] for top1 in results):.2f} points"
     gained = fmean(top1["pruned"] - top1["gsm_after_cut"] for top1 in results)
-    return text + (f", of which training on with the mask brought back {gained:.2f}." if gained else ".")
+    return text + (f"; training on with the mask gained {gained:.2f}." if gained else ".")
 
 
 def progress_table(run: Run) -> Table:
@@ -113,7 +115,9 @@ def _caption(run: Run) -> str:
         return f"accuracy on {run.recipe['holdout']:,} held-out training images, not on the test set"
     if run.recipe.get("dataset") == "synthetic":
         return "on made-up data: not comparable with the paper"
-    return "accuracy on the full test set after the last epoch; last ten: mean of the last ten epochs"
+    return (
+        "accuracy on the full test set after the last epoch, or at the cut; last ten: mean of the ten epochs up to it"
+    )
 
 
 def _same_as_after_cut(results: Sequence[dict[str, dict[str, float]]]) -> bool:
