@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -52,6 +53,13 @@ def test_speeds_stand_in_the_readme(name):
     for row in ("plain loop", "ours (channels_last, float32)"):
         assert f"{rows[row]['seconds']:.2f} s" in readme
     assert f"{rows['ours (channels_last, float32)']['ratio']:.1f}" in readme
+
+
+def test_seconds_to_a_pruned_net_stand_in_the_readme():
+    record = json.loads((ROOT / "results" / "seconds.json").read_text())
+    figure = record["top1"]["pruned"]
+    shown = f"{figure['mean']:.2f} ± {figure['std']:.2f} in {fmean(record['seconds']):.0f} s"
+    assert shown in (ROOT / "README.md").read_text()
 
 
 def test_commands_in_the_readme_exist():
