@@ -310,7 +310,7 @@ def test_a_cut_that_will_cost_accuracy_is_foretold(synthetic, tmp_path):
     run(prune, tmp_path / "run", synthetic, replace(hopeless, passive_decay=None))
     records = read_metrics(tmp_path / "run")
     assert all("the cut will not be lossless" in record["warning"] for record in records[:2])
-    assert "shrink to 100% only" in records[0]["warning"]
+    assert "shrinks to 100% only" in records[0]["warning"]
 
 
 def test_measuring_the_cut_leaves_the_net_as_it_is(synthetic):
