@@ -31,6 +31,13 @@ def test_published_settings():
         assert replace(at_300, **change).paper() is None  # nothing to compare with
 
 
+def test_fast_is_one_phase_from_a_random_start():
+    for name in RECIPES:
+        recipe = find_recipe(name)
+        assert (recipe.start, recipe.passive_decay, recipe.cut_epoch) == ("init", "auto", 29)
+    assert find_recipe("lenet5").gsm.warmup_epochs == 1  # without it and with lenet300's rate seed 0 learns nothing
+
+
 def test_epochs_scale_shortens_milestones_alike():
     scaled = find_recipe("lenet5", "paper").scaled(0.25)
     assert (scaled.base.epochs, scaled.base.milestones, scaled.base.warmup_epochs) == (
