@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frontier import Silent, over_seeds
+from frontier import over_seeds
 from gsm_sgd.experiments import data, prune
+from gsm_sgd.experiments.observers import Several
 from gsm_sgd.experiments.recipes import Recipe, find_recipe
 from gsm_sgd.experiments.rundir import RunFolder, environment
 from gsm_sgd.rule import EagerRule, Kernel, Part
@@ -110,7 +111,7 @@ def measure(name: str, recipe: Recipe, dataset: data.Dataset, runs: Path) -> dic
     try:
         with RunFolder(path, recipe, checkpoint_seconds=1e9) as folder:
             if not folder.finished:
-                prune.prune(prune.Job(recipe, dataset, folder, Silent(), torch.device("cpu")))
+                prune.prune(prune.Job(recipe, dataset, folder, Several([]), torch.device("cpu")))
     finally:
         module.gsm = make
     result: dict[str, dict[str, float]] = json.loads((path / "result.json").read_text())

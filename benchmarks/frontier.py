@@ -26,9 +26,11 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 from torch.optim import Optimizer
 
+from gsm_sgd import prunable_parameters
 from gsm_sgd.budget import cubic_compression
 from gsm_sgd.experiments import data, models
 from gsm_sgd.experiments.loop import evaluate, steps_per_epoch, train
+from gsm_sgd.experiments.observers import Several
 from gsm_sgd.experiments.prune import Job, plain_sgd, prune
 from gsm_sgd.experiments.recipes import Recipe, find_recipe
 from gsm_sgd.experiments.rundir import RunFolder, environment
@@ -37,19 +39,6 @@ from gsm_sgd.selection import kept_weights
 METHODS = ("GSM, fast", "gradual magnitude", "one-shot magnitude")
 _EVERY = 50  # steps between two masks of gradual magnitude pruning
 _CPU = torch.device("cpu")
-
-
-class Silent:
-    """Watches nothing."""
-
-    def start(self, stage: str, epochs: int, steps_per_epoch: int, first_step: int) -> None:
-        """Do nothing."""
-
-    def step(self) -> None:
-        """Do nothing."""
-
-    def epoch(self, record: dict[str, Any]) -> None:
-        """Do nothing."""
 
 
 def prune_to(model: nn.Module, kept: int) -> None:
@@ -67,7 +56,7 @@ def gradual(job: Job) -> float:
     """Return the accuracy, in percent, that gradual magnitude pruning reaches."""
     recipe = job.recipe
     model = models.build(recipe.model, recipe.seed)
-    prunable = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
+    prunable = sum(weight.numel() for weight in prunable_parameters(model).values())
     steps = steps_per_epoch(job.data, recipe) * recipe.gsm.epochs
     ramp = math.ceil(recipe.ramp * steps / _EVERY) * _EVERY
     prune_to(model, prunable)
@@ -89,7 +78,7 @@ def one_shot(job: Job) -> float:
     half = replace(job.recipe, gsm=replace(job.recipe.gsm, epochs=job.recipe.gsm.epochs // 2))
     model = models.build(half.model, half.seed)
     trained(job, model, plain_sgd(model, half.gsm), half)
-    prunable = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
+    prunable = sum(weight.numel() for weight in prunable_parameters(model).values())
     prune_to(model, kept_weights(prunable, half.compression))
     return trained(job, model, plain_sgd(model, half.gsm), half)
 
@@ -109,7 +98,7 @@ def measure(method: str, recipe: Recipe, dataset: data.Dataset, runs: Path) -> f
     path = runs / f"{recipe.model}-{method.split(',')[0].replace(' ', '-')}-{size}"
     with RunFolder(path, recipe, checkpoint_seconds=1e9) as folder:
         if not folder.finished:
-            job = Job(recipe, dataset, folder, Silent(), _CPU)
+            job = Job(recipe, dataset, folder, Several([]), _CPU)
             if method == METHODS[0]:
                 prune(job)
             else:

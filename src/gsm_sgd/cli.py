@@ -127,9 +127,8 @@ def _plan(command: str, options: Namespace) -> dict[Path, Recipe]:
         seeded = replace(recipe, seed=seed)
         seeded.check()
         name = f"{seeded.recipe}-{command}-{seeded.preset}-x{seeded.compression:g}-s{seed}"
-        planned[options.out / name] = seeded.scaled(options.epochs_scale)
-    for seeded in planned.values():
-        seeded.check()
+        planned[options.out / name] = scaled = seeded.scaled(options.epochs_scale)
+        scaled.check()
     _check_optimizer(recipe.scaled(options.epochs_scale))
     for path, seeded in planned.items():
         refuse_other_recipe(path, seeded)

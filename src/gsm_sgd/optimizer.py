@@ -254,7 +254,8 @@ class GSM(Optimizer):
         plain: list[Part] = []
         ruled: list[Part] = []
         still: list[Part] = []
-        for group, flags in zip(self.param_groups, governed, strict=True):
+        decays = [passive_decay(group) for group in self.param_groups]
+        for group, flags, decay in zip(self.param_groups, governed, decays, strict=True):
             sides: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
             for param, by_rule in zip(group["params"], flags, strict=True):
                 if param.grad is not None:
@@ -262,7 +263,7 @@ class GSM(Optimizer):
                 elif by_rule and not all_active and not finalized:
                     sides[2].append(param)
             for parts, params in zip((plain, ruled, still), sides, strict=True):
-                parts.append(self._part(params, group))
+                parts.append(self._part(params, group, decay))
         ruled = [part for part in ruled if part.params]
         if all_active or finalized:
             check_finite()
@@ -281,9 +282,12 @@ class GSM(Optimizer):
             self._kernel.sgd_(part, part.grads, part.passive_decay)
         for part in (*plain, *ruled, *still):
             self._remember(part)
-        for group in self.param_groups:
+        for group, decay in zip(self.param_groups, decays, strict=True):
             if ramp_is_over and not finalized:
-                group["passive_weight"] = _after_step(group)
+                passive = PassiveWeight(*group["passive_weight"])
+                group["passive_weight"] = tuple(
+                    passive.step(float(group["lr"]), decay, group["momentum"], group["nesterov"])
+                )
             group["highest_lr"] = max(group["highest_lr"], float(group["lr"]))
             group["steps"] += 1
         return loss
@@ -330,13 +334,16 @@ class GSM(Optimizer):
         self._kernel = Kernel(foreach, fused)
         self._rule = FusedRule() if fused else EagerRule(self._kernel)
 
-    def _part(self, params: list[Tensor], group: dict[str, Any]) -> Part:
-        """Return what is needed to update parameters of a group. One without a gradient is given zeros."""
+    def _part(self, params: list[Tensor], group: dict[str, Any], decay: float) -> Part:
+        """Return what is needed to update parameters of a group, whose passive weights have this decay.
+
+        One without a gradient is given zeros.
+        """
         grads = [torch.zeros_like(param) if param.grad is None else param.grad for param in params]
         momenta: list[Tensor | None] = [None for _ in params]
         if group["momentum"]:
             momenta = [*self._momenta(params)]
-        settings = (group["lr"], group["momentum"], group["weight_decay"], passive_decay(group), group["nesterov"])
+        settings = (group["lr"], group["momentum"], group["weight_decay"], decay, group["nesterov"])
         return Part(params, grads, momenta, *settings)
 
     def _momenta(self, params: list[Tensor]) -> list[Tensor]:
@@ -363,19 +370,12 @@ def passive_decay(group: dict[str, Any]) -> float:
     weight, target = abs(float(group["passive_weight"][0])), float(group["shrink_to"])
     if lr == 0 or weight <= target:
         return decay
-    steps_left = max(1, _last_step(group) - max(group["steps"], group["ramp_steps"] or 0))
+    steps_left = max(1, _last_step(group) - max(group["steps"], group["ramp_steps"]))
     rate = (target / weight) ** (1 / steps_left)
     # With this much, if the learning rate jumped to its highest again, the momentum that a passive weight has would
     # just move it to zero: alpha eta w (1 + beta + beta^2 + ...)^2 = w.
     most = (1 - momentum) ** 2 / max(lr, float(group["highest_lr"]))
     return max(decay, min(most, decay_for_rate(rate, lr, momentum, nesterov)))
-
-
-def _after_step(group: dict[str, Any]) -> tuple[float, float]:
-    """Return the weight that has been passive since the ramp was over, and its momentum, a step later."""
-    passive = PassiveWeight(*group["passive_weight"])
-    passive = passive.step(float(group["lr"]), passive_decay(group), group["momentum"], group["nesterov"])
-    return passive.weight, passive.momentum
 
 
 def _last_step(group: dict[str, Any]) -> int:
@@ -387,7 +387,7 @@ def _vanishes(group: dict[str, Any]) -> bool:
     """Return whether passive weights can shrink as far as they are to, or at all where nothing is aimed at."""
     if group["passive_decay"] != "auto":
         return passive_decay(group) > 0
-    steps = _last_step(group) - (group["ramp_steps"] or 0)
+    steps = _last_step(group) - int(group["ramp_steps"])
     best = fastest_rate(group["momentum"], group["nesterov"]) ** steps
     return best <= float(group["shrink_to"])
 

@@ -53,11 +53,13 @@ class CutNow:
         counts = {"entered": int(entered.sum()), "returned": int((entered & self._ever).sum())}
         self._kept, self._ever = kept, self._ever | kept
 
-        before = {name: weight.clone() for name, weight in weights.items()}
-        apply_masks_(weights, masks)
-        cut_top1 = top1 if self._optimizer.finalized else evaluate(self._model, self._test)
-        for name, weight in weights.items():
-            weight.copy_(before[name])
+        cut_top1 = top1
+        if not self._optimizer.finalized:  # else it is cut already
+            before = {name: weight.clone() for name, weight in weights.items()}
+            apply_masks_(weights, masks)
+            cut_top1 = evaluate(self._model, self._test)
+            for name, weight in weights.items():
+                weight.copy_(before[name])
         record: Record = {
             "cut_top1": cut_top1,
             "gap": _gap(list(weights.values()), list(masks.values())),
