@@ -2,12 +2,13 @@
 
     python benchmarks/frontier.py [--model M] [--compressions 10,60,...] [--seeds 0,1,2] [--epochs N] [--json FILE]
 
-Every method has the same epochs in all, from the same initialisations, with the same batch size, loss and
-learning-rate schedule; each has the settings that were best for it on 5,000 held-out training images (--holdout). The
-baselines are torch.nn.utils.prune's:
+Every method has the same epochs in all, from the same initialisations; each has the settings that were best for it on
+5,000 held-out training images (--holdout). The masks of the baselines are torch.nn.utils.prune's:
 
-- gradual: masks from |w| every 50 steps, the share of zeros rising by the cubic rule (Zhu and Gupta, 2017);
-- one-shot: half of the epochs for the dense net, one cut to the largest |w|, half for training on with the mask.
+- GSM, fast: the preset, one phase from a random start;
+- GSM, paper: the published schedule, base net and GSM training shortened alike;
+- gradual magnitude: masks from |w| every 50 steps, the share of zeros rising by the cubic rule (Zhu and Gupta, 2017);
+- one-shot magnitude: half of the epochs for the dense net, one cut to the largest |w|, half for training on with it.
 
 What is finished is found again in --runs, so an interrupted run goes on.
 """
@@ -36,7 +37,7 @@ from gsm_sgd.experiments.recipes import Recipe, find_recipe
 from gsm_sgd.experiments.rundir import RunFolder, environment
 from gsm_sgd.selection import kept_weights
 
-METHODS = ("GSM, fast", "gradual magnitude", "one-shot magnitude")
+METHODS = ("GSM, fast", "GSM, paper", "gradual magnitude", "one-shot magnitude")
 _EVERY = 50  # steps between two masks of gradual magnitude pruning
 _CPU = torch.device("cpu")
 
@@ -94,26 +95,34 @@ def trained(job: Job, model: nn.Module, optimizer: Optimizer, recipe: Recipe) ->
 
 def measure(method: str, recipe: Recipe, dataset: data.Dataset, runs: Path) -> float:
     """Return the accuracy of one run, in percent, from its folder if it is there."""
-    size = f"x{recipe.compression:g}-e{recipe.gsm.epochs}-h{recipe.holdout}-s{recipe.seed}"
-    path = runs / f"{recipe.model}-{method.split(',')[0].replace(' ', '-')}-{size}"
+    epochs = recipe.gsm.epochs + (recipe.base.epochs if recipe.start == "base" else 0)
+    size = f"x{recipe.compression:g}-e{epochs}-h{recipe.holdout}-s{recipe.seed}"
+    path = runs / f"{recipe.model}-{method.replace(',', '').replace(' ', '-')}-{size}"
     with RunFolder(path, recipe, checkpoint_seconds=1e9) as folder:
         if not folder.finished:
             job = Job(recipe, dataset, folder, Several([]), _CPU)
-            if method == METHODS[0]:
+            if method.startswith("GSM"):
                 prune(job)
             else:
-                top1 = gradual(job) if method == METHODS[1] else one_shot(job)
+                top1 = gradual(job) if method.startswith("gradual") else one_shot(job)
                 folder.finish({"top1": {"pruned": top1}})
     result: dict[str, Any] = json.loads((path / "result.json").read_text())
     return float(result["top1"]["pruned"])
 
 
-def settings(method: str, recipe: Recipe) -> Recipe:
-    """Return a recipe with what was best for a method on held-out images."""
-    if method == METHODS[0]:
-        return recipe
-    # plain SGD with momentum .9, the best of .9 and .95 for it; no passive weights, no cut
-    return replace(recipe, gsm=replace(recipe.gsm, momentum=0.9), passive_decay=None)
+def settings(method: str, model: str, epochs: int) -> Recipe:
+    """Return the recipe that was best for a method on held-out images, with as many epochs in all."""
+    if method == "GSM, paper":
+        paper = find_recipe(model, "paper")
+        paper = paper.scaled(epochs / (paper.base.epochs + paper.gsm.epochs))
+        return replace(paper, base=replace(paper.base, epochs=epochs - paper.gsm.epochs))  # rounding aside
+    fast = find_recipe(model)
+    fast = replace(fast, gsm=replace(fast.gsm, epochs=epochs))
+    if method == "GSM, fast":
+        return fast
+    # momentum .9 (of .9, .95), ramp .4 and cosine from .67 (of .3, .5 and .25, .5), weight decay 1e-4 (of 1e-4, 5e-4)
+    training = replace(fast.gsm, momentum=0.9, weight_decay=1e-4, cosine=0.67)
+    return replace(fast, gsm=training, ramp=0.4, cut=1.0, passive_decay=None)
 
 
 def over_seeds(values: list[float]) -> dict[str, Any]:
@@ -127,7 +136,8 @@ def picture(record: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     ratios = sorted({float(ratio) for cells in record["methods"].values() for ratio in cells})
-    for method, colour, style in zip(METHODS, ("#0072B2", "#D55E00", "#000000"), ("o-", "s--", "^:"), strict=True):
+    colours = ("#0072B2", "#56B4E9", "#D55E00", "#000000")
+    for method, colour, style in zip(METHODS, colours, ("o-", "v-.", "s--", "^:"), strict=True):
         cells = record["methods"].get(method, {})
         places = [float(ratio) for ratio in cells]
         errors = [cell["std"] or 0.0 for cell in cells.values()]
@@ -150,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="lenet300")
     parser.add_argument("--compressions", default="10,30,60,100,200,500,1000")
-    parser.add_argument("--methods", default="0,1,2", help="numbers of " + ", ".join(METHODS))
+    parser.add_argument("--methods", default="0,1,2,3", help="numbers of: " + "; ".join(METHODS))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--holdout", type=int, default=0)
@@ -163,16 +173,15 @@ def main() -> None:
     dataset = data.load("mnist")
     if options.holdout:
         dataset = dataset.hold_out(options.holdout)
-    recipe = find_recipe(options.model)
-    recipe = replace(recipe, gsm=replace(recipe.gsm, epochs=options.epochs), holdout=options.holdout)
     record: dict[str, Any] = {"benchmark": "frontier", "model": options.model, "epochs": options.epochs}
     record |= {"seeds": [int(seed) for seed in options.seeds.split(",")], "holdout": options.holdout}
     record |= {"environment": environment(_CPU), "methods": {}}
     for method in (METHODS[int(number)] for number in options.methods.split(",")):
         cells = record["methods"][method] = {}
         for ratio in (float(word) for word in options.compressions.split(",")):
-            one = replace(settings(method, recipe), compression=ratio)
-            values = [measure(method, replace(one, seed=seed), dataset, options.runs) for seed in record["seeds"]]
+            recipe = settings(method, options.model, options.epochs)
+            recipe = replace(recipe, compression=ratio, holdout=options.holdout)
+            values = [measure(method, replace(recipe, seed=seed), dataset, options.runs) for seed in record["seeds"]]
             cells[f"{ratio:g}"] = cell = over_seeds(values)
             print(f"{method:<20} {ratio:>6g}x  {cell['mean']:.2f} ± {cell['std'] or 0:.2f}", flush=True)
     if options.json:

@@ -1,5 +1,6 @@
 """The theory of passive weights against simulation, and the optimizer's automatic decay and schedule."""
 
+import contextlib
 import copy
 import io
 import math
@@ -240,6 +241,49 @@ def test_cut_step_cuts_once_and_training_goes_on():
     assert optimizer.compression == 10
 
 
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("cut_step", [None, 60])
+def test_in_the_fade_the_same_weights_are_active_and_the_others_only_decay(cut_step, fused):
+    """A gradient a hundred times as large on what is passive brings nothing back, and the cut then costs nothing."""
+    torch.manual_seed(0)
+    param = nn.Parameter(torch.randn(10, 12))
+    settings = {"total_steps": 60 if cut_step is None else 80, "cut_step": cut_step, "fade_steps": 50}
+    optimizer = GSM([("w", param)], 0.1, compression=10, passive_decay="auto", momentum=0.5, fused=fused, **settings)
+    for _ in range(10):
+        assert not optimizer.masks
+        param.grad = torch.randn(10, 12)
+        optimizer.step()
+    kept = naive_top([param.detach().abs()], 12)[0]
+    start = param.detach().clone()
+    for step in range(50):
+        param.grad = torch.where(kept, 0.01, 1.0) * torch.randn(10, 12)
+        optimizer.step()
+        assert torch.equal(optimizer.masks["w"], kept)
+        assert not optimizer.finalized
+        if step == 0:
+            assert torch.equal(param.detach() != start, torch.ones_like(kept))
+    passive = param.detach()[~kept].abs()
+    assert 0 < passive.max() < 1e-5
+    assert optimizer.passive_shrinkage < 2e-6
+    assert param.detach()[kept].abs().min() > 1e-3
+    masks = optimizer.finalize() if cut_step is None else None
+    param.grad = torch.randn(10, 12)
+    optimizer.step()
+    assert optimizer.finalized
+    assert masks is None or torch.equal(masks["w"], kept)
+    assert torch.equal(param.detach() != 0, kept)
+
+
+def test_a_step_that_is_refused_does_not_begin_the_fade():
+    param = nn.Parameter(torch.randn(10, 10))
+    optimizer = GSM([param], 0.1, compression=10, total_steps=5, fade_steps=4)
+    for grad in (torch.ones(10, 10), torch.full((10, 10), math.nan)):
+        param.grad = grad
+        with pytest.raises(NonFiniteGradientError) if grad.isnan().any() else contextlib.nullcontext():
+            optimizer.step()
+    assert not optimizer.masks
+
+
 def test_a_step_that_is_refused_does_not_cut():
     param = nn.Parameter(torch.randn(10, 10))
     optimizer = GSM([param], 0.1, compression=10, cut_step=0)
@@ -251,14 +295,20 @@ def test_a_step_that_is_refused_does_not_cut():
     assert not optimizer.finalized
 
 
-@pytest.mark.parametrize("stop", [3, 12, 17])
+@pytest.mark.parametrize("stop", [3, 9, 13, 17])
 def test_a_loaded_state_goes_on_with_the_schedule(stop):
-    """In the ramp, after it, and after the cut; through a file that only tensors and numbers can be in."""
+    """In the ramp, after it, in the fade, and after the cut; through a file that only tensors and numbers can be in."""
 
     def make(seed):
         torch.manual_seed(seed)
         params = [nn.Parameter(torch.randn(12, 10)), nn.Parameter(torch.randn(10))]
-        settings = {"compression_schedule": "cubic", "ramp_steps": 8, "cut_step": 15, "total_steps": 20}
+        settings = {
+            "compression_schedule": "cubic",
+            "ramp_steps": 8,
+            "cut_step": 15,
+            "total_steps": 20,
+            "fade_steps": 4,
+        }
         return params, GSM(params, 0.1, compression=10, passive_decay="auto", shrink_to=0.9, **settings)
 
     def step(params, optimizer, seed):
@@ -306,6 +356,9 @@ def test_copies_keep_a_schedule_that_is_a_function():
         ({"compression_schedule": "cubic", "ramp_steps": 50, "cut_step": 50}, "must be below cut_step and total_steps"),
         ({"cut_step": 2.5}, "cut_step must be a whole number"),
         ({"cut_step": 50, "total_steps": 50}, "cut_step must be below total_steps, not 50 of 50"),
+        ({"fade_steps": 5}, "fade_steps needs cut_step or total_steps"),
+        ({"fade_steps": 50, "cut_step": 50}, "50 steps of fading aside: 0 leaves nothing of 0"),
+        ({"fade_steps": -1, "cut_step": 50}, "fade_steps must be a whole number"),
         ({"ramp_steps": 50}, "ramp_steps is for compression_schedule='cubic' only"),
         ({"total_steps": -1}, "total_steps must be a whole number"),
     ],

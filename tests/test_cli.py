@@ -16,7 +16,7 @@ from gsm_sgd.experiments.rundir import read_weights
 SHORT = [
     "--dataset", "synthetic", "--base.epochs", "2", "--gsm.epochs=2", "--compression", "20",
     "--batch-size", "512", "--base.milestones", "[1]", "--gsm.milestones", "[]",
-    "--start", "base", "--ramp", "0", "--cut", "1", "--passive-decay", "0.05",
+    "--start", "base", "--ramp", "0", "--fade", "0", "--cut", "1", "--passive-decay", "0.05",
 ]  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def test_published_settings():
 def test_fast_is_one_phase_from_a_random_start():
     for name in RECIPES:
         recipe = find_recipe(name)
-        assert (recipe.start, recipe.passive_decay, recipe.cut_epoch) == ("init", "auto", 29)
+        assert (recipe.start, recipe.passive_decay, recipe.cut_epoch) == ("init", "auto", 34)
     assert find_recipe("lenet5").gsm.warmup_epochs == 1  # without it and with lenet300's rate seed 0 learns nothing
 
 
@@ -90,8 +90,9 @@ def test_learning_rate_falls_along_a_cosine():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ramp": 0.5, "cut": 0.5}, "0 <= ramp < cut <= 1 must hold, not ramp 0.5 and cut 0.5"),
-        ({"ramp": -0.1}, "0 <= ramp"),
+        ({"ramp": 0.4, "fade": 0.1, "cut": 0.5}, "must hold, not ramp 0.4, fade 0.1 and cut 0.5"),
+        ({"ramp": -0.1}, "ramp and fade must be at least 0"),
+        ({"fade": -0.1}, "ramp and fade must be at least 0"),
         ({"cut": 1.5}, "cut <= 1"),
         ({"gsm": Training(4, 0.1, cosine=1.0)}, "gsm.cosine must be at least 0 and below 1"),
         ({"gsm": Training(4, 0.1, label_smoothing=1.0)}, "gsm.label_smoothing must be at least 0 and below 1"),

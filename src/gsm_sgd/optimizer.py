@@ -8,8 +8,9 @@ The rule, for a prunable weight tensor W with momentum Z (Ding et al., NeurIPS 2
     W <- W - alpha Z
 
 alpha learning rate (`lr`), beta `momentum`, eta `weight_decay`; for passive weights eta is `passive_decay`.
-B is chosen anew at every step, so a passive weight can come back. Q may fall to its final value over the first steps,
-and the passive weights may be cut before the last ones, which then train the kept weights alone.
+B is chosen anew at every step, so a passive weight can come back. Q may fall to its final value over the first steps;
+before the cut B may stay as it is for some steps, in which the passive weights fade; and the cut may come before the
+last steps, which then train the kept weights alone.
 """
 
 import math
@@ -30,7 +31,10 @@ from .masks import Masks, apply_masks_, is_prunable, magnitude_masks, prunable_i
 from .rule import EagerRule, Kernel, Part, all_params, laid_out_as
 from .selection import check_compression, kept_weights
 
-_OF_THE_MODEL = ("compression", "total_steps", "shrink_to", "compression_schedule", "ramp_steps", "cut_step", "steps")
+_OF_THE_MODEL = (
+    *("compression", "total_steps", "shrink_to", "compression_schedule", "ramp_steps", "fade_steps", "cut_step"),
+    *("steps", "fading"),
+)
 
 
 class NonFiniteGradientError(ArithmeticError):
@@ -65,6 +69,9 @@ class GSM(Optimizer):
             `ramp_steps` (`budget.cubic_compression`); or a function of the number of steps taken, the compression
             ratio of the next. A function is not in `state_dict()`.
         ramp_steps: how many steps the cubic rise takes; None means two fifths of those up to the cut or the end.
+        fade_steps: how many steps before the cut, or before `total_steps`, choose nothing: what is kept is fixed when
+            they begin, the Q largest |W|, and all else only decays. Without them a weight that is passive at the cut
+            may have been active shortly before, so that the cut costs accuracy however fast passive weights shrink.
         cut_step: the step after so many begins with `finalize()`; None means that only you call it.
         foreach, fused: which implementation to use; None is the quickest that needs no compiler. `fused=True` is
             compiled at the first step, in up to minutes for a large model, and then needs almost no memory of its
@@ -89,6 +96,7 @@ class GSM(Optimizer):
         shrink_to: float = 1e-6,
         compression_schedule: Literal["constant", "cubic"] | Callable[[int], float] = "constant",
         ramp_steps: int | None = None,
+        fade_steps: int = 0,
         cut_step: int | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -114,10 +122,12 @@ class GSM(Optimizer):
             "shrink_to": shrink_to,
             "compression_schedule": "custom" if self._schedule else compression_schedule,
             "ramp_steps": ramp_steps,
+            "fade_steps": fade_steps,
             "cut_step": cut_step,
             "steps": 0,
+            "fading": False,
             "highest_lr": 0.0,
-            "passive_weight": tuple(PassiveWeight()),  # one since the ramp's end, in units of what it was then
+            "passive_weight": tuple(PassiveWeight()),  # one since the ramp's end, or the fade's beginning, 1 then
             "prunable": None,
             "foreach": foreach,
             "fused": fused,
@@ -159,14 +169,14 @@ class GSM(Optimizer):
         group["highest_lr"] = float(group["lr"])  # a scheduler that begins lower comes later
         if self.param_groups:
             first = self.param_groups[0]
-            group["steps"] = first["steps"]
+            group["steps"], group["fading"] = first["steps"], first["fading"]
             other = next((key for key in _OF_THE_MODEL if group[key] != first[key]), None)
             if other:
                 raise ValueError(f"{other} is one for the whole model, groups cannot differ in it")
         super().add_param_group(group)
-        if self.finalized and _governs(self.param_groups[-1]):
+        if self._fixed and _governs(self.param_groups[-1]):
             del self.param_groups[-1]
-            raise ValueError("prunable parameters cannot be added after finalize()")
+            raise ValueError("prunable parameters cannot be added once it is fixed what is kept")
 
     @property
     def num_prunable(self) -> int:
@@ -180,13 +190,13 @@ class GSM(Optimizer):
 
     @property
     def compression(self) -> float:
-        """The compression ratio of the next step: that of the schedule, and C once `finalize()` has cut.
+        """The compression ratio of the next step: that of the schedule, and C once it is fixed what is kept.
 
         Raises:
             ValueError: a schedule's function returns a number that is no compression ratio.
         """
         group = self.param_groups[0]
-        if group["compression_schedule"] == "constant" or self.finalized:
+        if group["compression_schedule"] == "constant" or self._fixed:
             return float(group["compression"])
         if group["compression_schedule"] == "cubic":
             return cubic_compression(group["compression"], group["steps"], group["ramp_steps"])
@@ -198,7 +208,10 @@ class GSM(Optimizer):
 
     @property
     def passive_shrinkage(self) -> float:
-        """What share is left of a weight that has been passive since the ramp's end; the largest of all groups."""
+        """What share is left of a weight that has been passive since the ramp's end or, in the fade, its beginning.
+
+        The largest of all groups.
+        """
         return max(abs(float(group["passive_weight"][0])) for group in self.param_groups if _governs(group))
 
     @property
@@ -209,6 +222,17 @@ class GSM(Optimizer):
     @property
     def finalized(self) -> bool:
         """Whether `finalize()` has cut the passive weights."""
+        return self._fixed and not self.param_groups[0]["fading"]
+
+    @property
+    def masks(self) -> Masks:
+        """What is kept, as `finalize()` returns it: fixed when the fade begins, else by the cut; empty before."""
+        prunable: dict[Any, Tensor] = dict(prunable_in(self)) if self._fixed else {}
+        return {key: self.state[param]["mask"].clone() for key, param in prunable.items()}
+
+    @property
+    def _fixed(self) -> bool:
+        """Whether it is fixed what is kept."""
         return any("mask" in state for state in self.state.values())
 
     @overload
@@ -237,10 +261,7 @@ class GSM(Optimizer):
         if any(grad.is_sparse for grad in grads):
             raise RuntimeError("GSM does not support sparse gradients")
         check_finite = partial(_refuse_nonfinite_gradients, self)
-        steps, cut_step = self.param_groups[0]["steps"], self.param_groups[0]["cut_step"]
-        if cut_step is not None and steps >= cut_step and not self.finalized:
-            check_finite()
-            self.finalize()
+        self._cut_or_fade_if_due(check_finite)
         governed = [[is_prunable(param, group) for param in group["params"]] for group in self.param_groups]
         num_prunable = sum(
             param.numel()
@@ -250,7 +271,7 @@ class GSM(Optimizer):
         compression = self.compression
         kept = kept_weights(num_prunable, compression)
         ramp_is_over = compression >= self.param_groups[0]["compression"]
-        all_active, finalized = kept == num_prunable, self.finalized
+        all_active, fixed, finalized = kept == num_prunable, self._fixed, self.finalized
         plain: list[Part] = []
         ruled: list[Part] = []
         still: list[Part] = []
@@ -265,9 +286,9 @@ class GSM(Optimizer):
             for parts, params in zip((plain, ruled, still), sides, strict=True):
                 parts.append(self._part(params, group, decay))
         ruled = [part for part in ruled if part.params]
-        if all_active or finalized:
+        if all_active or fixed:
             check_finite()
-        if ruled and finalized:
+        if ruled and fixed:
             self._rule.update_masked_(ruled, [self.state[param]["mask"] for param in all_params(ruled)])
         elif ruled:
             if len({param.device for param in all_params(ruled)}) > 1:
@@ -302,17 +323,41 @@ class GSM(Optimizer):
             Bool masks, True where a weight is kept, exactly Q in all: keyed by parameter name, or by position
             among the prunable parameters if the optimizer was given no names.
         """
-        prunable: dict[Any, Tensor] = dict(prunable_in(self))
-        if not self.finalized:
-            masks = magnitude_masks(prunable, self.param_groups[0]["compression"])
+        cut_already = self.finalized
+        self._fix_what_is_kept()
+        masks = self.masks
+        if not cut_already:
+            prunable: dict[Any, Tensor] = dict(prunable_in(self))
             apply_masks_(prunable, masks)
             for key, param in prunable.items():
-                state = self.state[param]
-                state["mask"] = masks[key]
-                if "momentum_buffer" in state:  # else it would push a weight that was cut away from zero
-                    state["momentum_buffer"].masked_fill_(~masks[key], 0)
+                if "momentum_buffer" in self.state[param]:  # it would push a weight that was cut away from zero
+                    self.state[param]["momentum_buffer"].masked_fill_(~masks[key], 0)
+            for group in self.param_groups:
+                group["fading"] = False
+        return masks
+
+    def _cut_or_fade_if_due(self, check_finite: Callable[[], None]) -> None:
+        """Do what is to be done before a step that is the first after the cut, or of the fade."""
+        group = self.param_groups[0]
+        if self.finalized:
+            return
+        if group["cut_step"] is not None and group["steps"] >= group["cut_step"]:
+            check_finite()
+            self.finalize()
+        elif group["fade_steps"] and not group["fading"] and group["steps"] >= _deadline(group):
+            check_finite()
+            self._fix_what_is_kept()
+            for group in self.param_groups:
+                group["fading"], group["passive_weight"] = True, tuple(PassiveWeight())
+
+    def _fix_what_is_kept(self) -> None:
+        """Put masks of the Q largest |W| into the state, unless they are there."""
+        if not self._fixed:
+            prunable: dict[Any, Tensor] = dict(prunable_in(self))
+            masks = magnitude_masks(prunable, self.param_groups[0]["compression"])
+            for key, param in prunable.items():
+                self.state[param]["mask"] = masks[key]
             self._rule.memory = torch.empty(0)  # nothing is chosen any more
-        return {key: self.state[param]["mask"].clone() for key, param in prunable.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs: beside the state, a compression schedule that is a function."""
@@ -370,7 +415,7 @@ def passive_decay(group: dict[str, Any]) -> float:
     weight, target = abs(float(group["passive_weight"][0])), float(group["shrink_to"])
     if lr == 0 or weight <= target:
         return decay
-    steps_left = max(1, _last_step(group) - max(group["steps"], group["ramp_steps"]))
+    steps_left = max(1, _deadline(group) - max(group["steps"], group["ramp_steps"]))
     rate = (target / weight) ** (1 / steps_left)
     # With this much, if the learning rate jumped to its highest again, the momentum that a passive weight has would
     # just move it to zero: alpha eta w (1 + beta + beta^2 + ...)^2 = w.
@@ -378,16 +423,17 @@ def passive_decay(group: dict[str, Any]) -> float:
     return max(decay, min(most, decay_for_rate(rate, lr, momentum, nesterov)))
 
 
-def _last_step(group: dict[str, Any]) -> int:
-    """Return the number of the step by which passive weights are to have vanished."""
-    return min(int(end) for end in (group["cut_step"], group["total_steps"]) if end is not None)
+def _deadline(group: dict[str, Any]) -> int:
+    """Return the number of the step by which passive weights are to have vanished: the fade's first, then the cut."""
+    end = min(int(end) for end in (group["cut_step"], group["total_steps"]) if end is not None)
+    return end if group["fading"] else end - int(group["fade_steps"])
 
 
 def _vanishes(group: dict[str, Any]) -> bool:
     """Return whether passive weights can shrink as far as they are to, or at all where nothing is aimed at."""
     if group["passive_decay"] != "auto":
         return passive_decay(group) > 0
-    steps = _last_step(group) - int(group["ramp_steps"])
+    steps = int(group["fade_steps"]) or _deadline(group) - int(group["ramp_steps"])
     best = fastest_rate(group["momentum"], group["nesterov"]) ** steps
     return best <= float(group["shrink_to"])
 
@@ -427,11 +473,11 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
 
 
 def _check_schedule(group: dict[str, Any]) -> None:
-    for key in ("total_steps", "ramp_steps", "cut_step"):
+    for key in ("total_steps", "ramp_steps", "fade_steps", "cut_step"):
         value = group[key]
         if value is not None and not (isinstance(value, int) and value >= 0):
             raise ValueError(f"{key} must be a whole number of at least 0, not {value!r}")
-    total, ramp, cut = group["total_steps"], group["ramp_steps"], group["cut_step"]
+    total, ramp, fade, cut = (group[key] for key in ("total_steps", "ramp_steps", "fade_steps", "cut_step"))
     if group["compression_schedule"] not in ("constant", "cubic", "custom"):
         raise ValueError(
             f"unknown compression_schedule {group['compression_schedule']!r}: "
@@ -448,6 +494,9 @@ def _check_schedule(group: dict[str, Any]) -> None:
         )
     if not 0 < group["shrink_to"] < 1:
         raise ValueError(f"shrink_to must be above 0 and below 1, not {group['shrink_to']}")
-    end = min(step for step in (total, cut, math.inf) if step is not None)
-    if (auto or ramp) and (ramp or 0) >= end:
-        raise ValueError(f"ramp_steps must be below cut_step and total_steps: {ramp} leaves nothing of {end}")
+    if fade and total is None and cut is None:
+        raise ValueError("fade_steps needs cut_step or total_steps: before one of them the passive weights fade")
+    end = min(step for step in (total, cut, math.inf) if step is not None) - fade
+    if (auto or ramp or fade) and (ramp or 0) >= end:
+        before = f", {fade} steps of fading aside" if fade else ""
+        raise ValueError(f"ramp_steps must be below cut_step and total_steps{before}: {ramp} leaves nothing of {end}")

@@ -47,7 +47,8 @@ class CutNow:
             cut, when it comes, will cost accuracy.
         """
         weights = prunable_parameters(self._model)
-        masks = magnitude_masks(weights, self._recipe.compression)
+        fixed = self._optimizer.masks
+        masks = {name: fixed[name] for name in weights} if fixed else magnitude_masks(weights, self._recipe.compression)
         kept = torch.cat([mask.view(-1) for mask in masks.values()]).cpu()
         entered = kept & ~self._kept
         counts = {"entered": int(entered.sum()), "returned": int((entered & self._ever).sum())}
@@ -75,11 +76,11 @@ class CutNow:
         return record
 
     def _left(self, steps_left: int) -> float:
-        """Return what share is left at the cut of a weight that turns passive now, 0 if the cut is due."""
+        """Return what share is left at the cut of a weight that turns passive now, 0 if the cut is due or a fade comes."""
         group = self._optimizer.param_groups[0]
         end = self._recipe.cut_epoch * self._steps_per_epoch
         now = self._recipe.gsm.epochs * self._steps_per_epoch - steps_left
-        if not group["ramp_steps"] <= now < end:
+        if not group["ramp_steps"] <= now < end or (group["fade_steps"] and not group["fading"]):
             return 0.0
         factor = lr_factor(self._recipe.gsm, self._steps_per_epoch)
         lrs = [self._recipe.gsm.lr * factor(step) for step in range(now, end)]

@@ -141,6 +141,7 @@ def gsm(model: nn.Module, recipe: Recipe, steps_per_epoch: int) -> GSM:
         shrink_to=recipe.shrink_to,
         compression_schedule="cubic" if recipe.ramp else "constant",
         ramp_steps=round(recipe.ramp * total),
+        fade_steps=round(recipe.fade * total),
         cut_step=recipe.cut_epoch * steps_per_epoch if recipe.cut_epoch < recipe.gsm.epochs else None,
     )
 

@@ -86,8 +86,9 @@ class Recipe:
         start: what GSM training starts from: the base net, or its initialisation, without training a base net.
         ramp: share of GSM training in which the compression ratio rises from 1 to C, by the cubic rule.
         cut: share of GSM training after which passive weights are cut; the rest trains the kept weights alone.
+        fade: share of GSM training, before the cut, in which it is fixed what is kept and all else only decays.
         passive_decay: weight decay of passive weights in GSM training; null means gsm.weight_decay, the paper's rule;
-            "auto" chooses it so that they shrink to `shrink_to` between the ramp and the cut.
+            "auto" chooses it so that they shrink to `shrink_to` between the ramp and the cut, or the fade, and in it.
         shrink_to: what "auto" aims at.
         batch_size: images per step.
         seed: of the initial weights and of the order of the images.
@@ -106,6 +107,7 @@ class Recipe:
     start: Literal["base", "init"] = "base"
     ramp: float = 0.0
     cut: float = 1.0
+    fade: float = 0.0
     passive_decay: float | Literal["auto"] | None = None
     shrink_to: float = 1e-6
     batch_size: int = 256
@@ -147,12 +149,15 @@ class Recipe:
             raise UsageError(f"seed must be at least 0 and below 2**32, not {self.seed}")
         if self.holdout < 0:
             raise UsageError(f"holdout must be at least 0, not {self.holdout}")
-        if not 0 <= self.ramp < self.cut <= 1:
-            raise UsageError(f"0 <= ramp < cut <= 1 must hold, not ramp {self.ramp} and cut {self.cut}")
-        if self.ramp * self.gsm.epochs >= self.cut_epoch:
+        if not (self.ramp >= 0 and self.fade >= 0 and self.ramp + self.fade < self.cut <= 1):
             raise UsageError(
-                f"a ramp of {self.ramp} does not end before the cut, which comes after {self.cut_epoch} "
-                f"of {self.gsm.epochs} epochs: shorten it, or train for more epochs"
+                f"ramp and fade must be at least 0, and ramp + fade < cut <= 1 must hold, "
+                f"not ramp {self.ramp}, fade {self.fade} and cut {self.cut}"
+            )
+        if (self.ramp + self.fade) * self.gsm.epochs >= self.cut_epoch:
+            raise UsageError(
+                f"a ramp of {self.ramp} and a fade of {self.fade} do not end before the cut, which comes after "
+                f"{self.cut_epoch} of {self.gsm.epochs} epochs: shorten them, or train for more epochs"
             )
 
 
@@ -175,8 +180,9 @@ def _lenet(recipe: str, compression: float, preset: Preset) -> Recipe:
             gsm = Training(48, 0.1, momentum=0.95, weight_decay=5e-4, cosine=0.5, label_smoothing=0.05)
             if recipe == "lenet5":  # at the higher rate, from a random start, some seeds do not get off the ground
                 gsm = replace(gsm, lr=0.03, warmup_epochs=1.0)
-            one_phase: dict[str, Any] = {"start": "init", "ramp": 0.3, "cut": 0.6, "passive_decay": "auto"}
-            return Recipe(recipe, preset, recipe, "mnist", base, gsm, compression, batch_size=128, **one_phase)
+            one_phase: dict[str, Any] = {"start": "init", "ramp": 0.3, "fade": 0.1, "cut": 0.7}
+            one_phase |= {"passive_decay": "auto", "batch_size": 128}
+            return Recipe(recipe, preset, recipe, "mnist", base, gsm, compression, **one_phase)
     return Recipe(recipe, preset, recipe, "mnist", base, gsm, compression)
 
 
