@@ -272,7 +272,7 @@ ONE_PHASE = replace(
 
 
 def test_one_phase_run_cuts_on_the_way_and_survives_interruption(synthetic, tmp_path):
-    """No base net; a rise of compression, a fade and a cut after four of six epochs; what is measured goes on as well."""
+    """No base net; compression rises, a fade, a cut after four of six epochs; what is measured goes on as well."""
     straight = run(prune, tmp_path / "straight", synthetic, ONE_PHASE, checkpoint_seconds=1e9)
     assert list(straight["top1"]) == ["gsm_before_cut", "gsm_after_cut", "pruned"]
     assert straight["epochs"] == {"gsm": 6}

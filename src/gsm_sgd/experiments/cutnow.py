@@ -47,7 +47,7 @@ class CutNow:
             cut, when it comes, will cost accuracy.
         """
         weights = prunable_parameters(self._model)
-        fixed = self._optimizer.masks
+        fixed: dict[Any, Tensor] = dict(self._optimizer.masks)
         masks = {name: fixed[name] for name in weights} if fixed else magnitude_masks(weights, self._recipe.compression)
         kept = torch.cat([mask.view(-1) for mask in masks.values()]).cpu()
         entered = kept & ~self._kept
@@ -76,7 +76,7 @@ class CutNow:
         return record
 
     def _left(self, steps_left: int) -> float:
-        """Return what share is left at the cut of a weight that turns passive now, 0 if the cut is due or a fade comes."""
+        """Return what is left at the cut of a weight that turns passive now, 0 if the cut is due or a fade comes."""
         group = self._optimizer.param_groups[0]
         end = self._recipe.cut_epoch * self._steps_per_epoch
         now = self._recipe.gsm.epochs * self._steps_per_epoch - steps_left
