@@ -22,6 +22,7 @@ from gsm_sgd.experiments import data, prune
 from gsm_sgd.experiments.observers import Several
 from gsm_sgd.experiments.recipes import Recipe, find_recipe
 from gsm_sgd.experiments.rundir import RunFolder, environment
+from gsm_sgd.experiments.splits import Dataset
 from gsm_sgd.rule import EagerRule, Kernel, Part
 
 _FLOOR = 0.002  # least density of a layer
@@ -93,7 +94,7 @@ VARIANTS: dict[str, tuple[Callable[[Recipe], Recipe], type[EagerRule]]] = {
 }
 
 
-def measure(name: str, recipe: Recipe, dataset: data.Dataset, runs: Path) -> dict[str, float]:
+def measure(name: str, recipe: Recipe, dataset: Dataset, runs: Path) -> dict[str, float]:
     """Return the accuracies of one run, in percent, from its folder if it is there."""
     change, rule = VARIANTS[name]
     recipe = change(recipe)

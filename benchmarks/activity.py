@@ -17,14 +17,15 @@ import torch
 from torch.nn import functional as F
 
 from gsm_sgd import apply_masks_, magnitude_masks, prunable_parameters
-from gsm_sgd.experiments import data, models
-from gsm_sgd.experiments.loop import evaluate, image_order
+from gsm_sgd.experiments import mnist, models
+from gsm_sgd.experiments.loop import evaluate
 from gsm_sgd.experiments.rundir import environment, read_weights
+from gsm_sgd.experiments.splits import Dataset
 from gsm_sgd.reports.runs import read_run
 from gsm_sgd.selection import importance, kept_weights, select_top
 
 
-def activity(path: Path, dataset: data.Dataset) -> dict[str, Any]:
+def activity(path: Path, dataset: Dataset) -> dict[str, Any]:
     """Return what one run's GSM net shows."""
     recipe = read_run(path).recipe
     trained = read_weights(path / "gsm.safetensors")
@@ -35,8 +36,7 @@ def activity(path: Path, dataset: data.Dataset) -> dict[str, Any]:
     kept = kept_weights(total, recipe["compression"])
 
     times_active = [torch.zeros(weight.numel(), dtype=torch.int64) for weight in weights.values()]
-    order = image_order(len(dataset.train), recipe["seed"], 0)
-    for images, labels in dataset.train.batches(recipe["batch_size"], order):
+    for images, labels in dataset.train.shuffled(recipe["batch_size"], recipe["seed"], 0):
         model.zero_grad()
         F.cross_entropy(model(images), labels).backward()
         scores = [importance(weight, weight.grad) for weight in weights.values() if weight.grad is not None]
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
-    dataset = data.mnist()
+    dataset = mnist.load()
     rows = [activity(path, dataset) for path in options.runs]
     for row in rows:
         print(json.dumps(row))

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
-from gsm_sgd.experiments import data, models
-from gsm_sgd.experiments.loop import evaluate, image_order
+from gsm_sgd.experiments import mnist, models, splits
+from gsm_sgd.experiments.loop import evaluate
 from gsm_sgd.experiments.prune import gsm
 from gsm_sgd.experiments.recipes import Recipe, find_recipe
 from gsm_sgd.experiments.rundir import environment
@@ -76,12 +76,12 @@ def plain_epoch(loader: DataLoader[tuple[Tensor, int]], recipe: Recipe, steps: i
     return time.perf_counter() - began, loading
 
 
-def our_epoch(dataset: data.Dataset, recipe: Recipe, steps: int, layout: torch.memory_format) -> float:
+def our_epoch(dataset: splits.Dataset, recipe: Recipe, steps: int, layout: torch.memory_format) -> float:
     """Return the seconds that our loop takes for so many steps."""
     model = models.build(recipe.model, 0).to(memory_format=layout)
     optimizer = gsm(model, recipe, steps)
     began = time.perf_counter()
-    batches = dataset.train.batches(recipe.batch_size, image_order(len(dataset.train), 0, 0))
+    batches = dataset.train.shuffled(recipe.batch_size, 0, 0)
     for _, (images, labels) in zip(range(steps), batches, strict=False):
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bfloat16"):
             loss = F.cross_entropy(model(images), labels)
@@ -91,7 +91,7 @@ def our_epoch(dataset: data.Dataset, recipe: Recipe, steps: int, layout: torch.m
     return time.perf_counter() - began
 
 
-def evaluation(dataset: data.Dataset, model: nn.Module) -> float:
+def evaluation(dataset: splits.Dataset, model: nn.Module) -> float:
     """Return the seconds that measuring accuracy on the test set takes."""
     began = time.perf_counter()
     evaluate(model, dataset.test)
@@ -115,12 +115,16 @@ def main() -> None:
     torch.set_num_threads(options.threads)
 
     recipe = find_recipe(options.model, "paper")
-    dataset = data.mnist()
+    dataset = mnist.load()
     steps = options.steps or -(-len(dataset.train) // recipe.batch_size)
     scale = 235 / steps
-    raw = data.mnist_files()["train-images-idx3-ubyte"]
+    raw, raw_labels = (mnist.files()[f"train-{name}-ubyte"] for name in ("images-idx3", "labels-idx1"))
     pixels = torch.frombuffer(raw, dtype=torch.uint8, offset=16).view(-1, 28, 28)
-    loader = DataLoader(PerImageMNIST(pixels, dataset.train.labels), recipe.batch_size, shuffle=True)
+    loader = DataLoader(
+        PerImageMNIST(pixels, torch.frombuffer(raw_labels, dtype=torch.uint8, offset=8)),
+        recipe.batch_size,
+        shuffle=True,
+    )
 
     bfloat16 = replace(recipe, precision="bfloat16")
     ours: dict[str, Callable[[], float]] = {

@@ -35,6 +35,7 @@ from gsm_sgd.experiments.observers import Several
 from gsm_sgd.experiments.prune import Job, plain_sgd, prune
 from gsm_sgd.experiments.recipes import Recipe, find_recipe
 from gsm_sgd.experiments.rundir import RunFolder, environment
+from gsm_sgd.experiments.splits import Dataset
 from gsm_sgd.selection import kept_weights
 
 METHODS = ("GSM, fast", "GSM, paper", "gradual magnitude", "one-shot magnitude")
@@ -93,7 +94,7 @@ def trained(job: Job, model: nn.Module, optimizer: Optimizer, recipe: Recipe) ->
     return evaluate(model, job.data.test)
 
 
-def measure(method: str, recipe: Recipe, dataset: data.Dataset, runs: Path) -> float:
+def measure(method: str, recipe: Recipe, dataset: Dataset, runs: Path) -> float:
     """Return the accuracy of one run, in percent, from its folder if it is there."""
     epochs = recipe.gsm.epochs + (recipe.base.epochs if recipe.start == "base" else 0)
     size = f"x{recipe.compression:g}-e{epochs}-h{recipe.holdout}-s{recipe.seed}"

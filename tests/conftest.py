@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gsm_sgd.experiments import UsageError, data
+from gsm_sgd.experiments import UsageError, mnist
 
 # The nets here are small: one thread is as quick, and two crawl on a machine that is busy with something else.
 torch.set_num_threads(1)
@@ -15,7 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 def mnist_files():
     """MNIST's idx files, from wherever the chain finds them."""
     try:
-        return data.mnist_files()
+        return mnist.files()
     except UsageError as error:
         pytest.skip(f"needs MNIST: {error}")
 
@@ -29,6 +29,17 @@ def mnist_folder(mnist_files, tmp_path_factory):
     for name, content in mnist_files.items():
         (raw / name).write_bytes(content)
     return folder
+
+
+@pytest.fixture(scope="session")
+def cifar10_folder():
+    """A folder with the real CIFAR-10 in it, `$GSM_DATA` or beside the checkout; nothing is downloaded for a test."""
+    places = [Path(os.environ["GSM_DATA"])] if os.environ.get("GSM_DATA") else []
+    places.append(Path(__file__).parents[2] / "shared" / "data")
+    for place in places:
+        if any((place / name).is_dir() for name in ("cifar10", "CIFAR10", "cifar-10-batches-py")):
+            return place
+    pytest.skip("needs CIFAR-10: set GSM_DATA to a folder that has it")
 
 
 @pytest.fixture

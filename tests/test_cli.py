@@ -212,12 +212,20 @@ def test_show_unfinished(runs, tmp_path, capsys):
         (["prune", "lenet300", "--device", "abacus"], "device 'abacus' cannot be used here"),
         (["prune", "lenet300", "--threads", "0"], "threads must be at least 1"),
         (["prune", "lenet300", "--model", "vgg"], "unknown model 'vgg'"),
-        (["prune", "lenet300", "--dataset", "imagenet"], "unknown dataset 'imagenet'"),
+        (["prune", "lenet300", "--dataset", "cifar"], "unknown dataset 'cifar': choose one of mnist, cifar10"),
+        (["prune", "resnet50", "--data-dir", "."], "ImageNet has to be there already"),
+        (["prune", "resnet20", "--weights", "no.safetensors"], "weights no.safetensors do not exist: give a file"),
+        (["prune", "lenet300", "--weights", "torchvision"], "weights are a base net to start from: add --start base"),
+        (
+            ["lottery", "resnet50"],
+            "a lottery trains its base net from the ticket's initialisation: leave out --weights",
+        ),
+        (["prune", "resnet20", "--precision", "float16"], "precision"),
         (["prune", "lenet300", "--nonsense", "3"], "unrecognized arguments: --nonsense 3"),
         (["prune"], "recipe"),
         (["show", "nowhere"], "nowhere is neither a run's folder nor a safetensors file"),
         (["show"], "runs"),
-        (["data", "cifar10"], "unknown data set 'cifar10': there is mnist"),
+        (["data", "imagenet"], "unknown data set 'imagenet': there are mnist and cifar10"),
         (["frobnicate"], "frobnicate"),
         ([], "command"),
     ],
@@ -283,12 +291,12 @@ def test_help_shows_the_presets_own_settings():
 
 
 def test_a_cut_on_the_way_is_told(tmp_path, capsys):
-    words = ["--dataset", "synthetic", "--gsm.epochs", "5", "--gsm.momentum", "0.2", "--compression", "60"]
+    words = ["--dataset", "synthetic", "--gsm.epochs", "5", "--gsm.momentum", "0.02", "--compression", "60"]
     assert cli.run(["prune", "lenet300", *words, "--out", str(tmp_path)]) == 0
     said = capsys.readouterr()
     assert "pruned net" in said.out
     assert "base net" not in said.out
-    assert "The cut after epoch 3 of GSM training " in said.out
+    assert "The cut after epoch 4 of GSM training " in said.out
     assert "if cut now" in said.err
     record = json.loads((tmp_path / "lenet300-prune-fast-x60-s0" / "metrics.jsonl").read_text().splitlines()[-1])
     assert record["cut_top1"] == record["top1"]
@@ -299,6 +307,34 @@ def test_a_warning_is_one_line(tmp_path):
     done = subprocess.run([sys.executable, "-m", "gsm_sgd", *words], capture_output=True, text=True, check=True)
     assert any(line.startswith("warning: the cut will remove weights") for line in done.stderr.splitlines())
     assert ".py:" not in done.stderr
+
+
+def test_the_precision_chosen_for_this_machine_stands_in_the_recipe(tmp_path, monkeypatch, capsys):
+    short = [word for word in SHORT if word not in ("--gsm.milestones", "[]")]
+    words = ["prune", "lenet300", *short, "--base.epochs", "1", "--precision", "auto", "--out", str(tmp_path)]
+    path = tmp_path / "lenet300-prune-fast-x20-s0"
+    for flags, precision in (({}, "float32"), ({"avx512_bf16": True}, "bfloat16")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags, raising=False)
+        assert cli.run(words) == 0
+        assert yaml.safe_load((path / "recipe.yaml").read_text())["precision"] == precision
+        weights = read_weights(path / "pruned.safetensors")
+        assert all(weight.dtype == torch.float32 for weight in weights.values())
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: {"bf16": not flags}, raising=False)
+        capsys.readouterr()
+        assert f"(precision {precision} there" in fails(capsys, *words)
+        shutil.rmtree(path)
+
+
+def test_a_net_trained_elsewhere_is_pruned_without_a_base_training(runs, tmp_path, capsys):
+    base = runs[0] / "base.safetensors"
+    words = ["prune", "lenet300", *SHORT, "--weights", str(base), "--out", str(tmp_path)]
+    assert cli.run(words) == 0
+    (run,) = tmp_path.iterdir()
+    result, theirs = (json.loads((path / "result.json").read_text()) for path in (run, runs[0]))
+    assert result["epochs"] == {"gsm": 2}
+    assert result["top1"] == {key: value for key, value in theirs["top1"].items() if "ticket" not in key}
+    assert "base net" in capsys.readouterr().out
+    assert (run / "density.png").exists()
 
 
 def test_python_m_is_the_same_command():

@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
-from gsm_sgd.experiments import UsageError, data
+from gsm_sgd.experiments import UsageError, data, mnist
+from gsm_sgd.experiments.splits import Dataset, Images
 
 
 def test_mnist_is_the_real_one(mnist_folder):
-    mnist = data.mnist(mnist_folder)
-    assert mnist.train.images.shape == (60_000, 1, 28, 28)
-    assert mnist.test.images.shape == (10_000, 1, 28, 28)
-    assert mnist.train.labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
-    assert mnist.train.labels.bincount().tolist() == [
+    dataset = mnist.load(mnist_folder)
+    assert dataset.train.images.shape == (60_000, 1, 28, 28)
+    assert dataset.test.images.shape == (10_000, 1, 28, 28)
+    assert dataset.train.labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
+    assert dataset.train.labels.bincount().tolist() == [
         5923,
         6742,
         5958,
@@ -30,19 +32,19 @@ def test_mnist_is_the_real_one(mnist_folder):
         5851,
         5949,
     ]
-    assert mnist.train.images.mean().item() == pytest.approx(0, abs=1e-3)
-    assert mnist.train.images.std().item() == pytest.approx(1, abs=1e-3)
+    assert dataset.train.images.mean().item() == pytest.approx(0, abs=1e-3)
+    assert dataset.train.images.std().item() == pytest.approx(1, abs=1e-3)
 
 
 def test_gzipped_files_in_a_flat_folder(mnist_files, tmp_path, no_network):
     for name, content in mnist_files.items():
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content, 1))
-    assert data.mnist_files(tmp_path) == mnist_files
+    assert mnist.files(tmp_path) == mnist_files
 
 
 def test_gsm_data_is_looked_in(mnist_files, mnist_folder, monkeypatch, no_network):
     monkeypatch.setenv("GSM_DATA", str(mnist_folder))
-    assert data.mnist_files() == mnist_files
+    assert mnist.files() == mnist_files
 
 
 def test_parquet(mnist_files, tmp_path, no_network):
@@ -63,12 +65,12 @@ def test_parquet(mnist_files, tmp_path, no_network):
 
     write("train", "train", 2)
     write("t10k", "test", 1)
-    assert data.mnist_files(tmp_path) == mnist_files
+    assert mnist.files(tmp_path) == mnist_files
 
     test = tmp_path / "test-00000-of-00001.parquet"
     test.write_bytes(test.read_bytes()[:100_000])
     with pytest.raises(UsageError, match=r"test-00000-of-00001\.parquet is damaged"):
-        data.mnist_files(tmp_path)
+        mnist.files(tmp_path)
 
 
 def test_another_data_sets_parquet_is_named(tmp_path, no_network):
@@ -82,7 +84,7 @@ def test_another_data_sets_parquet_is_named(tmp_path, no_network):
     for image, label in ((good, 1), ({"path": "x"}, 1), ({"bytes": b"", "path": None}, 1), (None, 1), (good, None)):
         pq.write_table(pa.Table.from_pylist([{"image": image, "label": label}]), path)
         with pytest.raises(UsageError, match=r"train-00000-of-00001\.parquet is damaged or not MNIST's"):
-            data.mnist_files(tmp_path)
+            mnist.files(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "longer", "bad_gzip", "truncated_gzip"])
@@ -103,22 +105,22 @@ def test_damaged_file_is_named(mnist_folder, tmp_path, damage, no_network):
         content = b"not gzip" if damage == "bad_gzip" else gzip.compress(content, 1)[:-500]
     path.write_bytes(content)
     with pytest.raises(UsageError) as error:
-        data.mnist_files(tmp_path)
+        mnist.files(tmp_path)
     assert f"{path} is damaged" in str(error.value)
 
 
 def test_neither_network_nor_data(no_network):
     with pytest.raises(UsageError, match="Three ways to get it"):
-        data.mnist_files()
+        mnist.files()
     assert not no_network.exists()
 
 
 def test_folder_that_does_not_exist(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="does not exist: make it, or do without --data-dir"):
-        data.mnist_files(tmp_path / "nope")
+        mnist.files(tmp_path / "nope")
     monkeypatch.setenv("GSM_DATA", str(tmp_path / "typo"))
     with pytest.raises(UsageError, match="does not exist: make it, or do without GSM_DATA"):
-        data.mnist_files()
+        mnist.files()
 
 
 class _Response(io.BytesIO):
@@ -139,21 +141,21 @@ def test_download_from_a_mirror(mnist_files, tmp_path, no_network, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["https://one/", "https://two/"])
     monkeypatch.setattr("urllib.request.urlopen", serve)
     with pytest.raises(UsageError, match="Three ways"):
-        data.mnist_files(tmp_path)
+        mnist.files(tmp_path)
     raw = tmp_path / "MNIST" / "raw"
     assert [path.name for path in raw.iterdir()] == ["train-images-idx3-ubyte"]
     damaged.clear()
-    assert data.mnist_files(tmp_path) == mnist_files
+    assert mnist.files(tmp_path) == mnist_files
     assert sorted(path.name for path in raw.iterdir()) == sorted(mnist_files)
 
 
 def test_unpickler_builds_arrays_and_nothing_else():
     arrays = np.arange(6, dtype="<f4").reshape(2, 3), np.arange(3)
     content = pickle.dumps(arrays, protocol=3).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
-    loaded = data._ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
+    loaded = mnist._ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
     assert all(np.array_equal(a, b) for a, b in zip(arrays, loaded, strict=True))
     with pytest.raises(pickle.UnpicklingError, match="not allowed in a data file"):
-        data._ArrayUnpickler(io.BytesIO(pickle.dumps(print))).load()
+        mnist._ArrayUnpickler(io.BytesIO(pickle.dumps(print))).load()
 
 
 def test_hold_out_divides_the_training_set():
@@ -167,13 +169,40 @@ def test_hold_out_divides_the_training_set():
             whole.hold_out(count)
 
 
-def test_batches_cover_an_order_from_any_batch_on():
-    split = data.synthetic(10, 1).train
-    order = torch.tensor([3, 1, 4, 0, 5, 9, 2, 6, 8, 7])
-    labels = [labels for _, labels in split.batches(4, order)]
-    assert list(map(len, labels)) == [4, 4, 2]
-    assert torch.equal(torch.cat(labels), split.labels[order])
-    assert torch.equal(torch.cat([labels for _, labels in split.batches(4, order, 1)]), split.labels[order[4:]])
+@pytest.mark.parametrize("margin", [0, 2])
+def test_an_epoch_covers_all_images_from_any_batch_on(margin):
+    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 6, 5, 3).contiguous()
+    split = Images(images, torch.arange(10), margin=margin)
+    whole = list(split.shuffled(4, 7, 3))
+    assert [len(labels) for _, labels in whole] == [4, 4, 2]
+    assert sorted(torch.cat([labels for _, labels in whole]).tolist()) == list(range(10))
+    for images, labels in whole:
+        assert images.shape == (len(labels), 3, 6, 5)
+        assert torch.equal(images[:, :, 2:4, 2], (labels / 255)[:, None, None].expand(-1, 3, 2))  # the middle stays
+    for ours, theirs in zip(split.shuffled(4, 7, 3, 1), whole[1:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for seed, epoch in ((7, 4), (8, 3)):
+        assert not all(torch.equal(a, b) for (_, a), (_, b) in zip(split.shuffled(4, seed, epoch), whole, strict=True))
+
+
+def test_training_images_are_moved_and_mirrored_as_by_torchvision():
+    """Each is one of those that RandomCrop with padding and RandomHorizontalFlip can make, and all of these come up."""
+    pixels = torch.randint(1, 256, (1, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    split = Images(pixels.expand(2_000, -1, -1, -1), torch.zeros(2_000, dtype=torch.int64), 0.5, 0.5, margin=1)
+    padded = F.pad(pixels[0].permute(2, 0, 1).float(), (1, 1, 1, 1))
+    crops = [padded[:, top : top + 4, left : left + 4] for top in range(3) for left in range(3)]
+    possible = torch.stack([(c / 255 - 0.5) / 0.5 for crop in crops for c in (crop, crop.flip(2))])
+    images = torch.cat([images for images, _ in split.shuffled(500, 0, 0)])
+    same = (images[:, None] - possible).abs().amax((2, 3, 4)) < 1e-6
+    assert same.sum(1).tolist() == [1] * 2_000
+    assert same.sum(0).min() > 60  # 111 are expected of each
+    assert torch.allclose(next(split.batches(1))[0][0], possible[8])  # as it is
+
+
+def test_held_out_images_stay_as_they_are():
+    split = Images(torch.zeros(9, 4, 4, 3, dtype=torch.uint8), torch.arange(9), margin=1)
+    held = Dataset(split, split).hold_out(4)
+    assert (held.train.margin, held.test.margin) == (1, 0)
 
 
 def test_unknown_dataset():

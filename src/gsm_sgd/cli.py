@@ -19,13 +19,13 @@ from rich.console import Console
 
 from . import __version__
 from .experiments import UsageError, bench, data, models
-from .experiments.loop import Observer
+from .experiments.loop import Observer, fitting_precision
 from .experiments.lottery import lottery
 from .experiments.observers import ProgressBars, Several, TensorBoard
 from .experiments.prune import Job, gsm, prune
 from .experiments.recipes import RECIPES, Preset, Recipe, Training, find_recipe
 from .experiments.rundir import Record, RunFolder, read_weights, refuse_other_recipe
-from .masks import LayerSparsity, sparsity_rows
+from .masks import LayerSparsity, magnitude_masks, sparsity_rows
 from .reports import plots, tables
 from .reports.runs import Run, by_recipe, read_run, summary
 
@@ -49,11 +49,7 @@ def run(argv: Sequence[str]) -> int:
             case "list":
                 console.print(tables.recipes_table())
             case "data":
-                if options.dataset != "mnist":
-                    raise UsageError(f"unknown data set {options.dataset!r}: there is mnist")
-                place, files = data.find_mnist(options.data_dir)
-                size = sum(map(len, files.values()))
-                console.print(f"MNIST: {len(files)} files, {size:,} bytes, md5 verified, in {place}", soft_wrap=True)
+                console.print(data.describe(options.dataset, options.data_dir), highlight=False, soft_wrap=True)
             case "bench":
                 _bench(options, console, log)
             case "show":
@@ -89,8 +85,8 @@ def _complain(error: Exception, status: int) -> int:
 
 def _run(command: str, options: Namespace, console: Console, log: Console) -> None:
     """Run a recipe for each seed and show what came out."""
-    planned = _plan(command, options)
     device = _device(options.device)
+    planned = _plan(command, options, device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     recipe = next(iter(planned.values()))
@@ -115,13 +111,15 @@ def _run(command: str, options: Namespace, console: Console, log: Console) -> No
     _print_results(runs, console)
 
 
-def _plan(command: str, options: Namespace) -> dict[Path, Recipe]:
+def _plan(command: str, options: Namespace, device: torch.device) -> dict[Path, Recipe]:
     """Return a run's folder and recipe for each seed, all checked before anything is written or trained."""
     if options.threads is not None and options.threads < 1:
         raise UsageError(f"threads must be at least 1, not {options.threads}")
     if not (math.isfinite(options.checkpoint_seconds) and options.checkpoint_seconds >= 0):
         raise UsageError(f"checkpoint-seconds must be at least 0, not {options.checkpoint_seconds}")
     recipe = _recipe(options)
+    # what is chosen for this machine stands in the run's recipe, so that no other goes on with something else
+    recipe = replace(recipe, precision=fitting_precision(recipe.precision, device))
     planned = {}
     for seed in [recipe.seed] if options.seeds is None else _seeds(options.seeds):
         seeded = replace(recipe, seed=seed)
@@ -129,6 +127,11 @@ def _plan(command: str, options: Namespace) -> dict[Path, Recipe]:
         name = f"{seeded.recipe}-{command}-{seeded.preset}-x{seeded.compression:g}-s{seed}"
         planned[options.out / name] = scaled = seeded.scaled(options.epochs_scale)
         scaled.check()
+    if recipe.weights is not None:
+        if command == "lottery":
+            raise UsageError("a lottery trains its base net from the ticket's initialisation: leave out --weights")
+        if not recipe.weights.startswith("torchvision") and not Path(recipe.weights).is_file():
+            raise UsageError(f"weights {recipe.weights} do not exist: give a file, or torchvision")
     _check_optimizer(recipe.scaled(options.epochs_scale))
     for path, seeded in planned.items():
         refuse_other_recipe(path, seeded)
@@ -188,9 +191,10 @@ def _save_pictures(finished: Run, folder: RunFolder) -> None:
     assert finished.result is not None
     layers = finished.result["layers"]
     kept = {"GSM": {layer["name"]: layer["nonzeros"] for layer in layers}}
-    if folder.has_weights("ticket-magnitude"):
-        weights = read_weights(folder.path / "ticket-magnitude.safetensors")
-        kept["magnitude"] = {name: int(weights[name].count_nonzero()) for name in kept["GSM"]}
+    if folder.has_weights("base"):
+        base = read_weights(folder.path / "base.safetensors")
+        masks = magnitude_masks({name: base[name] for name in kept["GSM"]}, finished.result["compression"])
+        kept["magnitude"] = {name: int(mask.sum()) for name, mask in masks.items()}
     plots.save(plots.density_figure(finished, kept), "density", folder.save_figure)
     plots.save(plots.curves_figure(finished), "curves", folder.save_figure)
 
@@ -317,7 +321,7 @@ def _parser(recipe: Recipe) -> ArgumentParser:
     commands.add_subcommand("bench", cost, help="what an optimizer step costs")
 
     fetch = _Parser(description="Fetch a data set and verify it.")
-    fetch.add_argument("dataset", type=str, help="which one: mnist")
+    fetch.add_argument("dataset", type=str, help=f"which one: {', '.join(data.FETCHED)}")
     _add_data_dir(fetch)
     commands.add_subcommand("data", fetch, help="fetch a data set and verify it")
     return parser

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from ..budget import shrinkage
 from ..masks import apply_masks_, magnitude_masks, prunable_parameters
 from ..optimizer import GSM, passive_decay
-from .data import Split
 from .loop import evaluate, lr_factor
 from .recipes import Recipe
 from .rundir import Record
+from .splits import Split
 
 _POINTS = 0.1  # of accuracy that a cut may cost before anybody is warned
 _LEFT = 0.1  # share of a passive weight that may be left at the cut before anybody is warned

@@ -2,20 +2,21 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from .data import Dataset, Split
-from .recipes import Recipe, Training
+from .recipes import Precision, Recipe, Training
 from .rundir import Record, Stage
+from .splits import Dataset, Split
 
 _EVALUATION_BATCH = 1_000  # small enough to stay in a CPU's cache
+_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # torch's names of such instructions, of x86 and of Arm
 
 
 class TrainingDivergedError(ArithmeticError):
@@ -70,6 +71,7 @@ def train(
         TrainingDivergedError: the loss of an epoch is not finite.
     """
     device = next(model.parameters()).device
+    bfloat16 = fitting_precision(recipe.precision, device) == "bfloat16"
     steps = steps_per_epoch(data, recipe)
     schedule = LambdaLR(optimizer, lr_factor(training, steps))
     parts: _Parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
@@ -91,12 +93,12 @@ def train(
     observer.start(stage.name, training.epochs, steps, first_epoch * steps + first_step)
     for epoch in range(first_epoch, training.epochs):
         model.train()
-        order = image_order(len(data.train), recipe.seed, epoch).to(device)
-        for step, (images, labels) in enumerate(data.train.batches(recipe.batch_size, order, first_step), first_step):
+        batches = data.train.shuffled(recipe.batch_size, recipe.seed, epoch, first_step)
+        for step, (images, labels) in enumerate(batches, first_step):
             if stage.due():
                 position = {"epoch": epoch, "step": step, "seconds": time.perf_counter() - began}
                 stage.save({**_snapshot(parts, device), "loss_sum": loss_sum, **position})
-            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                 loss = F.cross_entropy(model(images), labels, label_smoothing=training.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
@@ -124,6 +126,19 @@ def train(
         observer.epoch(record)
 
 
+def fitting_precision(precision: Precision, device: torch.device) -> Precision:
+    """Return what "auto" stands for on a device: bfloat16 where it has instructions for it, else float32."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        fits = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # younger than the oldest torch that we support
+        capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        fits = device.type == "cpu" and any(capabilities.get(name) for name in _BFLOAT16)
+    return "bfloat16" if fits else "float32"
+
+
 def steps_per_epoch(data: Dataset, recipe: Recipe) -> int:
     """Return the number of batches that the training set makes."""
     return math.ceil(len(data.train) / recipe.batch_size)
@@ -134,7 +149,7 @@ def evaluate(model: nn.Module, split: Split) -> float:
     """Return top-1 accuracy in percent over a whole split."""
     was_training = model.training
     model.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=split.labels.device)
+    correct = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
     for images, labels in split.batches(_EVALUATION_BATCH):
         correct += (model(images).argmax(1) == labels).sum()
     model.train(was_training)
@@ -170,11 +185,6 @@ def lr_factor(training: Training, steps_per_epoch: int) -> Callable[[int], float
         return float(0.1**passed * cosine)
 
     return factor
-
-
-def image_order(count: int, seed: int, epoch: int) -> Tensor:
-    """Return the order of the training images in an epoch, int64 (count,): the same in every stage of a run."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
 def _snapshot(parts: _Parts, device: torch.device) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def lottery(job: Job) -> Record:
 def retrain_ticket(job: Job, method: str, trained: str) -> float:
     """Return the accuracy, in percent, of the ticket that the largest weights of the net `trained` make."""
     recipe, run = job.recipe, job.run
-    model = models.build(recipe.model, recipe.seed).to(job.device)
+    model = models.build(recipe.model, recipe.seed, job.data.classes).to(job.device)
     prunable = prunable_parameters(model)
 
     # 3. Find Q weights: the largest of the trained net.

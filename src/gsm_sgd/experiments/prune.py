@@ -6,16 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
+from torch.optim.swa_utils import update_bn
 
 from .. import __version__
 from ..masks import apply_masks_, freeze, magnitude_masks, prunable_parameters, sparsity_table
 from ..optimizer import GSM
 from . import UsageError, models
 from .cutnow import CutNow
-from .data import Dataset
 from .loop import Observer, Probe, evaluate, parameter_groups, steps_per_epoch, train
+from .pretrained import load_pretrained
 from .recipes import Recipe, Training
 from .rundir import Record, RunFolder, device_name, read_metrics
+from .splits import Dataset
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def prune_steps(job: Job) -> tuple[nn.Module, dict[str, float]]:
     # 1. Initialise and save.
     model = initial_net(job)
 
-    # 2. Train the base net, if GSM is to start from it.
+    # 2. Train the base net, or take the one given, if GSM is to start from it.
     if recipe.start == "base":
         top1["base"] = train_base(job, model)
 
@@ -65,9 +67,13 @@ def prune_steps(job: Job) -> tuple[nn.Module, dict[str, float]]:
 
     # 4. Cut: the same as GSM.finalize(), which a stage that was finished earlier no longer has.
     prunable = prunable_parameters(model)
+    left = sum(int(weight.count_nonzero()) for weight in prunable.values())
     apply_masks_(prunable, magnitude_masks(prunable, recipe.compression))
     pruned = evaluate(model, test)
     top1.setdefault("gsm_after_cut", pruned)
+    if recipe.recalibrate and left > optimizer.nonzeros:
+        update_bn(job.data.train.shuffled(recipe.batch_size, recipe.seed, epoch=0), model)
+        pruned = evaluate(model, test)
     top1["pruned"] = pruned
     run.save_weights("pruned", model)
     return model, top1
@@ -75,7 +81,7 @@ def prune_steps(job: Job) -> tuple[nn.Module, dict[str, float]]:
 
 def initial_net(job: Job) -> nn.Module:
     """Return the net as it is initialised, saved if it was not yet."""
-    model = models.build(job.recipe.model, job.recipe.seed).to(job.device)
+    model = models.build(job.recipe.model, job.recipe.seed, job.data.classes).to(job.device)
     if not job.run.has_weights("init"):
         job.run.save_weights("init", model)
     job.run.load_weights("init", model)
@@ -83,7 +89,10 @@ def initial_net(job: Job) -> nn.Module:
 
 
 def train_base(job: Job, model: nn.Module) -> float:
-    """Train an initial net by plain SGD, and return its accuracy in percent."""
+    """Train an initial net by plain SGD, or load the weights given, and return its accuracy in percent."""
+    if job.recipe.weights is not None and not job.run.has_weights("base"):
+        load_pretrained(model, job.recipe.model, job.recipe.weights)
+        job.run.save_weights("base", model)
     train_stage(job, "base", model, job.recipe.base, plain_sgd(model, job.recipe.base))
     return evaluate(model, job.data.test)
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from . import UsageError
 
 Preset = Literal["fast", "paper", "repo"]
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,13 @@ class Recipe:
         recipe: name of the published experiment.
         preset: whose settings these are.
         model: network to train.
-        dataset: images to train it on; "synthetic" is made up, for trying things out without data.
+        dataset: images to train it on; "imagenet" is any folder of images by class, "synthetic" is made up, for trying
+            things out without data.
         base: training of the base net, and of a ticket.
         gsm: training with GSM.
         compression: C; of N prunable weights floor(N / C) are kept.
+        weights: file of a base net that was trained elsewhere, safetensors or a state dict that torch has saved; or
+            "torchvision", "torchvision:NAME" for torchvision's of its networks. Then no base net is trained.
         start: what GSM training starts from: the base net, or its initialisation, without training a base net.
         ramp: share of GSM training in which the compression ratio rises from 1 to C, by the cubic rule.
         cut: share of GSM training after which passive weights are cut; the rest trains the kept weights alone.
@@ -92,7 +96,10 @@ class Recipe:
         shrink_to: what "auto" aims at.
         batch_size: images per step.
         seed: of the initial weights and of the order of the images.
-        precision: of the arithmetic in training; weights and updates are always float32.
+        recalibrate: whether to measure the batch norms' means and variances anew if the cut, when training is over, has
+            changed the net.
+        precision: of the arithmetic in training; weights, the choice of those that are active, and updates are always
+            float32. "auto" is bfloat16 where the processor has instructions for it, else float32.
         holdout: if above 0, train without this many training images and measure accuracy on them instead of the
             test set, for choosing settings.
     """
@@ -104,6 +111,7 @@ class Recipe:
     base: Training
     gsm: Training
     compression: float
+    weights: str | None = None
     start: Literal["base", "init"] = "base"
     ramp: float = 0.0
     cut: float = 1.0
@@ -112,7 +120,8 @@ class Recipe:
     shrink_to: float = 1e-6
     batch_size: int = 256
     seed: int = 0
-    precision: Literal["float32", "bfloat16"] = "float32"
+    recalibrate: bool = False
+    precision: Precision = "float32"
     holdout: int = 0
 
     def scaled(self, factor: float) -> "Recipe":
@@ -147,6 +156,8 @@ class Recipe:
             raise UsageError(f"batch_size must be at least 1, not {self.batch_size}")
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"seed must be at least 0 and below 2**32, not {self.seed}")
+        if self.weights is not None and self.start != "base":
+            raise UsageError("weights are a base net to start from: add --start base, or leave them out")
         if self.holdout < 0:
             raise UsageError(f"holdout must be at least 0, not {self.holdout}")
         if not (self.ramp >= 0 and self.fade >= 0 and self.ramp + self.fade < self.cut <= 1):
@@ -196,13 +207,77 @@ def lenet5(preset: Preset = "fast") -> Recipe:
     return _lenet("lenet5", 125.0, preset)
 
 
-RECIPES: dict[str, Callable[[Preset], Recipe]] = {"lenet300": lenet300, "lenet5": lenet5}
+def _cifar(recipe: str, preset: Preset) -> Recipe:
+    """Return the settings that the deep nets for CIFAR-10 share: 10x, from a base net."""
+    base = Training(500, 0.1, (100, 200, 300, 400), weight_decay=1e-4, warmup_epochs=5)
+    gsm = Training(600, 5e-3, (400, 500), momentum=0.98, weight_decay=1e-4)
+    match preset:
+        case "paper":
+            return Recipe(recipe, preset, recipe, "cifar10", base, gsm, 10.0, batch_size=64, precision="auto")
+        case "repo":
+            gsm = replace(gsm, warmup_epochs=5)
+            return Recipe(recipe, preset, recipe, "cifar10", base, gsm, 10.0, batch_size=64, precision="auto")
+        case "fast":
+            base = Training(20, 0.1, warmup_epochs=1, cosine=0.0)
+            gsm = Training(20, 0.05, warmup_epochs=0.5, cosine=0.5)
+            budget: dict[str, Any] = {"ramp": 0.3, "fade": 0.1, "cut": 0.7, "passive_decay": "auto"}
+            return Recipe(
+                recipe, preset, recipe, "cifar10", base, gsm, 10.0, batch_size=128, precision="auto", **budget
+            )
 
-# Top-1 in percent, keyed as in result.json: tables 1 and 4.
+
+def resnet20(preset: Preset = "fast") -> Recipe:
+    """ResNet-20 on CIFAR-10, 10x, which the paper does not have: with the settings of ResNet-56."""
+    return _cifar("resnet20", preset)
+
+
+def resnet56(preset: Preset = "fast") -> Recipe:
+    """ResNet-56 on CIFAR-10, 10x; 6.6x is the paper's other figure (table 2)."""
+    return _cifar("resnet56", preset)
+
+
+def densenet40(preset: Preset = "fast") -> Recipe:
+    """DenseNet-40 on CIFAR-10, 10x; 6.6x and 8x are the paper's other figures (table 2)."""
+    return _cifar("densenet40", preset)
+
+
+def resnet50(preset: Preset = "fast") -> Recipe:
+    """ResNet-50 on ImageNet from torchvision's trained net, 4x; 5x is the paper's other figure (table 3).
+
+    The paper leaves momentum and weight decay of this experiment open; with these passive weights shrink to 3e-4.
+    """
+    base = Training(90, 0.1, (30, 60), weight_decay=1e-4)
+    gsm = Training(60, 1e-3, (40, 50), momentum=0.99, weight_decay=1e-4)
+    source = {"model": "resnet50", "dataset": "imagenet", "weights": "torchvision:IMAGENET1K_V1"}
+    published: dict[str, Any] = {"batch_size": 64, "precision": "auto", **source}
+    if preset == "fast":
+        gsm = Training(20, 1e-2, weight_decay=1e-4, cosine=0.5)
+        budget: dict[str, Any] = {"ramp": 0.3, "fade": 0.1, "cut": 0.7, "passive_decay": "auto"}
+        return Recipe("resnet50", preset, base=base, gsm=gsm, compression=4.0, **published, **budget)
+    return Recipe("resnet50", preset, base=base, gsm=gsm, compression=4.0, **published)
+
+
+RECIPES: dict[str, Callable[[Preset], Recipe]] = {
+    "lenet300": lenet300,
+    "lenet5": lenet5,
+    "resnet20": resnet20,
+    "resnet56": resnet56,
+    "densenet40": densenet40,
+    "resnet50": resnet50,
+}
+
+# Top-1 in percent, keyed as in result.json: tables 1 to 4.
 _PUBLISHED: dict[tuple[str, float], dict[str, float]] = {
     ("lenet300", 60): {"base": 98.19, "pruned": 98.18, "ticket_gsm": 98.22, "ticket_magnitude": 97.39},
     ("lenet5", 125): {"base": 99.21, "pruned": 99.22, "ticket_gsm": 99.04, "ticket_magnitude": 97.60},
     ("lenet5", 300): {"base": 99.21, "pruned": 99.06, "ticket_gsm": 98.88, "ticket_magnitude": 11.35},
+    ("resnet56", 6.6): {"base": 94.05, "pruned": 94.10},
+    ("resnet56", 10): {"base": 94.05, "pruned": 93.80},
+    ("densenet40", 6.6): {"base": 93.86, "pruned": 94.07},
+    ("densenet40", 8): {"base": 93.86, "pruned": 94.02},
+    ("densenet40", 10): {"base": 93.86, "pruned": 93.90},
+    ("resnet50", 4): {"base": 75.72, "pruned": 75.33},
+    ("resnet50", 5): {"base": 75.72, "pruned": 74.30},
 }
 
 

@@ -100,12 +100,14 @@ def recipes_table() -> Table:
         figures = published(name)
         for row, preset in enumerate(get_args(Preset)):
             recipe = make(preset)
-            prune = recipe.gsm.epochs + (recipe.base.epochs if recipe.start == "base" else 0)
+            trained_here = recipe.start == "base" and recipe.weights is None
+            prune = str(recipe.gsm.epochs + (recipe.base.epochs if trained_here else 0))
+            lottery = str(recipe.gsm.epochs + 3 * recipe.base.epochs) if recipe.weights is None else ""
             lead = ("", "", "")
             if row == 0:
                 ratios = "\n".join(f"{ratio:g}x" for ratio in figures)
                 lead = (name, ratios, "\n".join(f"{top1['pruned']:.2f}" for top1 in figures.values()))
-            table.add_row(*lead, preset, str(prune), str(recipe.gsm.epochs + 3 * recipe.base.epochs))
+            table.add_row(*lead, preset, prune, lottery)
         table.add_section()
     return table
 

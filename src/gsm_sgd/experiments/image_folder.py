@@ -1,0 +1,134 @@
+"""ImageNet, or any images in folders by class: too many for memory, so workers decode them as they are needed."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from . import UsageError
+from .sources import folders_of
+from .splits import Batches, Dataset, epoch_generator
+
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_WORKERS = min(8, os.cpu_count() or 1)
+_CPU = torch.device("cpu")
+Sample = tuple[str, int]  # a file and its class
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Images in files; training cuts out a random part and mirrors half of them, else it is the middle.
+
+    Args:
+        samples: the files and their classes.
+        training: whether they are trained on.
+        size: height and width of what the net sees.
+        device: where the batches are to be.
+    """
+
+    samples: list[Sample]
+    training: bool
+    size: int = 224
+    device: torch.device = _CPU
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.samples)
+
+    def batches(self, size: int) -> Batches:
+        """Yield all images in order, the middle of each."""
+        return self._drawn(range(len(self)), size, None)
+
+    def shuffled(self, size: int, seed: int, epoch: int, first: int = 0) -> Batches:
+        """Yield the batches of an epoch; what is random about an image depends on seed, epoch and its number alone."""
+        generator = epoch_generator(seed, epoch)
+        order = torch.randperm(len(self), generator=generator).tolist()[first * size :]
+        return self._drawn(order, size, int(torch.randint(2**62, (), generator=generator)))
+
+    def subset(self, indices: Tensor, training: bool) -> "Folder":
+        """Return some of the images."""
+        return replace(self, samples=[self.samples[index] for index in indices.tolist()], training=training)
+
+    def to(self, device: torch.device) -> "Folder":
+        """Return the same images, whose batches are on a device."""
+        return replace(self, device=device)
+
+    def _drawn(self, order: "range | list[int]", size: int, seed: int | None) -> Batches:
+        """Yield images in an order; `seed` decides what is random about them, None means nothing is."""
+        loader: DataLoader[tuple[Tensor, int]] = DataLoader(
+            _Decoded(self.samples, self.size, seed if self.training else None),
+            size,
+            sampler=order,
+            num_workers=min(_WORKERS, -(-len(order) // size)),
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # else it draws a number from the one that dropout draws from
+        )
+        mean, std = (torch.tensor(values, device=self.device).view(-1, 1, 1) for values in (_MEAN, _STD))
+        return self._normalised(loader, mean, std)
+
+    def _normalised(self, loader: "DataLoader[tuple[Tensor, int]]", mean: Tensor, std: Tensor) -> Batches:
+        batches: Iterator[list[Tensor]] = iter(loader)
+        for images, labels in batches:
+            pixels = images.to(self.device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
+            yield pixels.contiguous(memory_format=torch.channels_last), labels.to(self.device, non_blocking=True)
+
+
+class _Decoded(TorchDataset[tuple[Tensor, int]]):
+    """The images as bytes, uint8 (3, size, size), and their classes, by number."""
+
+    def __init__(self, samples: list[Sample], size: int, seed: int | None) -> None:
+        from torchvision.transforms import v2
+
+        self._samples, self._seed = samples, seed
+        # the published experiments' and torchvision's own way
+        crop = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
+        middle = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
+        self._transform = v2.Compose([*(middle if seed is None else crop), v2.PILToTensor()])
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from torchvision.datasets.folder import default_loader
+
+        path, label = self._samples[index]
+        try:
+            image = default_loader(path)
+        except Exception as error:  # a damaged file can fail in any way
+            raise UsageError(f"{path} is damaged or no image: replace or delete it") from error
+        with torch.random.fork_rng(devices=[], enabled=self._seed is not None):
+            if self._seed is not None:
+                torch.manual_seed((self._seed + index) % 2**63)
+            return self._transform(image), label
+
+
+def load(data_dir: Path | None = None) -> Dataset:
+    """Return the images of the folders `train` and `val`, each of which has a folder for each class.
+
+    Args:
+        data_dir: what holds the two folders; None means `$GSM_DATA`, or its folder `imagenet`.
+
+    Raises:
+        UsageError: they are not there, hold no images, or differ in their classes.
+    """
+    from torchvision.datasets import ImageFolder
+
+    folders, _ = folders_of(data_dir)
+    places = [place for folder in folders for place in (folder, folder / "imagenet") if (place / "train").is_dir()]
+    if not places:
+        raise UsageError(
+            "ImageNet has to be there already: pass --data-dir FOLDER (or set GSM_DATA), where FOLDER/train and "
+            "FOLDER/val have a folder of images for each class"
+        )
+    try:
+        train, val = (ImageFolder(places[0] / name) for name in ("train", "val"))
+    except (FileNotFoundError, OSError) as error:
+        raise UsageError(f"{places[0]} does not have images in folders by class: {error}") from error
+    if train.classes != val.classes:
+        raise UsageError(f"{places[0]}: train and val differ in their folders, and so in their classes")
+    return Dataset(Folder(train.samples, training=True), Folder(val.samples, training=False), len(train.classes))

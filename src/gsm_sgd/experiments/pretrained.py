@@ -1,0 +1,72 @@
+"""Weights that were trained elsewhere, as a start."""
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import UsageError
+from .models import torchvision_name
+from .rundir import read_weights
+
+_WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which training scripts keep a model's state
+_PREFIX = "module."  # of the names in a state of DataParallel
+
+
+def load_pretrained(model: nn.Module, name: str, source: str) -> None:
+    """Load weights into a model, in place.
+
+    Args:
+        model: the network.
+        name: the network's name.
+        source: a safetensors file, or one that `torch.save` wrote, of a state dict; or "torchvision" for the weights
+            that it recommends for its own networks, "torchvision:WEIGHTS" for others of them.
+
+    Raises:
+        UsageError: there are no such weights, a file is damaged or not safe to load, or they do not fit the model.
+    """
+    state = _torchvision(name, source) if source.split(":")[0] == "torchvision" else _read(Path(source))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"the weights {source} do not fit {name}: {reason}") from error
+
+
+def _torchvision(name: str, source: str) -> dict[str, Tensor]:
+    from torchvision.models import get_model_weights
+
+    theirs = torchvision_name(name)
+    if theirs is None:
+        raise UsageError(f"torchvision has no weights of {name}: give a file")
+    wanted = source.partition(":")[2] or "DEFAULT"
+    weights = getattr(get_model_weights(theirs), wanted, None)
+    if weights is None:
+        raise UsageError(f"torchvision has no weights {wanted!r} of {theirs}")
+    try:
+        state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
+    except Exception as error:  # whatever the network and the disk can do
+        raise UsageError(
+            f"torchvision's weights of {theirs} cannot be downloaded: connect to the network, or give a file"
+        ) from error
+    return state
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors" or not path.exists():
+        return read_weights(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file of anybody's can fail in any way
+        raise UsageError(
+            f"{path} is neither safetensors nor a state dict that can be loaded safely: save model.state_dict() alone"
+        ) from error
+    for key in _WRAPPERS:
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not (isinstance(loaded, dict) and all(isinstance(value, Tensor) for value in loaded.values())):
+        raise UsageError(f"{path} holds no state dict: save model.state_dict()")
+    return {str(key).removeprefix(_PREFIX): value for key, value in loaded.items()}

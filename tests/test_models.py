@@ -1,0 +1,145 @@
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from gsm_sgd.experiments import UsageError, models
+from gsm_sgd.experiments.pretrained import load_pretrained
+from gsm_sgd.masks import prunable_parameters
+
+MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "everything", "shape"),
+    [
+        ("lenet300", 266_200, 266_610, MNIST),
+        ("lenet5", 430_500, 431_080, MNIST),
+        ("resnet20", 270_896, 272_474, CIFAR),
+        ("resnet56", 851_504, 855_770, CIFAR),
+        ("resnet110", 1_722_416, 1_730_714, CIFAR),
+        ("densenet40", 1_001_616, 1_019_722, CIFAR),
+    ],
+)
+def test_counts_of_the_paper(name, weights, everything, shape):
+    model = models.build(name, 0)
+    assert sum(p.numel() for p in prunable_parameters(model).values()) == weights
+    assert sum(p.numel() for p in model.parameters()) == everything
+    assert model(torch.zeros(2, *shape)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", ["lenet5", "resnet20", "densenet40"])
+def test_initialisation_is_xavier_uniform_and_seeded(name):
+    model, same, other = models.build(name, 3), models.build(name, 3), models.build(name, 4)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), same.parameters(), strict=True))
+    for weight, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        if weight.ndim >= 2:
+            assert not torch.equal(weight, theirs)
+            area = weight[0, 0].numel()
+            bound = (6 / (weight.shape[0] * area + weight.shape[1] * area)) ** 0.5
+            assert 0.9 * bound < weight.abs().max() <= bound
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            assert not module.bias.any()
+        if isinstance(module, nn.BatchNorm2d):
+            assert bool((module.weight == 1).all())
+
+
+def test_convolutions_are_channels_last():
+    weight = models.build("resnet20", 0).stage2[0].conv2.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_shortcut_is_a_convolution_only_where_the_width_changes():
+    model = models.build("resnet56", 0)
+    shortcuts = [name for name in prunable_parameters(model) if "shortcut" in name]
+    assert shortcuts == ["stage2.0.shortcut.0.weight", "stage3.0.shortcut.0.weight"]
+
+
+def test_torchvisions_networks():
+    model, same = (models.build("torchvision:squeezenet1_1", 5, classes=7) for _ in range(2))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), same.parameters(), strict=True))
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+    state = torch.random.get_rng_state()
+    models.build("torchvision:squeezenet1_1", 5)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_users_own_network(tmp_path, monkeypatch):
+    (tmp_path / "my_net.py").write_text("from torch import nn\ndef make(): return nn.Linear(3, 2)\nother = 5\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert models.build("my_net:make", 0).weight.shape == (2, 3)
+    assert torch.equal(models.build("my_net:make", 1).weight, models.build("my_net:make", 1).weight)
+    for name, message in (
+        ("my_net:nothing", "cannot be imported"),
+        ("no_net:make", "cannot be imported"),
+        (":make", "cannot be imported"),
+        ("my_net:other", "is not a function"),
+        ("builtins:dict", "returned dict, not a torch.nn.Module"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            models.build(name, 0)
+
+
+def test_unknown_models():
+    with pytest.raises(UsageError, match="unknown model 'vgg': choose one of lenet300, lenet5, resnet20"):
+        models.build("vgg", 0)
+    with pytest.raises(UsageError, match="torchvision has no model 'vgg'"):
+        models.build("torchvision:vgg", 0)
+    with pytest.raises(UsageError, match="resnet20 tells 10 classes apart, the data have 100"):
+        models.build("resnet20", 0, classes=100)
+
+
+# --- weights from elsewhere ---
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pt", "wrapped", "parallel"])
+def test_weights_from_a_file(form, tmp_path):
+    source, model = models.build("resnet20", 1), models.build("resnet20", 2)
+    state = {name: tensor.contiguous() for name, tensor in source.state_dict().items()}
+    path = tmp_path / ("net.safetensors" if form == "safetensors" else "net.pt")
+    if form == "safetensors":
+        save_file(state, path)
+    elif form == "pt":
+        torch.save(state, path)
+    elif form == "wrapped":
+        torch.save({"state_dict": state, "epoch": 3}, path)
+    else:
+        torch.save({f"module.{name}": tensor for name, tensor in state.items()}, path)
+    load_pretrained(model, "resnet20", str(path))
+    assert all(torch.equal(p, q) for p, q in zip(source.parameters(), model.parameters(), strict=True))
+
+
+class Danger:
+    def __reduce__(self):
+        return print, ("this must not run",)
+
+
+def test_weights_that_cannot_be_loaded(tmp_path, capsys):
+    model = models.build("resnet20", 0)
+    before = [param.clone() for param in model.parameters()]
+    torch.save({"fc": Danger()}, tmp_path / "danger.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save(models.build("lenet5", 0).state_dict(), tmp_path / "lenet5.pt")
+    (tmp_path / "noise.pt").write_bytes(b"noise")
+    (tmp_path / "noise.safetensors").write_bytes(b"noise")
+    for name, message in (
+        ("danger.pt", "neither safetensors nor a state dict that can be loaded safely"),
+        ("noise.pt", "neither safetensors nor a state dict"),
+        ("noise.safetensors", "is not a safetensors file"),
+        ("missing.pt", "does not exist"),
+        ("list.pt", "holds no state dict"),
+        ("lenet5.pt", "do not fit resnet20"),
+    ):
+        with pytest.raises(UsageError, match=message) as error:
+            load_pretrained(model, "resnet20", str(tmp_path / name))
+        assert "\n" not in str(error.value)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UsageError, match="torchvision has no weights of resnet20"):
+        load_pretrained(model, "resnet20", "torchvision")
+    with pytest.raises(UsageError, match="torchvision has no weights 'NONE_SUCH' of resnet50"):
+        load_pretrained(model, "resnet50", "torchvision:NONE_SUCH")
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
