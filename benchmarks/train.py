@@ -1,10 +1,12 @@
-"""One epoch of GSM training on MNIST, data included, against a plain loop that does what the published code does.
+"""GSM training, data included, against a plain loop that does what the published code does.
 
-The plain loop: a DataLoader that decodes, converts and normalises each image in Python; the importances of all
+The plain loop: float32; a DataLoader that converts, varies and normalises each image in Python; the importances of all
 weights concatenated, sorted by `torch.topk`; the gradient masked by the threshold; torch.optim.SGD. Both train the
 same network by the same settings from the same start, in one process, by turns; what counts are the ratios.
 
-    python benchmarks/epoch.py [--model lenet5] [--repeats 3] [--threads 2] [--json FILE]
+    python benchmarks/train.py [--model resnet56] [--steps 20] [--repeats 3] [--threads 2] [--json FILE]
+
+CIFAR-10 is looked for in $GSM_DATA.
 """
 
 import argparse
@@ -14,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,29 +25,40 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
-from gsm_sgd.experiments import mnist, models, splits
-from gsm_sgd.experiments.loop import evaluate
+from gsm_sgd.experiments import cifar10, data, mnist, models, splits
+from gsm_sgd.experiments.loop import fitting_precision
 from gsm_sgd.experiments.prune import gsm
-from gsm_sgd.experiments.recipes import Recipe, find_recipe
+from gsm_sgd.experiments.recipes import RECIPES, Recipe, find_recipe
 from gsm_sgd.experiments.rundir import environment
 
 CPU = torch.device("cpu")
 
 
-class PerImageMNIST(Dataset[tuple[Tensor, int]]):
-    """MNIST as torchvision serves it: an image at a time, through PIL and transforms."""
+class PerImage(Dataset[tuple[Tensor, int]]):
+    """MNIST or CIFAR-10 as torchvision serves it: an image at a time, through PIL and transforms."""
 
-    def __init__(self, pixels: Tensor, labels: Tensor) -> None:
-        self.pixels, self.labels = pixels, labels
-        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
+    def __init__(self, name: str) -> None:
+        steps: list[Callable[[Any], Any]] = [transforms.ToTensor()]
+        if name == "mnist":
+            files = mnist.files()
+            self.pixels = torch.frombuffer(files["train-images-idx3-ubyte"], dtype=torch.uint8, offset=16)
+            self.pixels = self.pixels.view(-1, 28, 28)
+            self.labels = torch.frombuffer(files["train-labels-idx1-ubyte"], dtype=torch.uint8, offset=8)
+            steps += [transforms.Normalize((0.1307,), (0.3081,))]
+        else:
+            found = cifar10.find()[1]
+            self.pixels, self.labels = torch.from_numpy(found.train), torch.from_numpy(found.train_labels)
+            steps = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *steps]
+            steps += [transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))]
+        self.transform = transforms.Compose(steps)
 
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return an image, float32 (1, 28, 28), and its label."""
-        return self.transform(to_pil_image(self.pixels[index])), int(self.labels[index])
+        """Return an image, float32 (channels, height, width), and its label."""
+        return self.transform(to_pil_image(self.pixels[index].numpy())), int(self.labels[index])
 
 
 def plain_epoch(loader: DataLoader[tuple[Tensor, int]], recipe: Recipe, steps: int) -> tuple[float, float]:
@@ -91,13 +105,6 @@ def our_epoch(dataset: splits.Dataset, recipe: Recipe, steps: int, layout: torch
     return time.perf_counter() - began
 
 
-def evaluation(dataset: splits.Dataset, model: nn.Module) -> float:
-    """Return the seconds that measuring accuracy on the test set takes."""
-    began = time.perf_counter()
-    evaluate(model, dataset.test)
-    return time.perf_counter() - began
-
-
 def _grad(parameter: nn.Parameter) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad
@@ -106,25 +113,21 @@ def _grad(parameter: nn.Parameter) -> Tensor:
 def main() -> None:
     """Measure by turns and print medians and their ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(models.MODELS), default="lenet300")
+    parser.add_argument("--model", choices=[name for name in RECIPES if name in models.MODELS], default="lenet300")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=None, help="fewer than an epoch's 235; times are scaled up")
+    parser.add_argument("--steps", type=int, default=None, help="of a turn; without it an epoch's")
+    parser.add_argument("--batch-size", type=int, default=None, help="without it the paper's")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
     recipe = find_recipe(options.model, "paper")
-    dataset = mnist.load()
+    recipe = replace(recipe, batch_size=options.batch_size or recipe.batch_size, precision="float32")
+    dataset = data.load(recipe.dataset)
     steps = options.steps or -(-len(dataset.train) // recipe.batch_size)
-    scale = 235 / steps
-    raw, raw_labels = (mnist.files()[f"train-{name}-ubyte"] for name in ("images-idx3", "labels-idx1"))
-    pixels = torch.frombuffer(raw, dtype=torch.uint8, offset=16).view(-1, 28, 28)
-    loader = DataLoader(
-        PerImageMNIST(pixels, torch.frombuffer(raw_labels, dtype=torch.uint8, offset=8)),
-        recipe.batch_size,
-        shuffle=True,
-    )
+    loader = DataLoader(PerImage(recipe.dataset), recipe.batch_size, shuffle=True)
+    chosen = fitting_precision("auto", CPU)
 
     bfloat16 = replace(recipe, precision="bfloat16")
     ours: dict[str, Callable[[], float]] = {
@@ -135,23 +138,26 @@ def main() -> None:
         ours["ours, contiguous"] = lambda: our_epoch(dataset, recipe, steps, torch.contiguous_format)
     for run in ours.values():
         run()  # warm up
-    seconds: dict[str, list[float]] = {name: [] for name in ("plain loop", "its loading", *ours, "our evaluation")}
+    seconds: dict[str, list[float]] = {name: [] for name in ("plain loop", "its loading", *ours)}
     for _ in range(options.repeats):
         whole, loading = plain_epoch(loader, recipe, steps)
-        seconds["plain loop"].append(whole * scale)
-        seconds["its loading"].append(loading * scale)
+        seconds["plain loop"].append(whole)
+        seconds["its loading"].append(loading)
         for name, run in ours.items():
-            seconds[name].append(run() * scale)
-        seconds["our evaluation"].append(evaluation(dataset, models.build(recipe.model, 0)))
+            seconds[name].append(run())
 
-    plain = median(seconds["plain loop"])
-    print(f"{options.model}, an epoch of GSM training, {options.threads} threads, median of {options.repeats}")
-    rows = {name: {"seconds": round(median(s), 3), "ratio": round(plain / median(s), 2)} for name, s in seconds.items()}
-    for name, row in rows.items():
-        print(f"  {name:<32} {row['seconds']:8.3f} s   plain loop / this {row['ratio']:8.2f}")
+    plain, images = median(seconds["plain loop"]), steps * recipe.batch_size
+    print(f"{options.model}, {steps} steps of {recipe.batch_size} images, {options.threads} threads, ", end="")
+    print(f"median of {options.repeats}; --precision auto is {chosen} here")
+    rows = {}
+    for name, turns in seconds.items():
+        middle = median(turns)
+        rows[name] = {"seconds": round(middle, 3), "images_per_second": round(images / middle)}
+        rows[name]["ratio"] = round(plain / middle, 2)
+        print(f"  {name:<32} {images / middle:10,.0f} images/s   plain loop / this {plain / middle:6.2f}")
     if options.json:
-        record = {"benchmark": "epoch", "model": options.model, "repeats": options.repeats, "steps": steps}
-        record |= {"environment": environment(CPU), "rows": rows}
+        record = {"benchmark": "train", "model": options.model, "repeats": options.repeats, "steps": steps}
+        record |= {"batch_size": recipe.batch_size, "auto": chosen, "environment": environment(CPU), "rows": rows}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

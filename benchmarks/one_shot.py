@@ -1,0 +1,86 @@
+"""One-shot magnitude pruning of the base nets of finished runs, beside what GSM made of them.
+
+    python benchmarks/one_shot.py RUN... [--threads N] [--json FILE]
+
+The base net of each run is cut to the run's compression ratio by magnitude, all layers together, and measured; then it
+is trained on with the mask, for as many epochs as GSM took and with its learning rates. What is finished is found again
+beside each run, in RUN-one-shot, so an interrupted run goes on. CIFAR-10 is looked for in $GSM_DATA.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from frontier import over_seeds
+from gsm_sgd.experiments import data, models
+from gsm_sgd.experiments.loop import evaluate
+from gsm_sgd.experiments.observers import ProgressBars
+from gsm_sgd.experiments.prune import Job, plain_sgd, train_stage
+from gsm_sgd.experiments.recipes import Recipe, Training
+from gsm_sgd.experiments.rundir import RunFolder, environment, read_weights
+from gsm_sgd.experiments.splits import Dataset
+from gsm_sgd.masks import apply_masks_, magnitude_masks, prunable_parameters
+from gsm_sgd.reports.runs import read_run
+
+CPU = torch.device("cpu")
+
+
+def recipe_of(fields: dict[str, Any]) -> Recipe:
+    """Return the recipe that a run's folder has."""
+    stages = {
+        name: Training(**{**fields[name], "milestones": tuple(fields[name]["milestones"])}) for name in ("base", "gsm")
+    }
+    return Recipe(**{**fields, **stages})
+
+
+def one_shot(path: Path, recipe: Recipe, dataset: Dataset) -> dict[str, float]:
+    """Return the accuracies, in percent, of a run's base net after the cut and after training on with the mask."""
+    with RunFolder(path.with_name(f"{path.name}-one-shot"), recipe) as folder:
+        if not folder.finished:
+            model = models.build(recipe.model, recipe.seed)
+            model.load_state_dict(read_weights(path / "base.safetensors"))
+            prunable = prunable_parameters(model)
+            masks = magnitude_masks(prunable, recipe.compression)
+            apply_masks_(prunable, masks)
+            top1 = {"one_shot": evaluate(model, dataset.test)}
+            with ProgressBars(Console(stderr=True)) as bars:
+                job = Job(recipe, dataset, folder, bars, CPU)
+                train_stage(job, "retrained", model, recipe.gsm, plain_sgd(model, recipe.gsm), masks)
+            folder.finish({"top1": {**top1, "retrained": evaluate(model, dataset.test)}})
+        result: dict[str, dict[str, float]] = json.loads((folder.path / "result.json").read_text())
+    return result["top1"]
+
+
+def main() -> None:
+    """Run what is not there yet, print means over the runs of a compression ratio, and write them down if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished `gsm prune` runs with a base net")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, default=None)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    figures: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for path in options.runs:
+        run = read_run(path)
+        if run.result is None or "base" not in run.result["top1"]:
+            parser.error(f"{path} is not a finished run with a base net")
+        recipe = recipe_of(run.recipe)
+        top1 = run.result["top1"] | one_shot(path, recipe, data.load(recipe.dataset))
+        for name, value in top1.items():
+            figures[f"{recipe.model} {recipe.compression:g}x"][name].append(value)
+    cells = {key: {name: over_seeds(values) for name, values in row.items()} for key, row in figures.items()}
+    for key, row in cells.items():
+        print(key, *(f"{name} {cell['mean']:.2f} ± {cell['std'] or 0:.2f}" for name, cell in row.items()), sep="  ")
+    if options.json:
+        record = {"benchmark": "one-shot", "environment": environment(CPU), "rows": cells}
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
