@@ -55,6 +55,14 @@ def test_speeds_stand_in_the_readme(name):
     assert f"{rows['ours (channels_last, float32)']['ratio']:.1f}" in readme
 
 
+def test_what_the_fade_costs_stands_in_the_theory():
+    rows = json.loads((ROOT / "results" / "fade.json").read_text())["rows"]
+    theory = (ROOT / "docs" / "theory.md").read_text()
+    for name, row in rows.items():
+        shown = " | ".join(f"{cell['mean']:.2f}" for cell in row.values())
+        assert f"| {name.removeprefix('lenet300 ')} | {shown} |" in theory
+
+
 def test_seconds_to_a_pruned_net_stand_in_the_readme():
     record = json.loads((ROOT / "results" / "seconds.json").read_text())
     figure = record["top1"]["pruned"]
