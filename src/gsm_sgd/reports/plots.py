@@ -11,6 +11,7 @@ from .runs import Run
 
 # Okabe and Ito's colours, which colour blindness leaves distinct.
 _COLOURS = {"base": "#000000", "gsm": "#0072B2", "ticket-gsm": "#009E73", "ticket-magnitude": "#D55E00"}
+_FEW_LAYERS = 12
 _STYLES = {"base": "-", "gsm": "-", "ticket-gsm": "--", "ticket-magnitude": ":"}
 
 
@@ -24,18 +25,22 @@ def density_figure(run: Run, kept: dict[str, dict[str, int]]) -> Figure:
     assert run.result is not None
     layers = run.result["layers"]
     colours = [_COLOURS["ticket-gsm"], _COLOURS["ticket-magnitude"]]
-    figure = Figure(figsize=(7, 1.2 + 0.32 * len(kept) * len(layers) + 0.2 * len(layers)), layout="constrained")
+    roomy = len(layers) <= _FEW_LAYERS  # else each has room for a line of small print only
+    row_height = 0.2 + 0.32 * len(kept) if roomy else 0.11 * (1 + len(kept))
+    figure = Figure(figsize=(7, 1.2 + row_height * len(layers)), layout="constrained")
     axes = figure.add_subplot()
     height = 0.8 / len(kept)
     for index, (method, counts) in enumerate(kept.items()):
         shares = [100 * counts[layer["name"]] / layer["params"] for layer in layers]
         rows = [row + (index - (len(kept) - 1) / 2) * height for row in range(len(layers))]
         bars = axes.barh(rows, shares, height, label=f"chosen by {method}", color=colours[index])
-        labels = [f"{share:.2g} %  ({counts[layer['name']]:,})" for share, layer in zip(shares, layers, strict=True)]
-        axes.bar_label(bars, labels, padding=3, fontsize=8)
+        numbers = [f"  ({counts[layer['name']]:,})" if roomy else "" for layer in layers]
+        labels = [f"{share:.2g} %{number}" for share, number in zip(shares, numbers, strict=True)]
+        axes.bar_label(bars, labels, padding=3, fontsize=8 if roomy else 6)
     shapes = ["x".join(map(str, layer["shape"])) for layer in layers]
-    axes.set_yticks(range(len(layers)), [f"{r['name']}\n{s}" for r, s in zip(layers, shapes, strict=True)])
-    axes.invert_yaxis()
+    names = [f"{r['name']}{chr(10) if roomy else '  '}{s}" for r, s in zip(layers, shapes, strict=True)]
+    axes.set_yticks(range(len(layers)), names, fontsize=None if roomy else 6)
+    axes.set_ylim(len(layers) - 0.4, -0.6)  # the first layer on top
     axes.margins(x=0.25)
     axes.set_xlabel("weights kept, % of the layer")
     axes.set_title(f"{_title(run)}: what each layer keeps", fontsize=10)
