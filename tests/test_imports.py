@@ -12,6 +12,7 @@ ROOT = Path(gsm_sgd.__file__).parent
 # Top to bottom. A package's __init__ stands where it is listed.
 ORDER = [
     "budget",
+    "groups",
     "selection",
     "masks",
     "rule",
@@ -46,7 +47,7 @@ ORDER = [
     "cli",
     "__main__",
 ]
-LIBRARY = ORDER[:7]
+LIBRARY = ORDER[:8]
 
 
 def module_of(path):

@@ -13,7 +13,6 @@ before the cut B may stay as it is for some steps, in which the passive weights 
 last steps, which then train the kept weights alone.
 """
 
-import math
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -25,8 +24,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from .budget import PassiveWeight, cubic_compression, decay_for_rate, fastest_rate
+from .budget import PassiveWeight, cubic_compression
 from .fused import FusedRule
+from .groups import check_hyperparameters, deadline, passive_decay, vanishes
 from .masks import Masks, apply_masks_, is_prunable, magnitude_masks, prunable_in
 from .rule import EagerRule, Kernel, Part, all_params, laid_out_as
 from .selection import check_compression, kept_weights
@@ -137,7 +137,7 @@ class GSM(Optimizer):
         if self.num_prunable == 0:
             raise ValueError("nothing to prune: GSM needs a parameter with ndim >= 2, or a prunable group")
         kept_weights(self.num_prunable, compression)
-        slow = [group for group in self.param_groups if _governs(group) and not _vanishes(group)]
+        slow = [group for group in self.param_groups if _governs(group) and not vanishes(group)]
         if compression > 1 and slow:
             too_few = slow[0]["passive_decay"] == "auto"
             warnings.warn(
@@ -165,7 +165,7 @@ class GSM(Optimizer):
             tensors = [param[1] if isinstance(param, tuple) else param for param in params]
             if len({id(tensor) for tensor in tensors}) < len(tensors):
                 raise ValueError("a parameter is given twice")
-        _check_hyperparameters(group)
+        check_hyperparameters(group)
         group["highest_lr"] = float(group["lr"])  # a scheduler that begins lower comes later
         if self.param_groups:
             first = self.param_groups[0]
@@ -344,7 +344,7 @@ class GSM(Optimizer):
         if group["cut_step"] is not None and group["steps"] >= group["cut_step"]:
             check_finite()
             self.finalize()
-        elif group["fade_steps"] and not group["fading"] and group["steps"] >= _deadline(group):
+        elif group["fade_steps"] and not group["fading"] and group["steps"] >= deadline(group):
             check_finite()
             self._fix_what_is_kept()
             for group in self.param_groups:
@@ -404,40 +404,6 @@ class GSM(Optimizer):
                 self.state[param]["momentum_buffer"] = momentum
 
 
-def passive_decay(group: dict[str, Any]) -> float:
-    """Return the decay of passive weights in the next step."""
-    decay = float(group["weight_decay"])
-    if group["passive_decay"] is None:
-        return decay
-    if group["passive_decay"] != "auto":
-        return float(group["passive_decay"])
-    lr, momentum, nesterov = float(group["lr"]), float(group["momentum"]), bool(group["nesterov"])
-    weight, target = abs(float(group["passive_weight"][0])), float(group["shrink_to"])
-    if lr == 0 or weight <= target:
-        return decay
-    steps_left = max(1, _deadline(group) - max(group["steps"], group["ramp_steps"]))
-    rate = (target / weight) ** (1 / steps_left)
-    # With this much, if the learning rate jumped to its highest again, the momentum that a passive weight has would
-    # just move it to zero: alpha eta w (1 + beta + beta^2 + ...)^2 = w.
-    most = (1 - momentum) ** 2 / max(lr, float(group["highest_lr"]))
-    return max(decay, min(most, decay_for_rate(rate, lr, momentum, nesterov)))
-
-
-def _deadline(group: dict[str, Any]) -> int:
-    """Return the number of the step by which passive weights are to have vanished: the fade's first, then the cut."""
-    end = min(int(end) for end in (group["cut_step"], group["total_steps"]) if end is not None)
-    return end if group["fading"] else end - int(group["fade_steps"])
-
-
-def _vanishes(group: dict[str, Any]) -> bool:
-    """Return whether passive weights can shrink as far as they are to, or at all where nothing is aimed at."""
-    if group["passive_decay"] != "auto":
-        return passive_decay(group) > 0
-    steps = int(group["fade_steps"]) or _deadline(group) - int(group["ramp_steps"])
-    best = fastest_rate(group["momentum"], group["nesterov"]) ** steps
-    return best <= float(group["shrink_to"])
-
-
 def _governs(group: dict[str, Any]) -> bool:
     """Return whether the rule governs any parameter of a group."""
     return any(is_prunable(param, group) for param in group["params"])
@@ -455,48 +421,3 @@ def _refuse_nonfinite_gradients(optimizer: Optimizer) -> None:
         key = list(grads)[finite.index(False)]
         name = repr(key) if isinstance(key, str) else f"number {key}"
         raise NonFiniteGradientError(f"the gradient of prunable parameter {name} is not finite")
-
-
-def _check_hyperparameters(group: dict[str, Any]) -> None:
-    auto = group["passive_decay"] == "auto"
-    if isinstance(group["passive_decay"], str) and not auto:
-        raise ValueError(f"passive_decay must be a number, 'auto' or None, not {group['passive_decay']!r}")
-    for key in ("lr", "weight_decay", *(() if auto else ("passive_decay",))):
-        value = group[key]
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{key} must be finite and at least 0, not {value}")
-    if not 0 <= group["momentum"] < 1:
-        raise ValueError(f"momentum must be at least 0 and below 1, not {group['momentum']}")
-    if group["nesterov"] and not group["momentum"]:
-        raise ValueError("nesterov needs momentum above 0")
-    _check_schedule(group)
-
-
-def _check_schedule(group: dict[str, Any]) -> None:
-    for key in ("total_steps", "ramp_steps", "fade_steps", "cut_step"):
-        value = group[key]
-        if value is not None and not (isinstance(value, int) and value >= 0):
-            raise ValueError(f"{key} must be a whole number of at least 0, not {value!r}")
-    total, ramp, fade, cut = (group[key] for key in ("total_steps", "ramp_steps", "fade_steps", "cut_step"))
-    if group["compression_schedule"] not in ("constant", "cubic", "custom"):
-        raise ValueError(
-            f"unknown compression_schedule {group['compression_schedule']!r}: "
-            "choose constant or cubic, or give a function of the step"
-        )
-    if group["compression_schedule"] == "cubic" and ramp is None:
-        raise ValueError("compression_schedule='cubic' needs ramp_steps or total_steps")
-    auto = group["passive_decay"] == "auto"
-    if auto and total is None:
-        raise ValueError("passive_decay='auto' needs total_steps, the number of steps to be taken")
-    if total is not None and cut is not None and cut >= total:
-        raise ValueError(
-            f"cut_step must be below total_steps, not {cut} of {total}: call finalize() at the end instead"
-        )
-    if not 0 < group["shrink_to"] < 1:
-        raise ValueError(f"shrink_to must be above 0 and below 1, not {group['shrink_to']}")
-    if fade and total is None and cut is None:
-        raise ValueError("fade_steps needs cut_step or total_steps: before one of them the passive weights fade")
-    end = min(step for step in (total, cut, math.inf) if step is not None) - fade
-    if (auto or ramp or fade) and (ramp or 0) >= end:
-        before = f", {fade} steps of fading aside" if fade else ""
-        raise ValueError(f"ramp_steps must be below cut_step and total_steps{before}: {ramp} leaves nothing of {end}")

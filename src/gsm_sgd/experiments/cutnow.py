@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..budget import shrinkage
+from ..groups import passive_decay
 from ..masks import apply_masks_, magnitude_masks, prunable_parameters
-from ..optimizer import GSM, passive_decay
+from ..optimizer import GSM
 from .loop import evaluate, lr_factor
 from .recipes import Recipe
 from .rundir import Record
