@@ -82,6 +82,7 @@ VARIANTS: dict[str, tuple[Callable[[Recipe], Recipe], type[EagerRule]]] = {
     "passive decay = weight decay": (lambda recipe: replace(recipe, passive_decay=None), EagerRule),
     "compression constant": (lambda recipe: replace(recipe, ramp=0.0), EagerRule),
     "cut at the end": (lambda recipe: replace(recipe, cut=1.0), EagerRule),
+    "no fade": (lambda recipe: replace(recipe, fade=0.0, cut=0.6), EagerRule),
     "no label smoothing": (_gsm(label_smoothing=0.0), EagerRule),
     "batches of 256": (lambda recipe: replace(recipe, batch_size=256), EagerRule),
     "Nesterov": (_gsm(nesterov=True), EagerRule),
