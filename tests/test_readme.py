@@ -63,6 +63,16 @@ def test_what_the_fade_costs_stands_in_the_theory():
         assert f"| {name.removeprefix('lenet300 ')} | {shown} |" in theory
 
 
+@pytest.mark.parametrize("name", ["ablation-lenet300-x60", "ablation-no-fade"])
+def test_the_ablation_stands_in_the_theory(name):
+    record = json.loads((ROOT / "results" / f"{name}.json").read_text())
+    assert not record["environment"]["commit"].endswith("-dirty")
+    theory = (ROOT / "docs" / "theory.md").read_text()
+    for variant, row in record["variants"].items():
+        shown = " | ".join(f"{cell['mean']:.2f} ± {cell['std']:.2f}" for cell in row.values())
+        assert f"| {variant.replace('|w|', 'magnitude')} | {shown} |" in theory
+
+
 def test_seconds_to_a_pruned_net_stand_in_the_readme():
     record = json.loads((ROOT / "results" / "seconds.json").read_text())
     figure = record["top1"]["pruned"]
