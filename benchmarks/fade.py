@@ -47,6 +47,8 @@ def main() -> None:
     for path in options.runs:
         run = read_run(path)
         commits |= {process["commit"] for process in run.processes}
+        if run.result is None or not run.recipe.get("fade"):
+            parser.error(f"{path} is not a finished run with a fade")
         name = f"{run.recipe['model']} {run.recipe['compression']:g}x, {run.recipe['gsm']['epochs']} epochs"
         for phase, value in phases(run).items():
             figures[name][phase].append(value)

@@ -71,7 +71,10 @@ def main() -> None:
         if run.result is None or "base" not in run.result["top1"]:
             parser.error(f"{path} is not a finished run with a base net")
         recipe = recipe_of(run.recipe)
-        top1 = run.result["top1"] | one_shot(path, recipe, data.load(recipe.dataset))
+        dataset = data.load(recipe.dataset)
+        if recipe.holdout:
+            dataset = dataset.hold_out(recipe.holdout)
+        top1 = run.result["top1"] | one_shot(path, recipe, dataset)
         for name, value in top1.items():
             figures[f"{recipe.model} {recipe.compression:g}x"][name].append(value)
     cells = {key: {name: over_seeds(values) for name, values in row.items()} for key, row in figures.items()}

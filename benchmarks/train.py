@@ -2,7 +2,7 @@
 
 The plain loop: float32; a DataLoader that converts, varies and normalises each image in Python; the importances of all
 weights concatenated, sorted by `torch.topk`; the gradient masked by the threshold; torch.optim.SGD. Both train the
-same network by the same settings from the same start, in one process, by turns; what counts are the ratios.
+same network by the same settings, in one process, by turns; what counts are the ratios.
 
     python benchmarks/train.py [--model resnet56] [--steps 20] [--repeats 3] [--threads 2] [--json FILE]
 
@@ -98,7 +98,7 @@ def our_epoch(dataset: splits.Dataset, recipe: Recipe, steps: int, layout: torch
     batches = dataset.train.shuffled(recipe.batch_size, 0, 0)
     for _, (images, labels) in zip(range(steps), batches, strict=False):
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            loss = F.cross_entropy(model(images), labels)
+            loss = F.cross_entropy(model(images.contiguous(memory_format=layout)), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

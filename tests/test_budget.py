@@ -274,6 +274,30 @@ def test_in_the_fade_the_same_weights_are_active_and_the_others_only_decay(cut_s
     assert torch.equal(param.detach() != 0, kept)
 
 
+@pytest.mark.parametrize("fused", [None, True])
+def test_in_the_fade_kept_weights_without_a_gradient_stay(fused):
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(10, 12)) for _ in range(2)]
+    budget = {"passive_decay": "auto", "momentum": 0.5, "total_steps": 60, "fade_steps": 50}
+    optimizer = GSM(params, 0.1, compression=4, fused=fused, **budget)
+    for step in range(60):
+        for param in params:
+            param.grad = torch.randn(10, 12) * 0.01
+        if step >= 10:
+            params[1].grad = None
+        optimizer.step()
+    kept = optimizer.masks[1]
+    assert params[1].detach()[kept].abs().min() > 0.1
+    assert 0 < params[1].detach()[~kept].abs().max() < 1e-4
+
+
+def test_a_short_fade_warns_for_itself():
+    settings = {"compression": 10, "passive_decay": "auto", "momentum": 0.9, "total_steps": 1_000}
+    with pytest.warns(UserWarning, match="fade_steps are too few"):
+        GSM([nn.Parameter(torch.ones(10, 10))], 0.1, fade_steps=50, **settings)
+    GSM([nn.Parameter(torch.ones(10, 10))], 0.1, fade_steps=100, **settings)
+
+
 def test_a_step_that_is_refused_does_not_begin_the_fade():
     param = nn.Parameter(torch.randn(10, 10))
     optimizer = GSM([param], 0.1, compression=10, total_steps=5, fade_steps=4)

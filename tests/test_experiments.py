@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -426,6 +427,18 @@ def test_folder_of_another_recipe_is_refused(straight, synthetic):
     with pytest.raises(UsageError, match=r"was made by another recipe \(gsm\.lr 0\.05 there, 0\.01 here\)"):
         run(lottery, straight, synthetic, replace(RECIPE, gsm=replace(RECIPE.gsm, lr=0.01)))
     assert {path.name: path.read_bytes() for path in straight.iterdir()} == before
+
+
+def test_a_recipe_of_an_older_version_goes_on(straight, synthetic, tmp_path):
+    """It lacks fields that came later, at whose defaults the run was made."""
+    shutil.copytree(straight, tmp_path / "old")
+    fields = yaml.safe_load((straight / "recipe.yaml").read_text())
+    del fields["fade"], fields["weights"], fields["gsm"]["cosine"]
+    (tmp_path / "old" / "recipe.yaml").write_text(yaml.safe_dump(fields))
+    with RunFolder(tmp_path / "old", RECIPE) as folder:
+        assert folder.finished
+    with pytest.raises(UsageError, match=r"fade 0\.0 there, 0\.1 here"):
+        RunFolder(tmp_path / "old", replace(RECIPE, fade=0.1, cut=0.5))
 
 
 def test_folder_with_other_files_is_refused(synthetic, tmp_path):

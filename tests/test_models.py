@@ -87,7 +87,7 @@ def test_the_users_own_network(tmp_path, monkeypatch):
 def test_unknown_models():
     with pytest.raises(UsageError, match="unknown model 'vgg': choose one of lenet300, lenet5, resnet20"):
         models.build("vgg", 0)
-    with pytest.raises(UsageError, match="torchvision has no model 'vgg'"):
+    with pytest.raises(UsageError, match="torchvision has no classifier 'vgg'"):
         models.build("torchvision:vgg", 0)
     with pytest.raises(UsageError, match="resnet20 tells 10 classes apart, the data have 100"):
         models.build("resnet20", 0, classes=100)

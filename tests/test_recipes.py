@@ -123,6 +123,7 @@ def test_learning_rate_falls_along_a_cosine():
         ({"ramp": 0.4, "fade": 0.1, "cut": 0.5}, "must hold, not ramp 0.4, fade 0.1 and cut 0.5"),
         ({"ramp": -0.1}, "ramp and fade must be at least 0"),
         ({"fade": -0.1}, "ramp and fade must be at least 0"),
+        ({"fade": 0.1}, "a fade needs a cut before the end"),
         ({"cut": 1.5}, "cut <= 1"),
         ({"weights": "a.safetensors", "start": "init"}, "weights are a base net to start from: add --start base"),
         ({"gsm": Training(4, 0.1, cosine=1.0)}, "gsm.cosine must be at least 0 and below 1"),

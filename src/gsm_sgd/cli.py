@@ -22,6 +22,7 @@ from .experiments import UsageError, bench, data, models
 from .experiments.loop import Observer, fitting_precision
 from .experiments.lottery import lottery
 from .experiments.observers import ProgressBars, Several, TensorBoard
+from .experiments.pretrained import is_torchvisions
 from .experiments.prune import Job, gsm, prune
 from .experiments.recipes import RECIPES, Preset, Recipe, Training, find_recipe
 from .experiments.rundir import Record, RunFolder, read_weights, refuse_other_recipe
@@ -130,7 +131,7 @@ def _plan(command: str, options: Namespace, device: torch.device) -> dict[Path, 
     if recipe.weights is not None:
         if command == "lottery":
             raise UsageError("a lottery trains its base net from the ticket's initialisation: leave out --weights")
-        if not recipe.weights.startswith("torchvision") and not Path(recipe.weights).is_file():
+        if not is_torchvisions(recipe.weights) and not Path(recipe.weights).is_file():
             raise UsageError(f"weights {recipe.weights} do not exist: give a file, or torchvision")
     _check_optimizer(recipe.scaled(options.epochs_scale))
     for path, seeded in planned.items():

@@ -5,6 +5,8 @@ from typing import Any
 
 from .budget import decay_for_rate, fastest_rate
 
+_FADED = 0.01  # share of a weight that may be left after a fade
+
 
 def passive_decay(group: dict[str, Any]) -> float:
     """Return the decay of passive weights in the next step."""
@@ -35,9 +37,10 @@ def vanishes(group: dict[str, Any]) -> bool:
     """Return whether passive weights can shrink as far as they are to, or at all where nothing is aimed at."""
     if group["passive_decay"] != "auto":
         return passive_decay(group) > 0
-    steps = int(group["fade_steps"]) or deadline(group) - int(group["ramp_steps"])
-    best = fastest_rate(group["momentum"], group["nesterov"]) ** steps
-    return best <= float(group["shrink_to"])
+    fade, rate = int(group["fade_steps"]), fastest_rate(group["momentum"], group["nesterov"])
+    if fade:  # what has been passive for long has shrunk before
+        return rate**fade <= max(_FADED, float(group["shrink_to"]))
+    return rate ** (deadline(group) - int(group["ramp_steps"])) <= float(group["shrink_to"])
 
 
 def check_hyperparameters(group: dict[str, Any]) -> None:

@@ -60,9 +60,9 @@ class GSM(Optimizer):
         nesterov: look ahead along the momentum, as in `torch.optim.SGD`.
         passive_decay: eta of passive weights; None means `weight_decay`, the paper's rule. "auto" chooses it anew at
             every step from the learning rate, so that a weight that is passive from the end of the ramp on has shrunk
-            to `shrink_to` of its value by the cut. It is never below `weight_decay`, and not so high that a return to
-            the highest learning rate would do harm: where the rate falls very low before the cut, weights shrink less
-            (`passive_shrinkage` tells).
+            to `shrink_to` of its value by the cut; with a fade, by its beginning, and in the fade once more. It is
+            never below `weight_decay`, and not so high that a return to the highest learning rate would do harm: where
+            the rate falls very low before the cut, weights shrink less (`passive_shrinkage` tells).
         total_steps: how many steps will be taken, for "auto".
         shrink_to: what "auto" aims at. It is low since a weight that turns passive later has less time.
         compression_schedule: "constant"; "cubic", which raises the compression ratio from 1 to C over the first
@@ -139,17 +139,15 @@ class GSM(Optimizer):
         kept_weights(self.num_prunable, compression)
         slow = [group for group in self.param_groups if _governs(group) and not vanishes(group)]
         if compression > 1 and slow:
-            too_few = slow[0]["passive_decay"] == "auto"
-            warnings.warn(
-                "the cut will remove weights that still matter: "
-                + (
+            if slow[0]["passive_decay"] != "auto":
+                reason = "passive weights never shrink where weight_decay and passive_decay are both 0"
+            elif slow[0]["fade_steps"]:
+                reason = "fade_steps are too few for passive weights to shrink at this momentum; take more or lower it"
+            else:
+                reason = (
                     "there are too few steps for passive weights to shrink at this momentum; train longer or lower it"
-                    if too_few
-                    else "passive weights never shrink where weight_decay and passive_decay are both 0"
-                ),
-                UserWarning,
-                stacklevel=2,
-            )
+                )
+            warnings.warn(f"the cut will remove weights that still matter: {reason}", UserWarning, stacklevel=2)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as `torch.optim.SGD` does.
@@ -243,9 +241,9 @@ class GSM(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter once and return what `closure`, if given, returned.
 
-        A prunable parameter without a gradient is passive in this step: it only decays. Where nothing is
-        passive (compression 1, or after `finalize()`) it stays as it is, as with `torch.optim.SGD`. If no
-        parameter has a gradient, nothing happens.
+        A prunable parameter without a gradient is passive in this step: it only decays; in the fade, as if its
+        gradient were zero. Where nothing is passive (compression 1, or after `finalize()`) it stays as it is, as with
+        `torch.optim.SGD`. If no parameter has a gradient, nothing happens.
 
         Raises:
             NonFiniteGradientError: a prunable parameter's gradient is not finite. Nothing has changed.
@@ -282,7 +280,7 @@ class GSM(Optimizer):
                 if param.grad is not None:
                     sides[by_rule and not all_active].append(param)
                 elif by_rule and not all_active and not finalized:
-                    sides[2].append(param)
+                    sides[1 if fixed else 2].append(param)
             for parts, params in zip((plain, ruled, still), sides, strict=True):
                 parts.append(self._part(params, group, decay))
         ruled = [part for part in ruled if part.params]

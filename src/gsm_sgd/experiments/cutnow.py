@@ -44,7 +44,7 @@ class CutNow:
             `cut_top1` accuracy if the net were cut, in percent; `gap` the largest weight that would be cut as a share
             of the smallest that would be kept, 0 when nothing is left to cut; `entered` how many weights are kept
             that would not have been kept at the last evaluation, and `returned` how many of them had been before;
-            `passive` what is left of a weight that has been passive since the ramp's end; and a `warning` if the
+            `passive` is the optimizer's `passive_shrinkage`; and a `warning` if the
             cut, when it comes, will cost accuracy.
         """
         weights = prunable_parameters(self._model)

@@ -35,6 +35,7 @@ class Folder:
     training: bool
     size: int = 224
     device: torch.device = _CPU
+    evaluation_batch: int = 100
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -74,17 +75,20 @@ class Folder:
     def _normalised(self, loader: "DataLoader[tuple[Tensor, int]]", mean: Tensor, std: Tensor) -> Batches:
         batches: Iterator[list[Tensor]] = iter(loader)
         for images, labels in batches:
+            if labels.min() < 0:
+                path, _ = self.samples[-1 - int(labels.min())]
+                raise UsageError(f"{path} is damaged or no image: replace or delete it")
             pixels = images.to(self.device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
             yield pixels.contiguous(memory_format=torch.channels_last), labels.to(self.device, non_blocking=True)
 
 
 class _Decoded(TorchDataset[tuple[Tensor, int]]):
-    """The images as bytes, uint8 (3, size, size), and their classes, by number."""
+    """The images as bytes, uint8 (3, size, size), and their classes, by number; a damaged one's is -1 - number."""
 
     def __init__(self, samples: list[Sample], size: int, seed: int | None) -> None:
         from torchvision.transforms import v2
 
-        self._samples, self._seed = samples, seed
+        self._samples, self._size, self._seed = samples, size, seed
         # the published experiments' and torchvision's own way
         crop = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
         middle = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
@@ -99,8 +103,8 @@ class _Decoded(TorchDataset[tuple[Tensor, int]]):
         path, label = self._samples[index]
         try:
             image = default_loader(path)
-        except Exception as error:  # a damaged file can fail in any way
-            raise UsageError(f"{path} is damaged or no image: replace or delete it") from error
+        except Exception:  # a damaged file can fail in any way, and what a worker raises loses its message
+            return torch.zeros(3, self._size, self._size, dtype=torch.uint8), -1 - index
         with torch.random.fork_rng(devices=[], enabled=self._seed is not None):
             if self._seed is not None:
                 torch.manual_seed((self._seed + index) % 2**63)

@@ -15,7 +15,6 @@ from .recipes import Precision, Recipe, Training
 from .rundir import Record, Stage
 from .splits import Dataset, Split
 
-_EVALUATION_BATCH = 1_000  # small enough to stay in a CPU's cache
 _BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # torch's names of such instructions, of x86 and of Arm
 
 
@@ -150,7 +149,7 @@ def evaluate(model: nn.Module, split: Split) -> float:
     was_training = model.training
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
-    for images, labels in split.batches(_EVALUATION_BATCH):
+    for images, labels in split.batches(split.evaluation_batch):
         correct += (model(images).argmax(1) == labels).sum()
     model.train(was_training)
     return 100 * correct.item() / len(split)

@@ -26,12 +26,20 @@ def load_pretrained(model: nn.Module, name: str, source: str) -> None:
     Raises:
         UsageError: there are no such weights, a file is damaged or not safe to load, or they do not fit the model.
     """
-    state = _torchvision(name, source) if source.split(":")[0] == "torchvision" else _read(Path(source))
+    state = _torchvision(name, source) if is_torchvisions(source) else _read(Path(source))
+    if all(key.startswith(_PREFIX) for key in state):
+        state = {key.removeprefix(_PREFIX): value for key, value in state.items()}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"the weights {source} do not fit {name}: {reason}") from error
+        hint = "give others, or --weights null to train a base net"
+        raise UsageError(f"the weights {source} do not fit {name}: {hint} ({reason})") from error
+
+
+def is_torchvisions(source: str) -> bool:
+    """Return whether a source of weights is torchvision, and not a file."""
+    return source.partition(":")[0] == "torchvision"
 
 
 def _torchvision(name: str, source: str) -> dict[str, Tensor]:
@@ -45,10 +53,11 @@ def _torchvision(name: str, source: str) -> dict[str, Tensor]:
     if weights is None:
         raise UsageError(f"torchvision has no weights {wanted!r} of {theirs}")
     try:
-        state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
+        state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except Exception as error:  # whatever the network and the disk can do
         raise UsageError(
-            f"torchvision's weights of {theirs} cannot be downloaded: connect to the network, or give a file"
+            f"torchvision's weights of {theirs} cannot be downloaded, or their file in {torch.hub.get_dir()} is "
+            "damaged: connect to the network, delete that file, or give another"
         ) from error
     return state
 
@@ -69,4 +78,4 @@ def _read(path: Path) -> dict[str, Tensor]:
             loaded = loaded[key]
     if not (isinstance(loaded, dict) and all(isinstance(value, Tensor) for value in loaded.values())):
         raise UsageError(f"{path} holds no state dict: save model.state_dict()")
-    return {str(key).removeprefix(_PREFIX): value for key, value in loaded.items()}
+    return {str(key): value for key, value in loaded.items()}

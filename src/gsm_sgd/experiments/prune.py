@@ -19,6 +19,8 @@ from .recipes import Recipe, Training
 from .rundir import Record, RunFolder, device_name, read_metrics
 from .splits import Dataset
 
+_IMAGENET = 1_000  # classes: a folder of images with another number of them is not ImageNet
+
 
 @dataclass(frozen=True)
 class Job:
@@ -172,7 +174,7 @@ def finish(job: Job, command: str, pruned: nn.Module, top1: dict[str, float]) ->
         "seconds": {stage: record["seconds"] for stage, record in last.items()},
         "top1": top1,
         "layers": [layer._asdict() for layer in layers],
-        "paper": recipe.paper(),
+        "paper": recipe.paper() if recipe.dataset != "imagenet" or job.data.classes == _IMAGENET else None,
         "version": __version__,
         "torch": torch.__version__,
         "device": device_name(job.device),

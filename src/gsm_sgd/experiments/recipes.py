@@ -165,6 +165,8 @@ class Recipe:
                 f"ramp and fade must be at least 0, and ramp + fade < cut <= 1 must hold, "
                 f"not ramp {self.ramp}, fade {self.fade} and cut {self.cut}"
             )
+        if self.fade and self.cut_epoch == self.gsm.epochs:
+            raise UsageError(f"a fade needs a cut before the end, not after all of {self.gsm.epochs} epochs: lower cut")
         if (self.ramp + self.fade) * self.gsm.epochs >= self.cut_epoch:
             raise UsageError(
                 f"a ramp of {self.ramp} and a fade of {self.fade} do not end before the cut, which comes after "
@@ -175,6 +177,10 @@ class Recipe:
 def cut_epoch(cut: float, epochs: int) -> int:
     """Return the epoch at whose end a cut comes that is to come after a share of all epochs."""
     return max(1, round(cut * epochs))
+
+
+# of preset `fast`: docs/theory.md has what each of them is worth
+_BUDGET: dict[str, Any] = {"ramp": 0.3, "fade": 0.1, "cut": 0.7, "passive_decay": "auto"}
 
 
 def _lenet(recipe: str, compression: float, preset: Preset) -> Recipe:
@@ -191,9 +197,9 @@ def _lenet(recipe: str, compression: float, preset: Preset) -> Recipe:
             gsm = Training(48, 0.1, momentum=0.95, weight_decay=5e-4, cosine=0.5, label_smoothing=0.05)
             if recipe == "lenet5":  # else some seeds do not get off the ground
                 gsm = replace(gsm, warmup_epochs=1.0)
-            one_phase: dict[str, Any] = {"start": "init", "ramp": 0.3, "fade": 0.1, "cut": 0.7}
-            one_phase |= {"passive_decay": "auto", "batch_size": 128}
-            return Recipe(recipe, preset, recipe, "mnist", base, gsm, compression, **one_phase)
+            return Recipe(
+                recipe, preset, recipe, "mnist", base, gsm, compression, start="init", batch_size=128, **_BUDGET
+            )
     return Recipe(recipe, preset, recipe, "mnist", base, gsm, compression)
 
 
@@ -220,9 +226,8 @@ def _cifar(recipe: str, preset: Preset) -> Recipe:
         case "fast":
             base = Training(20, 0.1, warmup_epochs=1, cosine=0.0)
             gsm = Training(20, 0.05, warmup_epochs=0.5, cosine=0.5)
-            budget: dict[str, Any] = {"ramp": 0.3, "fade": 0.1, "cut": 0.7, "passive_decay": "auto"}
             return Recipe(
-                recipe, preset, recipe, "cifar10", base, gsm, 10.0, batch_size=128, precision="auto", **budget
+                recipe, preset, recipe, "cifar10", base, gsm, 10.0, batch_size=128, precision="auto", **_BUDGET
             )
 
 
@@ -252,8 +257,7 @@ def resnet50(preset: Preset = "fast") -> Recipe:
     published: dict[str, Any] = {"batch_size": 64, "precision": "auto", **source}
     if preset == "fast":
         gsm = Training(20, 1e-2, weight_decay=1e-4, cosine=0.5)
-        budget: dict[str, Any] = {"ramp": 0.3, "fade": 0.1, "cut": 0.7, "passive_decay": "auto"}
-        return Recipe("resnet50", preset, base=base, gsm=gsm, compression=4.0, **published, **budget)
+        return Recipe("resnet50", preset, base=base, gsm=gsm, compression=4.0, **published, **_BUDGET)
     return Recipe("resnet50", preset, base=base, gsm=gsm, compression=4.0, **published)
 
 

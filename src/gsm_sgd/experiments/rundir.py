@@ -14,6 +14,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import MISSING, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from . import UsageError
-from .recipes import Recipe
+from .recipes import Recipe, Training
 
 Record = dict[str, Any]
 _HASH = "gsm_sgd.sha256"  # in the metadata of our weight files
@@ -194,6 +195,7 @@ def refuse_other_recipe(folder: Path, recipe: Recipe) -> None:
         theirs = _flat(yaml.safe_load(path.read_text()))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
         raise UsageError(f"{path} is damaged: delete {folder} or choose another --out") from error
+    theirs = {**_DEFAULTS, **theirs}  # an older version's recipe lacks what has been added since
     ours = _flat(recipe.as_dict())
     other = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
     if other:
@@ -327,10 +329,15 @@ def _replace(path: Path, content: bytes | Callable[[Any], None]) -> None:
     partial.replace(path)
 
 
-def _flat(fields: Record, prefix: str = "") -> Record:
+def _defaults(kind: type, prefix: str = "") -> Record:
+    """Return the defaults of a dataclass under dotted names."""
+    return {f"{prefix}{field.name}": field.default for field in fields(kind) if field.default is not MISSING}
+
+
+def _flat(nested: Record, prefix: str = "") -> Record:
     """Return nested fields under dotted names."""
     flat: Record = {}
-    for key, value in fields.items():
+    for key, value in nested.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
@@ -341,3 +348,6 @@ def _json(value: Record) -> bytes:
 
 def _json_line(record: Record) -> bytes:
     return (json.dumps(record) + "\n").encode()
+
+
+_DEFAULTS = {**_defaults(Recipe), **_defaults(Training, "base."), **_defaults(Training, "gsm.")}

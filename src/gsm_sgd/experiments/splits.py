@@ -19,6 +19,10 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 class Split(Protocol):
     """The images that are trained on, or those that accuracy is measured on."""
 
+    @property
+    def evaluation_batch(self) -> int:
+        """How many to measure accuracy on at a time: few enough for a CPU's memory, for small images for its cache."""
+
     def __len__(self) -> int:
         """Return the number of images."""
 
@@ -52,6 +56,7 @@ class Images:
     mean: float = 0.0
     std: float = 1.0
     margin: int = 0
+    evaluation_batch: int = 1_000
 
     def __len__(self) -> int:
         """Return the number of images."""

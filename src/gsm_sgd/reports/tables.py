@@ -55,7 +55,8 @@ def cut_line(runs: Sequence[Run]) -> str:
     else:
         text += f"cost {fmean(top1['gsm_before_cut'] - top1['gsm_after_cut'] for top1 in results):.2f} points"
     gained = fmean(top1["pruned"] - top1["gsm_after_cut"] for top1 in results)
-    return text + (f"; training on with the mask gained {gained:.2f}." if gained else ".")
+    how = "training on with the mask" if runs[0].cut_epoch < runs[0].recipe["gsm"]["epochs"] else "recalibrating"
+    return text + (f"; {how} gained {gained:.2f}." if gained else ".")
 
 
 def progress_table(run: Run) -> Table:

@@ -75,11 +75,11 @@ def _maker(name: str, classes: int | None) -> Callable[[], nn.Module]:
     """Return what makes a network that is not ours."""
     theirs = torchvision_name(name)
     if theirs is not None:
-        from torchvision.models import get_model, list_models  # slow to import
+        from torchvision import models  # slow to import
 
-        if theirs not in list_models():
-            raise UsageError(f"torchvision has no model {theirs!r}: torchvision.models.list_models() names them")
-        return partial(get_model, theirs, weights=None, **({} if classes is None else {"num_classes": classes}))
+        if theirs not in models.list_models(module=models):
+            raise UsageError(f"torchvision has no classifier {theirs!r}: torchvision.models.list_models() names them")
+        return partial(models.get_model, theirs, weights=None, **({} if classes is None else {"num_classes": classes}))
     module_name, colon, function = name.partition(":")
     if not colon:
         known = ", ".join([*MODELS, "resnet50"])
