@@ -2,8 +2,8 @@
 
     python benchmarks/frontier.py [--model M] [--compressions 10,60,...] [--seeds 0,1,2] [--epochs N] [--json FILE]
 
-Every method has the same epochs in all, from the same initialisations; each has the settings that were best for it on
-5,000 held-out training images (--holdout). The masks of the baselines are torch.nn.utils.prune's:
+Every method has the same epochs in all, from the same initialisations; GSM and gradual pruning have the settings that
+were best for each on 5,000 held-out training images (--holdout), one-shot pruning those of gradual pruning. The masks of the baselines are torch.nn.utils.prune's:
 
 - GSM, fast: the preset, one phase from a random start;
 - GSM, paper: the published schedule, base net and GSM training shortened alike;
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 from torch.optim import Optimizer
@@ -133,7 +134,7 @@ def over_seeds(values: list[float]) -> dict[str, Any]:
 
 
 def picture(record: dict[str, Any], path: Path) -> None:
-    """Draw accuracy against compression."""
+    """Draw the error, on a scale where a tenth of a point shows, against compression."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     ratios = sorted({float(ratio) for cells in record["methods"].values() for ratio in cells})
@@ -142,13 +143,17 @@ def picture(record: dict[str, Any], path: Path) -> None:
         cells = record["methods"].get(method, {})
         places = [float(ratio) for ratio in cells]
         errors = [cell["std"] or 0.0 for cell in cells.values()]
-        means = [cell["mean"] for cell in cells.values()]
+        means = [100 - cell["mean"] for cell in cells.values()]
         axes.errorbar(places, means, errors, fmt=style, color=colour, label=method, capsize=3, linewidth=1.3)
     axes.set_xscale("log")
     axes.set_xticks(ratios, [f"{ratio:g}x" for ratio in ratios])
     axes.minorticks_off()
     axes.set_xlabel("compression ratio")
-    axes.set_ylabel("top-1, %")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{error:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel("top-1 error, %")
     axes.set_title(f"{record['model']} on MNIST, {record['epochs']} epochs in all", fontsize=10)
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)

@@ -6,6 +6,8 @@ from statistics import fmean
 
 import pytest
 
+from gsm_sgd.experiments.recipes import find_recipe
+
 ROOT = Path(__file__).parent.parent
 LOTTERY = ("base", "gsm_before_cut", "gsm_after_cut", "pruned", "ticket_gsm", "ticket_magnitude")
 PRUNE = ("gsm_before_cut", "gsm_after_cut", "pruned")
@@ -15,6 +17,7 @@ RUNS = {
     "lenet300-x60-fast": LOTTERY,
     "lenet5-x125-paper-quarter": LOTTERY,
     "lenet5-x300-paper-quarter": LOTTERY,
+    "lenet300-x60-fast-24-tickets": LOTTERY,
     "lenet300-x60-fast-24": PRUNE,
     "lenet300-x68-fast": PRUNE,
     "lenet300-x100-fast": PRUNE,
@@ -71,6 +74,24 @@ def test_the_ablation_stands_in_the_theory(name):
     for variant, row in record["variants"].items():
         shown = " | ".join(f"{cell['mean']:.2f} ± {cell['std']:.2f}" for cell in row.values())
         assert f"| {variant.replace('|w|', 'magnitude')} | {shown} |" in theory
+
+
+def test_the_frontier_stands_in_the_readme():
+    record = json.loads((ROOT / "results" / "frontier-lenet300.json").read_text())
+    assert not record["environment"]["commit"].endswith("-dirty")
+    for cells_of in record["methods"].values():
+        shown = " | ".join(f"{cell['mean']:.2f} ± {cell['std']:.2f}" for cell in cells_of.values())
+        assert f"| {shown} |" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if "fast" in name])
+def test_results_of_fast_are_those_of_the_preset_as_it_is(name):
+    recipe = json.loads((ROOT / "results" / f"{name}.json").read_text())["recipe"]
+    present = find_recipe(recipe["recipe"]).as_dict()
+    differ = {key for key in present if recipe.get(key, present[key]) != present[key]}
+    assert differ <= {"compression", "gsm", "seed"}
+    present["gsm"]["epochs"] = recipe["gsm"]["epochs"]
+    assert recipe["gsm"] == present["gsm"]
 
 
 def test_seconds_to_a_pruned_net_stand_in_the_readme():
