@@ -3,7 +3,8 @@
     python benchmarks/frontier.py [--model M] [--compressions 10,60,...] [--seeds 0,1,2] [--epochs N] [--json FILE]
 
 Every method has the same epochs in all, from the same initialisations; GSM and gradual pruning have the settings that
-were best for each on 5,000 held-out training images (--holdout), one-shot pruning those of gradual pruning. The masks of the baselines are torch.nn.utils.prune's:
+were best for each on 5,000 held-out training images (--holdout), one-shot pruning those of gradual pruning. The masks
+of the baselines are torch.nn.utils.prune's:
 
 - GSM, fast: the preset, one phase from a random start;
 - GSM, paper: the published schedule, base net and GSM training shortened alike;
