@@ -303,7 +303,7 @@ def test_a_cut_on_the_way_is_told(tmp_path, capsys):
 
 
 def test_a_warning_is_one_line(tmp_path):
-    words = ["prune", "lenet300", "--dataset", "synthetic", "--gsm.epochs", "1", "--cut", "1", "--out", str(tmp_path)]
+    words = ["prune", "lenet300", "--dataset", "synthetic", "--gsm.epochs", "2", "--ramp", "0", "--out", str(tmp_path)]
     done = subprocess.run([sys.executable, "-m", "gsm_sgd", *words], capture_output=True, text=True, check=True)
     assert any(line.startswith("warning: the cut will remove weights") for line in done.stderr.splitlines())
     assert ".py:" not in done.stderr
