@@ -20,6 +20,8 @@ RUNS = {
     "lenet300-x60-fast-24-tickets": LOTTERY,
     "lenet300-x60-fast-24": PRUNE,
     "lenet300-x68-fast": PRUNE,
+    "lenet5-x125-fast-24": PRUNE,
+    "lenet5-x300-fast-24": PRUNE,
     "lenet300-x100-fast": PRUNE,
     "lenet300-x200-fast": PRUNE,
 }
