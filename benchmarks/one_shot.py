@@ -10,8 +10,8 @@ beside each run, in RUN-one-shot, so an interrupted run goes on. CIFAR-10 is loo
 import argparse
 import json
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,7 +21,7 @@ from gsm_sgd.experiments import data, models
 from gsm_sgd.experiments.loop import evaluate
 from gsm_sgd.experiments.observers import ProgressBars
 from gsm_sgd.experiments.prune import Job, plain_sgd, train_stage
-from gsm_sgd.experiments.recipes import Recipe, Training
+from gsm_sgd.experiments.recipes import Recipe
 from gsm_sgd.experiments.rundir import RunFolder, environment, read_weights
 from gsm_sgd.experiments.splits import Dataset
 from gsm_sgd.masks import apply_masks_, magnitude_masks, prunable_parameters
@@ -30,12 +30,11 @@ from gsm_sgd.reports.runs import read_run
 CPU = torch.device("cpu")
 
 
-def recipe_of(fields: dict[str, Any]) -> Recipe:
-    """Return the recipe that a run's folder has."""
-    stages = {
-        name: Training(**{**fields[name], "milestones": tuple(fields[name]["milestones"])}) for name in ("base", "gsm")
-    }
-    return Recipe(**{**fields, **stages})
+@cache
+def dataset_of(name: str, holdout: int) -> Dataset:
+    """Return what a run trained on and measured accuracy on, loaded once for all of them."""
+    dataset = data.load(name)
+    return dataset.hold_out(holdout) if holdout else dataset
 
 
 def one_shot(path: Path, recipe: Recipe, dataset: Dataset) -> dict[str, float]:
@@ -70,11 +69,8 @@ def main() -> None:
         run = read_run(path)
         if run.result is None or "base" not in run.result["top1"]:
             parser.error(f"{path} is not a finished run with a base net")
-        recipe = recipe_of(run.recipe)
-        dataset = data.load(recipe.dataset)
-        if recipe.holdout:
-            dataset = dataset.hold_out(recipe.holdout)
-        top1 = run.result["top1"] | one_shot(path, recipe, dataset)
+        recipe = Recipe.from_dict(run.recipe)
+        top1 = run.result["top1"] | one_shot(path, recipe, dataset_of(recipe.dataset, recipe.holdout))
         for name, value in top1.items():
             figures[f"{recipe.model} {recipe.compression:g}x"][name].append(value)
     cells = {key: {name: over_seeds(values) for name, values in row.items()} for key, row in figures.items()}

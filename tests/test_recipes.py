@@ -56,6 +56,7 @@ def test_every_recipe_makes_sense_and_names_a_model_and_a_data_set_that_are_ther
         for preset in ("fast", "paper", "repo"):
             recipe = find_recipe(name, preset)
             recipe.check()
+            assert type(recipe).from_dict(recipe.as_dict()) == recipe
             assert recipe.dataset in data.DATASETS
             assert recipe.model in models.MODELS or models.torchvision_name(recipe.model)
     assert published("resnet56")[10]["pruned"] == 93.80

@@ -160,9 +160,8 @@ def _recipe(options: Namespace) -> Recipe:
     for stage in ("base", "gsm"):
         if not isinstance(values[stage], Namespace):
             raise UsageError(f"{stage} must be settings of its own, like {stage}.epochs, not {values[stage]}")
-        training = {field.name: values[stage][field.name] for field in fields(Training)}
-        values[stage] = Training(**{**training, "milestones": tuple(training["milestones"])})
-    return Recipe(**values)
+        values[stage] = {field.name: values[stage][field.name] for field in fields(Training)}
+    return Recipe.from_dict(values)
 
 
 def _seeds(text: str) -> list[int]:

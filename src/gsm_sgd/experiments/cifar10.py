@@ -21,10 +21,8 @@ from .sources import cache_folder, folders_of, read_parquet, write_whole
 from .splits import Dataset, Images
 
 _COUNTS = {"train": 50_000, "test": 10_000}
-_MEANS = {
-    "train": (0.4914, 0.4822, 0.4465),
-    "test": (0.4942, 0.4851, 0.4504),
-}  # of the channels, as bytes divided by 255
+# of the channels, as bytes divided by 255
+_MEANS = {"train": (0.4914, 0.4822, 0.4465), "test": (0.4942, 0.4851, 0.4504)}
 _MEAN = _STD = 0.5  # what the published experiments normalise with
 _MARGIN = 4
 _TORCHVISION = "cifar-10-batches-py"

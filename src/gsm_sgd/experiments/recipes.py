@@ -7,7 +7,7 @@ NeurIPS 2019, arXiv 1909.12778, and github.com/DingXiaoH/GSM-SGD.
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -147,6 +147,15 @@ class Recipe:
         for stage in ("base", "gsm"):
             fields[stage]["milestones"] = list(fields[stage]["milestones"])
         return fields
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Recipe":
+        """Return the recipe of which `as_dict` made these fields."""
+        stages = {
+            stage: Training(**{**fields[stage], "milestones": tuple(fields[stage]["milestones"])})
+            for stage in ("base", "gsm")
+        }
+        return cls(**{**fields, **stages})
 
     def check(self) -> None:
         """Raise UsageError if a field makes no sense; of compression and passive_decay the optimizer judges."""
