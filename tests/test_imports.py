@@ -44,6 +44,7 @@ ORDER = [
     "reports/runs",
     "reports/tables",
     "reports/plots",
+    "arguments",
     "cli",
     "__main__",
 ]

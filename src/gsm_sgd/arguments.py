@@ -1,0 +1,122 @@
+"""The options of the command `gsm`: its subcommands, their parsers, and the fields of a recipe as options."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+
+from . import __version__
+from .experiments import bench, data
+from .experiments.recipes import RECIPES, Preset, Recipe, Training, find_recipe
+
+_RUNS = {
+    "prune": "train, train with GSM, cut; accuracy before and after",
+    "lottery": "winning tickets found by GSM and by magnitude, retrained from one initialisation",
+}
+
+
+def parse(argv: Sequence[str]) -> Namespace:
+    """Return the options of the subcommand, with its name as `command`.
+
+    The defaults of the recipe's fields are those of the recipe and preset named, so these are looked up first.
+    """
+    names = {field.name for field in fields(Recipe)}
+    words = [_underscored(word, names) for word in argv]
+    recipe = find_recipe("lenet300")
+    if words and words[0] in _RUNS:
+        words = [words[0], *_config_first(words[1:])]
+        asked = [word for word in words if not word.startswith(("-h", "--help", "--print_config"))]
+        try:
+            first = _parser(recipe).parse_args(asked)[words[0]]
+        except argparse.ArgumentError:
+            pass  # the parser below says what is wrong, or gives the help that was asked for
+        else:
+            recipe = find_recipe(first.recipe, first.preset)
+    options = _parser(recipe).parse_args(words)
+    chosen: Namespace = options[options.command]
+    chosen.command = options.command
+    return chosen
+
+
+def _config_first(words: list[str]) -> list[str]:
+    """Put --config FILE before all else, so that what is given beside it has the last word."""
+    for place, word in enumerate(words):
+        if word == "--config" and place + 1 < len(words):
+            return [*words[place : place + 2], *words[:place], *_config_first(words[place + 2 :])]
+        if word.startswith("--config="):
+            return [word, *words[:place], *_config_first(words[place + 1 :])]
+    return words
+
+
+def _underscored(word: str, names: set[str]) -> str:
+    """Let a recipe's fields be written with dashes too: --batch-size is --batch_size."""
+    option, equals, value = word.partition("=")
+    field = option[2:].replace("-", "_")
+    is_field = option.startswith("--") and field.rpartition(".")[2] in names | {f.name for f in fields(Training)}
+    return f"--{field}{equals}{value}" if is_field else word
+
+
+def _parser(recipe: Recipe) -> ArgumentParser:
+    """Return the parser, with the fields of `recipe` as defaults."""
+    parser = _Parser(prog="gsm", description="Train a neural network to an exact, chosen sparsity.")
+    parser.add_argument("--version", action="version", version=f"gsm-sgd {__version__}")
+    commands = parser.add_subcommands(dest="command")
+    commands.add_subcommand("list", _Parser(), help="the recipes, the paper's figures and what the presets cost")
+    for name, text in _RUNS.items():
+        commands.add_subcommand(name, _run_parser(recipe, name, text), help=text)
+
+    show = _Parser(description="Show runs, finished or not, or the layers of a weight file.")
+    show.add_argument("runs", nargs="+", type=Path, help="run folders, or safetensors files")
+    show.add_argument("--json", type=Path | None, default=None, help="also write runs of several seeds to this file")
+    commands.add_subcommand("show", show, help="what runs came to, or the layers of a weight file")
+
+    cost = _Parser(description="Measure what an optimizer step costs, GSM's beside SGD's, by turns in one run.")
+    cost.add_argument("subject", type=str, help="what to measure: step")
+    cost.add_argument("models", nargs="*", default=["lenet300", "resnet56"], help=f"of {', '.join(bench.WORKLOADS)}")
+    cost.add_argument("--repeats", type=int, default=9, help="turns")
+    cost.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, ...")
+    commands.add_subcommand("bench", cost, help="what an optimizer step costs")
+
+    fetch = _Parser(description="Fetch a data set and verify it.")
+    fetch.add_argument("dataset", type=str, help=f"which one: {', '.join(data.FETCHED)}")
+    _add_data_dir(fetch)
+    commands.add_subcommand("data", fetch, help="fetch a data set and verify it")
+    return parser
+
+
+def _run_parser(recipe: Recipe, command: str, description: str) -> ArgumentParser:
+    usage = f"gsm {command} RECIPE [options]"
+    parser = _Parser(usage=usage, description=f"{description[0].upper()}{description[1:]}.")
+    parser.add_argument("recipe", type=str, help=f"one of {', '.join(RECIPES)}")
+    parser.add_argument("--preset", type=Preset, default="fast", help="whose settings")
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any fields of the recipe")
+    parser.add_argument("--seeds", type=str | None, default=None, help="several runs, like 0,1,2")
+    parser.add_argument("--epochs-scale", type=float, default=1.0, help="shorten every stage, milestones too")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder that gets the run's folder")
+    _add_data_dir(parser)
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, ...")
+    parser.add_argument("--threads", type=int | None, default=None, help="CPU threads")
+    parser.add_argument("--checkpoint-seconds", type=float, default=20.0, help="time between checkpoints")
+    parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard event files")
+    parser.add_argument("--debug", action="store_true", help="show where an error arose")
+    defaults: dict[str, Any] = recipe.as_dict()
+    del defaults["recipe"], defaults["preset"]
+    parser.add_class_arguments(Recipe, default=defaults, skip={"recipe", "preset"})
+    for action in parser._actions:
+        if action.dest.partition(".")[0] in defaults:
+            action.required = False  # all have a default here, so the help is not to call them required
+    return parser
+
+
+def _add_data_dir(parser: ArgumentParser) -> None:
+    parser.add_argument("--data-dir", type=Path | None, default=None, help="folder of the data; default $GSM_DATA")
+
+
+class _Parser(ArgumentParser):
+    """A parser that raises instead of printing its usage, so that an error is one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(exit_on_error=False, **options)
