@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from gsm_sgd import GSM, fused
+from gsm_sgd import optimizer as optimizer_module
 from gsm_sgd.experiments import bench
 from gsm_sgd.experiments.rundir import environment
 
@@ -56,7 +57,7 @@ def profile(name: str, repeats: int) -> dict[str, float]:
         return call
 
     rule: Any = optimizer._rule
-    module: Any = fused
+    module: Any = optimizer_module
     for attribute in ("_importances", "_count_stored", "_update"):
         setattr(rule, attribute, timed(getattr(rule, attribute).name, getattr(rule, attribute)))
     passes = rule._passes

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from gsm_sgd.experiments import UsageError, mnist
+from ranks import Ranks
 
 # The nets here are small: one thread is as quick, and two crawl on a machine that is busy with something else.
 torch.set_num_threads(1)
@@ -57,3 +58,18 @@ def no_network(monkeypatch, tmp_path):
     cache = tmp_path / "cache"
     monkeypatch.setattr("platformdirs.user_cache_path", lambda name: Path(cache) / name)
     return cache
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """A function that returns so many processes of one group, started when first asked for."""
+    started = {}
+
+    def of(size):
+        if size not in started:
+            started[size] = Ranks(size, tmp_path_factory.mktemp("ranks"))
+        return started[size]
+
+    yield of
+    for group in started.values():
+        group.close()

@@ -14,6 +14,7 @@ ORDER = [
     "budget",
     "groups",
     "selection",
+    "sharded",
     "masks",
     "rule",
     "passes",
@@ -48,7 +49,7 @@ ORDER = [
     "cli",
     "__main__",
 ]
-LIBRARY = ORDER[:8]
+LIBRARY = ORDER[:9]
 
 
 def module_of(path):

@@ -7,6 +7,7 @@ having stored them. All that changes from step to step is in tensors, so each pa
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -28,8 +29,19 @@ from .passes import (
     update_,
     update_masked_,
 )
-from .rule import EagerRule, Kernel, Part, all_params, dense_stride, score_dtype
-from .selection import ROW, Cut, Scores, StoredScores, by_index, find_cut, row_width, within
+from .rule import EagerRule, Finder, Kernel, Part, all_params, dense_stride
+from .selection import (
+    ROW,
+    Cut,
+    NotFiniteError,
+    Scores,
+    StoredScores,
+    by_index,
+    importance,
+    row_width,
+    score_dtype,
+    within,
+)
 
 _SMALL = 2**22  # importances; so few are stored, as it takes time to look at some of each tensor
 _GRID = (-2.0, -0.5, -0.125, -0.03, 0.0, 0.03, 0.125, 0.5, 2.0)  # log2 of where to look, from the last threshold
@@ -48,15 +60,15 @@ class FusedRule:
         self._hints = _Hints()
         self.memory = torch.empty(0)  # nothing is kept from step to step
 
-    def update_(self, parts: Sequence[Part], kept: int, check_finite: Callable[[], None]) -> None:
+    def update_(self, parts: Sequence[Part], find: Finder, check_finite: Callable[[], None]) -> None:
         """Update weights and momenta in place; see `EagerRule.update_`."""
         weights, grads, _ = lists = _lists(parts)
         _refuse_gaps(weights)
         try:
-            cut = find_cut(self._scores(weights, grads), kept)
-        except _NotFiniteError:
+            cut = find(partial(self._scores_of, weights, grads), False)
+        except NotFiniteError:
             check_finite()
-            return EagerRule(Kernel(None, None)).update_(parts, kept, check_finite)
+            return EagerRule(Kernel(None, None)).update_(parts, find, check_finite)
         self._hints.threshold = cut.value
         thresholds = cut.value.repeat(len(weights))
         thresholds[cut.tensor + 1 :] = torch.nextafter(cut.value, cut.value.new_tensor(math.inf))
@@ -70,6 +82,14 @@ class FusedRule:
         weights, grads, momenta = _lists(parts)
         self._update_masked(weights, grads, momenta, list(masks), *_settings(parts))
 
+    def _scores_of(self, weights: Tensors, grads: Tensors, numbers: Sequence[int]) -> Scores:
+        """Return the scores of some weights; if they are not all, without compiling anything for them."""
+        if len(numbers) == len(weights):
+            return self._scores(weights, grads)
+        some = [weights[i] for i in numbers]
+        flat = [importance(flattened(w, w), flattened(grads[i], w)) for i, w in zip(numbers, some, strict=True)]
+        return StoredScores([score.to(score_dtype(weights)) for score in flat], None, some)
+
     def _scores(self, weights: Tensors, grads: Tensors) -> Scores:
         sizes = [weight.numel() for weight in weights]
         if sum(sizes) > _SMALL:
@@ -77,10 +97,6 @@ class FusedRule:
         whole = self._importances(weights, grads)
         flat = whole.split([*sizes, len(whole) - sum(sizes)])[: len(sizes)]
         return _StoredScores(flat, whole, weights, self._count_stored)
-
-
-class _NotFiniteError(ArithmeticError):
-    """An importance is infinite or NaN."""
 
 
 class _StoredScores(StoredScores):
@@ -133,7 +149,7 @@ class _ComputedScores:
         """Return the number of tensors."""
         return len(self._weights)
 
-    def bracket(self, k: int, sigmas: float) -> tuple[Tensor, Tensor]:
+    def bracket(self, k: float, sigmas: float) -> tuple[Tensor, Tensor]:
         """Guess by counting a large sample against a grid of values, laid ever finer."""
         caution = self._hints.caution  # `sigmas` has grown already if this is the second time
         self._hints.caution *= 2.0 if self._asked else 0.98
@@ -220,7 +236,7 @@ def _singles(top: Tensor, inside: Tensor, total: Tensor) -> tuple[int, Tensor, T
     """Return the number of importances above the bracket, the rows with one in it and with several, and the ones."""
     above = total.item()
     if math.isnan(above):
-        raise _NotFiniteError
+        raise NotFiniteError
     rows = (inside > 0).nonzero().squeeze(1)
     more = inside.take(rows) > 1
     single, several = rows[~more], rows[more]

@@ -1,7 +1,7 @@
 """What is prunable, which weights to keep by magnitude, the cut, and keeping zeros zero.
 
 Masks are bool tensors, True where a weight is kept, in a dict: keyed by parameter name, or by position among
-the prunable parameters where names are not known.
+the prunable parameters where names are not known. Of weights that are DTensors they are DTensors, spread alike.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .selection import kept_weights, select_top
+from .selection import NotFiniteError, StoredScores, kept_weights, score_dtype, select_top
+from .sharded import Shards, cut_out, here, is_dtensor, spread_as
 
 Masks = dict[str, Tensor] | dict[int, Tensor]
 _Key = TypeVar("_Key", str, int)
@@ -41,7 +42,7 @@ def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def prunable_in(optimizer: Optimizer) -> dict[str, Tensor] | dict[int, Tensor]:
     """Return the prunable parameters of an optimizer by name, or by position where names are missing or not unique."""
     prunable = [p for group in optimizer.param_groups for p in group["params"] if is_prunable(p, group)]
-    names = {parameter: name for name, parameter in _named_in(optimizer).items()}
+    names = {parameter: name for name, parameter in named_in(optimizer).items()}
     return {names[parameter]: parameter for parameter in prunable} if names else dict(enumerate(prunable))
 
 
@@ -50,18 +51,39 @@ def magnitude_masks(parameters: Mapping[_Key, Tensor], compression: float) -> di
     """Keep the floor(N / compression) largest |W| of all parameters together, ties to the earlier weight.
 
     Args:
-        parameters: as `prunable_parameters` returns them.
+        parameters: as `prunable_parameters` returns them. If any is a DTensor, every process has to call.
         compression: C >= 1.
 
     Returns:
-        Bool masks with the keys and shapes of `parameters`, exactly floor(N / C) True in all.
+        Bool masks with the keys and shapes of `parameters`, exactly floor(N / C) True in all; DTensors of DTensors.
 
     Raises:
         ValueError: C is below 1, not finite, or leaves no weight.
     """
     kept = kept_weights(sum(parameter.numel() for parameter in parameters.values()), compression)
-    masks = select_top([parameter.abs() for parameter in parameters.values()], kept)
+    weights = list(parameters.values())
+    if any(is_dtensor(weight) for weight in weights):
+        masks = _sharded_masks(weights, kept)
+    else:
+        masks = select_top([weight.abs() for weight in weights], kept)
     return dict(zip(parameters, masks, strict=True))
+
+
+def _sharded_masks(weights: list[Tensor], kept: int) -> list[Tensor]:
+    """Return masks of the largest |W| of all processes."""
+    dtype = score_dtype(weights)
+    scores = [here(weight).abs().to(dtype).contiguous() for weight in weights]
+    shards = Shards(weights, scores)
+    if kept == len(shards):
+        return [torch.ones_like(weight, dtype=torch.bool) for weight in weights]
+    flat = [score.view(-1) for score in scores]
+    suspect = any(bool(score.isnan().any()) for score in flat)
+    try:
+        cut = shards.find_cut(lambda numbers: StoredScores([flat[number] for number in numbers]), kept, suspect)
+    except NotFiniteError as error:
+        raise ValueError("weights contain NaN") from error
+    masks = [mask.view(score.shape) for mask, score in zip(cut.masks(flat), scores, strict=True)]
+    return [spread_as(weight, mask) for weight, mask in zip(weights, masks, strict=True)]
 
 
 @torch.no_grad()
@@ -72,7 +94,7 @@ def apply_masks_(parameters: Mapping[str, Tensor] | Mapping[int, Tensor], masks:
         ValueError: a mask has no parameter, or another shape; nothing has changed.
     """
     for parameter, mask in _matched(parameters, masks):
-        parameter.masked_fill_(~mask, 0)
+        here(parameter).masked_fill_(~mask, 0)
 
 
 def freeze(optimizer: Optimizer, masks: Masks) -> RemovableHandle:
@@ -88,7 +110,7 @@ def freeze(optimizer: Optimizer, masks: Masks) -> RemovableHandle:
     Raises:
         ValueError: a mask has no parameter, or another shape.
     """
-    named = _named_in(optimizer)
+    named = named_in(optimizer)
     by_name = bool(named) and all(isinstance(key, str) for key in masks)
     if not by_name and len(optimizer.param_groups) > 1:
         raise ValueError(
@@ -101,7 +123,7 @@ def freeze(optimizer: Optimizer, masks: Masks) -> RemovableHandle:
     @torch.no_grad()
     def zero_(*_: object) -> None:
         for parameter, away in cut:
-            parameter.masked_fill_(away, 0)
+            here(parameter).masked_fill_(away, 0)
 
     zero_()
     return optimizer.register_step_post_hook(zero_)
@@ -113,15 +135,21 @@ def sparsity_table(model: nn.Module) -> list[LayerSparsity]:
 
 
 def sparsity_rows(weights: Mapping[str, Tensor]) -> list[LayerSparsity]:
-    """Return the rows of a sparsity table for the prunable ones of named tensors, in their order."""
+    """Return the rows of a sparsity table for the prunable ones of named tensors, in their order.
+
+    If any is a DTensor, every process has to call, and gets the rows of the whole model.
+    """
+    prunable = {name: weight.detach() for name, weight in weights.items() if is_prunable(weight)}
+    counts = [int(here(weight).count_nonzero()) for weight in prunable.values()]
+    if any(is_dtensor(weight) for weight in prunable.values()):
+        counts = Shards(list(prunable.values())).totals(counts)
     return [
-        LayerSparsity(name, tuple(weight.shape), weight.numel(), int(weight.count_nonzero()))
-        for name, weight in weights.items()
-        if is_prunable(weight)
+        LayerSparsity(name, tuple(weight.shape), weight.numel(), count)
+        for (name, weight), count in zip(prunable.items(), counts, strict=True)
     ]
 
 
-def _named_in(optimizer: Optimizer) -> dict[str, Tensor]:
+def named_in(optimizer: Optimizer) -> dict[str, Tensor]:
     """Return all parameters of an optimizer by name; none if it was given no names, or a name twice."""
     named: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
@@ -133,7 +161,10 @@ def _named_in(optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def _matched(parameters: Mapping[str, Tensor] | Mapping[int, Tensor], masks: Masks) -> list[tuple[Tensor, Tensor]]:
-    """Pair parameters with masks, by name where both have names, else in order, all checked beforehand."""
+    """Pair parameters with the parts of masks that lie here, by name where both have names, else in order.
+
+    All is checked beforehand.
+    """
     by_key: dict[Any, Tensor] = dict(parameters)
     if {type(key) for key in (*parameters, *masks)} == {str}:
         unknown = [str(key) for key in masks if key not in by_key]
@@ -147,4 +178,4 @@ def _matched(parameters: Mapping[str, Tensor] | Mapping[int, Tensor], masks: Mas
     for key, parameter, mask in pairs:
         if parameter.shape != mask.shape:
             raise ValueError(f"mask {key!r} has shape {tuple(mask.shape)}, its parameter {tuple(parameter.shape)}")
-    return [(parameter, mask.to(parameter.device, torch.bool)) for _, parameter, mask in pairs]
+    return [(param, cut_out(param, mask).to(here(param).device, torch.bool)) for _, param, mask in pairs]

@@ -16,7 +16,6 @@ last steps, which then train the kept weights alone.
 import warnings
 from collections.abc import Callable
 from functools import partial
-from itertools import compress
 from typing import Any, Literal, overload
 
 import torch
@@ -27,13 +26,14 @@ from torch.optim.optimizer import ParamsT
 from .budget import PassiveWeight, cubic_compression
 from .fused import FusedRule
 from .groups import check_hyperparameters, deadline, passive_decay, vanishes
-from .masks import Masks, apply_masks_, is_prunable, magnitude_masks, prunable_in
+from .masks import Masks, apply_masks_, is_prunable, magnitude_masks, named_in, prunable_in
 from .rule import EagerRule, Kernel, Part, all_params, laid_out_as
-from .selection import check_compression, kept_weights
+from .selection import Cut, NotFiniteError, ScoresOf, check_compression, find_cut, kept_weights
+from .sharded import Shards, grad_here, here, is_dtensor, refuse_differing_copies, refuse_disagreement, spread_as
 
 _OF_THE_MODEL = (
     *("compression", "total_steps", "shrink_to", "compression_schedule", "ramp_steps", "fade_steps", "cut_step"),
-    *("steps", "fading"),
+    *("steps", "fading", "fixed"),
 )
 
 
@@ -76,6 +76,8 @@ class GSM(Optimizer):
         foreach, fused: which implementation to use; None is the quickest that needs no compiler. `fused=True` is
             compiled at the first step, in up to minutes for a large model, and then needs almost no memory of its
             own; other values are handed on to torch's SGD. None of it changes which weights are active.
+        check_ranks: whether to compare, before each step, weights and gradients over all processes of the default
+            process group, for finding mistakes: under DistributedDataParallel they are the same bits on each.
 
     Raises:
         ValueError: a hyperparameter is out of range, nothing is prunable, or a parameter is given twice.
@@ -100,6 +102,7 @@ class GSM(Optimizer):
         cut_step: int | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
+        check_ranks: bool = False,
     ) -> None:
         check_compression(compression)
         if foreach and fused:
@@ -126,13 +129,17 @@ class GSM(Optimizer):
             "cut_step": cut_step,
             "steps": 0,
             "fading": False,
+            "fixed": False,
             "highest_lr": 0.0,
             "passive_weight": tuple(PassiveWeight()),  # one since the ramp's end, or the fade's beginning, 1 then
             "prunable": None,
             "foreach": foreach,
             "fused": fused,
+            "check_ranks": check_ranks,
         }
         self._choose_rule(foreach, fused)
+        self._shards: Shards | None = None
+        self._agreed = False  # whether all processes are known to go by the same numbers
         super().__init__(params, defaults)
         if self.num_prunable == 0:
             raise ValueError("nothing to prune: GSM needs a parameter with ndim >= 2, or a prunable group")
@@ -167,7 +174,8 @@ class GSM(Optimizer):
         group["highest_lr"] = float(group["lr"])  # a scheduler that begins lower comes later
         if self.param_groups:
             first = self.param_groups[0]
-            group["steps"], group["fading"] = first["steps"], first["fading"]
+            for key in ("steps", "fading", "fixed"):
+                group[key] = first[key]
             other = next((key for key in _OF_THE_MODEL if group[key] != first[key]), None)
             if other:
                 raise ValueError(f"{other} is one for the whole model, groups cannot differ in it")
@@ -231,7 +239,7 @@ class GSM(Optimizer):
     @property
     def _fixed(self) -> bool:
         """Whether it is fixed what is kept."""
-        return any("mask" in state for state in self.state.values())
+        return bool(self.param_groups and self.param_groups[0]["fixed"])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -258,41 +266,29 @@ class GSM(Optimizer):
             return loss
         if any(grad.is_sparse for grad in grads):
             raise RuntimeError("GSM does not support sparse gradients")
-        check_finite = partial(_refuse_nonfinite_gradients, self)
+        governed = [param for group in self.param_groups for param in group["params"] if is_prunable(param, group)]
+        chosen_from = [param for param in governed if param.grad is not None]
+        shards = self._shards_of(chosen_from)
+        self._refuse_disagreement(shards)
+        check_finite = partial(_refuse_nonfinite_gradients, self, chosen_from, shards)
         self._cut_or_fade_if_due(check_finite)
-        governed = [[is_prunable(param, group) for param in group["params"]] for group in self.param_groups]
-        num_prunable = sum(
-            param.numel()
-            for group, flags in zip(self.param_groups, governed, strict=True)
-            for param in compress(group["params"], flags)
-        )
+        num_prunable = sum(param.numel() for param in governed)
         compression = self.compression
         kept = kept_weights(num_prunable, compression)
         ramp_is_over = compression >= self.param_groups[0]["compression"]
         all_active, fixed, finalized = kept == num_prunable, self._fixed, self.finalized
-        plain: list[Part] = []
-        ruled: list[Part] = []
-        still: list[Part] = []
         decays = [passive_decay(group) for group in self.param_groups]
-        for group, flags, decay in zip(self.param_groups, governed, decays, strict=True):
-            sides: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
-            for param, by_rule in zip(group["params"], flags, strict=True):
-                if param.grad is not None:
-                    sides[by_rule and not all_active].append(param)
-                elif by_rule and not all_active and not finalized:
-                    sides[1 if fixed else 2].append(param)
-            for parts, params in zip((plain, ruled, still), sides, strict=True):
-                parts.append(self._part(params, group, decay))
-        ruled = [part for part in ruled if part.params]
+        plain, ruled, still = self._parts(decays, all_active, fixed, finalized)
         if all_active or fixed:
             check_finite()
         if ruled and fixed:
-            self._rule.update_masked_(ruled, [self.state[param]["mask"] for param in all_params(ruled)])
+            owners = [owner for part in ruled for owner in part.owners]
+            self._rule.update_masked_(ruled, [here(self.state[owner]["mask"]) for owner in owners])
         elif ruled:
             if len({param.device for param in all_params(ruled)}) > 1:
                 raise ValueError("GSM needs all prunable parameters on one device")
-            available = sum(param.numel() for param in all_params(ruled))
-            self._rule.update_(ruled, min(kept, available), check_finite)
+            available = sum(param.numel() for param in chosen_from)
+            self._rule.update_(ruled, partial(_find_cut, min(kept, available), len(chosen_from), shards), check_finite)
         # Nothing passive: this is torch.optim.SGD, with the implementation that it would choose, to the bit.
         for part in plain:
             kernel = self._kernel if all_active else self._kernel.or_quickest(part.params)
@@ -329,7 +325,7 @@ class GSM(Optimizer):
             apply_masks_(prunable, masks)
             for key, param in prunable.items():
                 if "momentum_buffer" in self.state[param]:  # it would push a weight that was cut away from zero
-                    self.state[param]["momentum_buffer"].masked_fill_(~masks[key], 0)
+                    here(self.state[param]["momentum_buffer"]).masked_fill_(~here(masks[key]), 0)
             for group in self.param_groups:
                 group["fading"] = False
         return masks
@@ -355,21 +351,45 @@ class GSM(Optimizer):
             masks = magnitude_masks(prunable, self.param_groups[0]["compression"])
             for key, param in prunable.items():
                 self.state[param]["mask"] = masks[key]
+            for group in self.param_groups:
+                group["fixed"] = True
             self._rule.memory = torch.empty(0)  # nothing is chosen any more
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs: beside the state, a compression schedule that is a function."""
         return {**super().__getstate__(), "_schedule": self._schedule}
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as every optimizer does, with a mask of each prunable parameter that has been updated.
+
+        Until it is fixed what is kept the masks keep everything. They are there because torch's distributed
+        checkpoints load only what the state already has a place for.
+        """
+        state: dict[str, Any] = super().state_dict()
+        if not self._fixed:
+            governed = [is_prunable(param, group) for group in self.param_groups for param in group["params"]]
+            params = [param for group in self.param_groups for param in group["params"]]
+            for number, (param, by_rule) in enumerate(zip(params, governed, strict=True)):
+                if by_rule and number in state["state"]:
+                    mask = torch.ones_like(param, dtype=torch.bool)
+                    state["state"][number] = {**state["state"][number], "mask": mask}
+        return state
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a state; torch casts loaded masks to the parameters' dtype, here they are bool again."""
         super().__setstate__(state)
+        masked = any("mask" in param_state for param_state in self.state.values())
         for group in self.param_groups:
+            group.setdefault("fixed", masked)  # states of before there was this key have masks only then
             for key, default in self.defaults.items():
                 group.setdefault(key, default)
         for param_state in self.state.values():
             if "mask" in param_state:
-                param_state["mask"] = param_state["mask"].bool()
+                if self._fixed:
+                    param_state["mask"] = param_state["mask"].bool()
+                else:
+                    del param_state["mask"]
+        self._shards, self._agreed = None, False
         if not hasattr(self, "_rule"):  # a copy, or unpickled: none of it is state
             self._choose_rule(self.defaults["foreach"], self.defaults["fused"])
 
@@ -377,29 +397,68 @@ class GSM(Optimizer):
         self._kernel = Kernel(foreach, fused)
         self._rule = FusedRule() if fused else EagerRule(self._kernel)
 
-    def _part(self, params: list[Tensor], group: dict[str, Any], decay: float) -> Part:
-        """Return what is needed to update parameters of a group, whose passive weights have this decay.
+    def _parts(
+        self, decays: list[float], all_active: bool, fixed: bool, finalized: bool
+    ) -> tuple[list[Part], list[Part], list[Part]]:
+        """Return what is to be updated by plain SGD, by the rule, and, having no gradient, by decay alone."""
+        kinds: tuple[list[Part], list[Part], list[Part]] = [], [], []
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            sides: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
+            for param in group["params"]:
+                by_rule = is_prunable(param, group) and not all_active
+                if param.grad is not None:
+                    sides[by_rule].append(param)
+                elif by_rule and not finalized:
+                    sides[1 if fixed else 2].append(param)
+            for parts, params in zip(kinds, sides, strict=True):
+                if params:
+                    parts.append(self._part(params, group, decay))
+        return kinds
 
-        One without a gradient is given zeros.
-        """
-        grads = [torch.zeros_like(param) if param.grad is None else param.grad for param in params]
+    def _part(self, params: list[Tensor], group: dict[str, Any], decay: float) -> Part:
+        """Return what is needed to update parameters of a group, whose passive weights have this decay."""
+        parts = [here(param) for param in params]
         momenta: list[Tensor | None] = [None for _ in params]
         if group["momentum"]:
-            momenta = [*self._momenta(params)]
+            momenta = [*self._momenta(params, parts)]
         settings = (group["lr"], group["momentum"], group["weight_decay"], decay, group["nesterov"])
-        return Part(params, grads, momenta, *settings)
+        return Part(params, parts, [grad_here(param) for param in params], momenta, *settings)
 
-    def _momenta(self, params: list[Tensor]) -> list[Tensor]:
-        """Return the parameters' momenta, zeros where there are none yet. The state stays as it is."""
+    def _momenta(self, params: list[Tensor], parts: list[Tensor]) -> list[Tensor]:
+        """Return the momenta of parts of parameters, zeros where there are none yet. The state stays as it is."""
         found = [self.state[p].get("momentum_buffer") if p in self.state else None for p in params]
-        momenta = [torch.zeros_like(p) if z is None else z for p, z in zip(params, found, strict=True)]
-        return laid_out_as(params, momenta)  # a state from elsewhere may lie in memory in another order
+        momenta = [torch.zeros_like(p) if z is None else here(z) for p, z in zip(parts, found, strict=True)]
+        return laid_out_as(parts, momenta)  # a state from elsewhere may lie in memory in another order
 
     def _remember(self, part: Part) -> None:
         """Put the momenta of parameters that have been updated into the state."""
-        for param, momentum in zip(part.params, part.momenta, strict=True):
-            if momentum is not None:
-                self.state[param]["momentum_buffer"] = momentum
+        for owner, momentum in zip(part.owners, part.momenta, strict=True):
+            state = self.state[owner]
+            if momentum is not None and (
+                "momentum_buffer" not in state or here(state["momentum_buffer"]) is not momentum
+            ):
+                state["momentum_buffer"] = spread_as(owner, momentum)
+
+    def _shards_of(self, params: list[Tensor]) -> Shards | None:
+        """Return which parts of parameters this process holds, or None if it holds all of them."""
+        if not any(is_dtensor(param) for param in params):
+            return None
+        if self._shards is None or not self._shards.are_of(params):
+            self._shards = Shards(params)
+        return self._shards
+
+    def _refuse_disagreement(self, shards: Shards | None) -> None:
+        """Raise ValueError on every process if they would not do the same in this step, as far as it is looked at."""
+        group = self.param_groups[0]
+        if group["check_ranks"] or (shards is not None and not self._agreed):
+            device = here(group["params"][0]).device if shards is None else shards.device
+            settings = {"the number of prunable weights": self.num_prunable, "compression": self.compression}
+            settings |= {key: group[key] for key in ("steps", "fixed", "lr", "momentum", "weight_decay")}
+            refuse_disagreement(settings, device)
+            self._agreed = group["compression_schedule"] != "custom"
+        if group["check_ranks"]:
+            params = [param for group in self.param_groups for param in group["params"]]
+            refuse_differing_copies(named_in(self) or {f"number {i}": param for i, param in enumerate(params)})
 
 
 def _governs(group: dict[str, Any]) -> bool:
@@ -407,15 +466,27 @@ def _governs(group: dict[str, Any]) -> bool:
     return any(is_prunable(param, group) for param in group["params"])
 
 
-def _refuse_nonfinite_gradients(optimizer: Optimizer) -> None:
+def _find_cut(kept: int, tensors: int, shards: Shards | None, scores_of: ScoresOf, suspect: bool) -> Cut:
+    """Return where the `kept` largest scores of so many tensors end, on this process or on all of them."""
+    if shards is not None:
+        return shards.find_cut(scores_of, kept, suspect)
+    if suspect:
+        raise NotFiniteError
+    return find_cut(scores_of(range(tensors)), kept)
+
+
+def _refuse_nonfinite_gradients(optimizer: Optimizer, params: list[Tensor], shards: Shards | None) -> None:
     """Raise if a gradient is not finite; one transfer from the device for all of them."""
-    grads = {key: p.grad for key, p in prunable_in(optimizer).items() if p.grad is not None and p.grad.numel()}
-    if not grads:
-        return
     # A tensor is finite if and only if its extremes are: infinity is one, and NaN spreads to both.
-    extremes = torch.stack([extreme for grad in grads.values() for extreme in torch.aminmax(grad)])
-    finite = extremes.isfinite().view(-1, 2).all(1).tolist()
+    grads = [grad_here(param) for param in params]
+    extremes = [extreme for grad in grads for extreme in (torch.aminmax(grad) if grad.numel() else [grad.sum()] * 2)]
+    if not extremes:
+        return
+    finite = torch.stack(extremes).isfinite().view(-1, 2).all(1).tolist()
+    if shards is not None:
+        finite = shards.all_finite(finite)
     if not all(finite):
-        key = list(grads)[finite.index(False)]
+        keys = {param: key for key, param in prunable_in(optimizer).items()}
+        key = keys[params[finite.index(False)]]
         name = repr(key) if isinstance(key, str) else f"number {key}"
         raise NonFiniteGradientError(f"the gradient of prunable parameter {name} is not finite")

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rule import score_dtype
-from .selection import ROW, importance, memory_order, row_width
+from .selection import ROW, importance, memory_order, row_width, score_dtype
 
 Tensors = Sequence[Tensor]
 Kinds = tuple[tuple[int, bool, bool], ...]  # of each group: number of parameters, has momentum, is Nesterov's

@@ -9,7 +9,6 @@ eta_p of passive weights and the gradient B (G + (eta - eta_p) W), so torch's ow
 
 import math
 from collections.abc import Callable, Sequence
-from functools import reduce
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -17,12 +16,19 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from .selection import ROW, StoredScores, find_cut
+from .selection import ROW, Cut, NotFiniteError, Scores, ScoresOf, StoredScores, score_dtype
+
+Finder = Callable[[ScoresOf, bool], Cut]
+"""Given the scores, and whether one is not finite, where those end that are active; or NotFiniteError is raised."""
 
 
 class Part(NamedTuple):
-    """Parameters of a group to be updated together, with gradients and momenta, and the group's hyperparameters."""
+    """Parameters of a group to be updated together, with gradients and momenta, and the group's hyperparameters.
 
+    `owners` are the optimizer's own: of DTensors all else is the part that this process holds.
+    """
+
+    owners: list[Tensor]
     params: list[Tensor]
     grads: list[Tensor]
     momenta: list[Tensor | None]
@@ -77,18 +83,28 @@ class EagerRule:
         self._kernel = kernel
         self.memory = torch.empty(0)
 
-    def update_(self, parts: Sequence[Part], kept: int, check_finite: Callable[[], None]) -> None:
-        """Update weights and momenta in place, with exactly `kept` active weights.
+    def update_(self, parts: Sequence[Part], find: Finder, check_finite: Callable[[], None]) -> None:
+        """Update weights and momenta in place; the active weights are those that `find` finds the most important.
 
         `check_finite` is called if an importance is not finite, and raises if a gradient is to blame. Else a weight
         is: it counts as the most important if it is infinite, as the least if it is NaN.
         """
         whole, views, ends = self._importances(parts)
-        if not math.isfinite(whole.amax()):
-            check_finite()
+        suspect = len(whole) > 0 and not math.isfinite(whole.amax())
+        if suspect:
             whole.nan_to_num_(nan=-1.0, posinf=math.inf)
         flat = [whole[start:end] for start, end in pairwise(ends)]
-        cut = find_cut(StoredScores(flat, whole, views), kept)
+
+        def scores_of(numbers: Sequence[int]) -> Scores:
+            if len(numbers) == len(flat):
+                return StoredScores(flat, whole, views)
+            return StoredScores([flat[i] for i in numbers], None, [views[i] for i in numbers])
+
+        try:
+            cut = find(scores_of, suspect)
+        except NotFiniteError:
+            check_finite()
+            cut = find(scores_of, False)
         whole[: ends[cut.tensor + 1]].ge_(cut.value)
         whole[ends[cut.tensor + 1] : ends[-1]].gt_(cut.value)
         flat[cut.tensor][cut.surplus] = 0
@@ -126,11 +142,6 @@ class EagerRule:
         torch._foreach_mul_(views, [grad for part in parts for grad in part.grads])
         whole[: ends[-1]].abs_()
         return whole, views, ends
-
-
-def score_dtype(weights: Sequence[Tensor]) -> torch.dtype:
-    """Return the precision in which all importances can be compared: float32 at least."""
-    return reduce(torch.promote_types, (weight.dtype for weight in weights), torch.float32)
 
 
 def dense_stride(tensor: Tensor) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ repeated. Of several importances equal to the Q-th largest those at lower indice
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from typing import NamedTuple, Protocol
 
@@ -55,6 +55,11 @@ def importance(weight: Tensor, grad: Tensor) -> Tensor:
     return (weight.to(dtype) * grad.to(dtype)).abs_()
 
 
+def score_dtype(weights: Sequence[Tensor]) -> torch.dtype:
+    """Return the precision in which all importances can be compared: float32 at least."""
+    return reduce(torch.promote_types, (weight.dtype for weight in weights), torch.float32)
+
+
 def select_top(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     """Mark the k largest of all scores taken together, ties going to the lower index in list order.
 
@@ -81,9 +86,7 @@ def select_top(scores: Sequence[Tensor], k: int) -> list[Tensor]:
         return [torch.full(score.shape, k > 0, dtype=torch.bool, device=score.device) for score in scores]
     dtype = reduce(torch.promote_types, (score.dtype for score in scores))
     flat = [score.to(dtype).reshape(-1) for score in scores]
-    cut = find_cut(StoredScores(flat), k)
-    masks = [score >= cut.value if i <= cut.tensor else score > cut.value for i, score in enumerate(flat)]
-    masks[cut.tensor][cut.surplus] = False
+    masks = find_cut(StoredScores(flat), k).masks(flat)
     return [mask.view(score.shape) for mask, score in zip(masks, scores, strict=True)]
 
 
@@ -98,21 +101,39 @@ class Cut(NamedTuple):
     tensor: int
     surplus: Tensor
 
+    def masks(self, scores: Sequence[Tensor]) -> list[Tensor]:
+        """Return which scores are among them, as bool tensors."""
+        masks = [score >= self.value if i <= self.tensor else score > self.value for i, score in enumerate(scores)]
+        masks[self.tensor][self.surplus] = False
+        return masks
+
+
+class NotFiniteError(ArithmeticError):
+    """A score is infinite or NaN."""
+
 
 class Scores(Protocol):
     """All scores of a model, as `find_cut` asks for them, be they stored or computed anew each time."""
 
-    def bracket(self, k: int, sigmas: float) -> tuple[Tensor, Tensor]:
+    def bracket(self, k: float, sigmas: float) -> tuple[Tensor, Tensor]:
         """Guess two values that enclose the k-th largest score, `sigmas` standard deviations to either side."""
 
     def between(self, low: Tensor, high: Tensor) -> tuple[int, Tensor]:
-        """Return how many scores exceed `high`, and all scores from `low` to `high`, in any order."""
+        """Return how many scores exceed `high`, and all scores from `low` to `high`, in any order.
+
+        Raises:
+            NotFiniteError: some scores raise it here if one of them is not finite.
+        """
 
     def ties(self, value: Tensor) -> Iterator[Tensor]:
         """Yield the flat positions of the scores equal to `value`, tensor by tensor, by ascending index."""
 
     def __len__(self) -> int:
         """Return the number of tensors."""
+
+
+ScoresOf = Callable[[Sequence[int]], Scores]
+"""Given numbers of tensors, their scores."""
 
 
 def find_cut(scores: Scores, k: int) -> Cut:
@@ -197,7 +218,7 @@ class StoredScores:
         """Return the number of tensors."""
         return len(self._scores)
 
-    def bracket(self, k: int, sigmas: float) -> tuple[Tensor, Tensor]:
+    def bracket(self, k: float, sigmas: float) -> tuple[Tensor, Tensor]:
         """Guess from a strided sample."""
         # A sample of about N^(2/3) balances its own cost against that of the scores that it leaves between the values.
         # An odd stride visits every column of a matrix with 2^n columns.
@@ -230,6 +251,11 @@ def within(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 def by_index(positions: Tensor, like: Tensor) -> Tensor:
     """Sort positions in the memory of a dense tensor by its index order."""
+    return positions if like.is_contiguous() else positions[index_order(positions, like).argsort()]
+
+
+def index_order(positions: Tensor, like: Tensor) -> Tensor:
+    """Return at which place in the index order of a dense tensor positions in its memory are."""
     if like.is_contiguous():
         return positions
     index, rest = torch.zeros_like(positions), positions
@@ -237,7 +263,7 @@ def by_index(positions: Tensor, like: Tensor) -> Tensor:
         if like.shape[axis] > 1:  # the stride of any other axis means nothing
             index += rest.div(like.stride(axis), rounding_mode="floor") * math.prod(like.shape[axis + 1 :])
             rest = rest % like.stride(axis)
-    return positions[index.argsort()]
+    return index
 
 
 def memory_order(tensor: Tensor) -> list[int]:

@@ -1,0 +1,331 @@
+"""The same exact choice where each process holds a part of the weights, as FSDP2 and device meshes arrange it.
+
+The one quantity that concerns the whole model is the Q-th largest importance. It is found by counting:
+
+1. From a sample of its own importances each process guesses two values, the share Q / N of them above the one and below
+   the other. The lowest and the highest guess of all processes very likely enclose the threshold.
+2. Each process looks at its importances once, for those between, and counts them in 4,096 bins. The counts are summed
+   over all processes, so they show if the samples misled, and in which bin rank Q is.
+3. If few importances are in that bin, all processes exchange them; if many are, it is divided into bins in turn.
+4. If several equal the Q-th largest and not all can be active, steps 2 and 3 follow with their positions in the model.
+
+What is sent is counts and a few numbers, whatever the size of the model, and the result does not depend on how the
+weights are spread.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .selection import Cut, NotFiniteError, Scores, ScoresOf, index_order, score_dtype
+
+BINS = 2**12  # counts that are summed at a time: 32 KiB
+EXCHANGED = 2**11  # numbers, 16 KiB, that a process receives at most when they are exchanged instead of counted
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SIGMAS = 2.0  # half-width of the guess
+
+
+def here(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this process holds, in the same memory: all of it, unless it is a DTensor."""
+    whole: Any = tensor
+    return whole.to_local() if is_dtensor(tensor) else tensor
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Return whether a tensor is a DTensor, without importing what defines it."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+
+
+def grad_here(param: Tensor) -> Tensor:
+    """Return the gradient of the part of a parameter that this process holds, zeros if the parameter has none."""
+    if param.grad is None:
+        return torch.zeros_like(here(param))
+    grad: Any = param.grad
+    if is_dtensor(grad) and grad.placements != (placements := getattr(param, "placements", None)):
+        grad = grad.redistribute(placements=placements)
+    return here(grad)
+
+
+def spread_as(param: Tensor, part: Tensor) -> Tensor:
+    """Return a tensor of a parameter's shape, of which this process holds this part as it does of the parameter."""
+    if not is_dtensor(param):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    like: Any = param
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def cut_out(param: Tensor, whole: Tensor) -> Tensor:
+    """Return the part of a tensor of a parameter's shape that lies where this process has its part of the parameter."""
+    if is_dtensor(whole) or not is_dtensor(param):
+        return here(whole)
+    offsets = _offsets(param)
+    return whole[tuple(slice(start, start + size) for start, size in zip(offsets, here(param).shape, strict=True))]
+
+
+def refuse_disagreement(settings: Mapping[str, float], device: torch.device) -> None:
+    """Raise ValueError on every process if they do not all have the same settings."""
+    mine = torch.tensor([*settings.values()], dtype=torch.float64, device=device)
+    extremes = torch.stack([mine, -mine])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    for name, largest, smallest in zip(settings, *extremes.tolist(), strict=True):
+        if largest != -smallest:
+            raise ValueError(
+                f"processes disagree about {name}: it is {-smallest:g} on one and {largest:g} on another; "
+                "build model and optimizer alike on all of them"
+            )
+
+
+def refuse_differing_copies(params: Mapping[str, Tensor]) -> None:
+    """Raise RuntimeError on every process if a parameter or its gradient has other bits on one of them.
+
+    Of DTensors there are no copies to compare.
+    """
+    copies = {name: param for name, param in params.items() if not is_dtensor(param)}
+    tensors = {f"parameter {name}": param.detach() for name, param in copies.items()}
+    tensors |= {f"the gradient of {name}": param.grad for name, param in copies.items() if param.grad is not None}
+    if not tensors:
+        return
+    mine = torch.stack([_digest(tensor) for tensor in tensors.values()])
+    everyones = mine.new_empty(dist.get_world_size(), *mine.shape)
+    dist.all_gather_into_tensor(everyones.view(-1, mine.shape[1]), mine)
+    differing = (everyones != mine).any(2).any(0).tolist()
+    if any(differing):
+        name = list(tensors)[differing.index(True)]
+        raise RuntimeError(
+            f"{name} is not the same on all processes: is the model wrapped in DistributedDataParallel, "
+            "and loss.backward() called on its output?"
+        )
+
+
+class Shards:
+    """Where the parts lie that this process holds of some weights, given in model order.
+
+    Args:
+        params: the weights; the ones that are no DTensors are whole and the same on each process.
+        parts: in which memory order the scores of the parts here come; without them in that of the parts.
+
+    Raises:
+        ValueError: the device mesh of a DTensor does not have all processes, or it waits for a sum.
+    """
+
+    def __init__(self, params: Sequence[Tensor], parts: Sequence[Tensor] | None = None) -> None:
+        self.params = list(params)
+        self._parts = [here(param) for param in params] if parts is None else list(parts)
+        meshes = [mesh for param in params if (mesh := getattr(param, "device_mesh", None)) is not None]
+        self._processes = dist.get_world_size()
+        for mesh in meshes:
+            if mesh.size() != self._processes:
+                raise ValueError(
+                    f"a device mesh has {mesh.size()} of {self._processes} processes: GSM chooses among the weights "
+                    "of all of them, so each mesh has to cover them all"
+                )
+        self.device = torch.device(meshes[0].device_type)
+        self._counted = [number for number, param in enumerate(params) if _is_first_copy(param)]
+        self._size = sum(self._parts[number].numel() for number in self._counted)
+        self._dtype, self._place = score_dtype(params), self._parts[0].device
+        self._starts = list(accumulate((param.numel() for param in params), initial=0))
+
+    def __len__(self) -> int:
+        """Return the number of weights in the whole model."""
+        return self._starts[-1]
+
+    def are_of(self, params: Sequence[Tensor]) -> bool:
+        """Return whether these are the weights."""
+        return len(params) == len(self.params) and all(a is b for a, b in zip(params, self.params, strict=True))
+
+    def find_cut(self, scores_of: ScoresOf, k: int, suspect: bool) -> Cut:
+        """Return where the k largest of all scores end, in the parts that this process holds.
+
+        Args:
+            scores_of: given numbers of weights, what there is of their scores on this process.
+            k: how many, on all processes together.
+            suspect: whether a score here is not finite.
+
+        Raises:
+            NotFiniteError: a score on any process is not finite.
+        """
+        scores = scores_of(self._counted) if self._size else None
+        sigmas = _SIGMAS
+        while True:
+            low, high = self._bracket(scores, k, sigmas)
+            above, values, suspect = _between(scores, low, high, suspect)
+            found = self._kth_largest(_keys(values), k, (int(_keys(low)), int(_keys(high))), above, suspect)
+            if found is not None:
+                break
+            sigmas *= 2  # the samples misled
+        value = _value(found.key, values)
+        room = k - found.larger
+        if room == found.equal:
+            return Cut(value, len(self.params) - 1, values.new_empty(0, dtype=torch.int64))
+        return self._cut_ties(scores_of, value, room)
+
+    def all_finite(self, finite: Sequence[bool]) -> list[bool]:
+        """Return for each of several things whether it is finite on all processes."""
+        flags = torch.tensor(finite, dtype=torch.int32, device=self.device)
+        dist.all_reduce(flags, dist.ReduceOp.MIN)
+        return [bool(flag) for flag in flags.tolist()]
+
+    def totals(self, counts: Sequence[int]) -> list[int]:
+        """Return a count for each weight, of the part here, summed over all processes; copies count once."""
+        mine = [count if number in set(self._counted) else 0 for number, count in enumerate(counts)]
+        summed = torch.tensor(mine, dtype=torch.int64, device=self.device)
+        dist.all_reduce(summed)
+        return [int(total) for total in summed.tolist()]
+
+    def _bracket(self, scores: Scores | None, k: int, sigmas: float) -> tuple[Tensor, Tensor]:
+        """Guess two values with the k-th largest score between them.
+
+        The value that has a share of all scores above it lies between the lowest and the highest of those that have
+        this share of one process's scores above them.
+        """
+        ends = torch.full((2,), -math.inf, dtype=self._dtype, device=self.device)
+        if scores is not None:
+            low, high = scores.bracket(k * self._size / len(self), sigmas)
+            ends = torch.stack([-low, high]).to(self.device)
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+        return -ends[0].to(self._place), ends[1].to(self._place)
+
+    def _kth_largest(
+        self, keys: Tensor, k: int, span: tuple[int, int], above: int, suspect: bool = False
+    ) -> "_Found | None":
+        """Return the k-th largest of all processes' keys, or None if it does not lie in the span.
+
+        Args:
+            keys: int64, those of this process that lie in the span.
+            k: which.
+            span: smallest and largest.
+            above: how many of this process's keys lie above the span.
+            suspect: whether something is wrong with the keys here.
+        """
+        (low, high), larger = span, 0
+        while True:
+            shift = max(0, (high - low).bit_length() - BINS.bit_length() + 1)
+            counts = torch.bincount(keys.sub(low).bitwise_right_shift_(shift), minlength=BINS)
+            counts = torch.cat([counts, counts.new_tensor([above, suspect])]).to(self.device)
+            dist.all_reduce(counts)
+            from_top = counts[:-1].flip(0).cumsum(0)
+            place = (from_top < k - larger).sum()
+            passed, inside, wrong = torch.stack(
+                [*from_top.gather(0, torch.stack([place - 1, place]).clamp(0, BINS)), counts[-1]]
+            ).tolist()
+            if wrong:
+                raise NotFiniteError
+            if not 1 <= place <= BINS:
+                return None
+            larger, inside, above = larger + passed, inside - passed, 0
+            low += (BINS - int(place)) << shift
+            high = low + (1 << shift) - 1
+            keys = keys[(keys >= low) & (keys <= high)]
+            if not shift:
+                return _Found(low, larger, inside)
+            if inside * self._processes <= EXCHANGED:
+                found = self._exchanged(keys, inside).topk(inside).values
+                key = int(found[k - larger - 1])
+                return _Found(key, larger + int((found > key).sum()), int((found == key).sum()))
+
+    def _exchanged(self, keys: Tensor, count: int) -> Tensor:
+        """Return all processes' keys, of which there are `count`, and fillings that are smaller."""
+        mine = torch.full((count,), torch.iinfo(torch.int64).min, device=self.device)
+        mine[: len(keys)] = keys
+        everyones = mine.new_empty(self._processes * count)
+        dist.all_gather_into_tensor(everyones, mine)
+        return everyones
+
+    def _cut_ties(self, scores_of: ScoresOf, value: Tensor, room: int) -> Cut:
+        """Return the cut where of the scores equal to a value as many fit as there is room, the first in the model."""
+        ties = scores_of(self._counted).ties(value) if self._counted else ()
+        places = [self._places(number, rows) for number, rows in zip(self._counted, ties, strict=True)]
+        keys = torch.cat([-place for place in places]) if places else value.new_empty(0, dtype=torch.int64)
+        last = self._kth_largest(keys, room, (-len(self), 0), above=0)
+        assert last is not None, "fewer ties than were counted"
+        tensor = next(number for number, end in enumerate(self._starts[1:]) if -last.key < end)
+        positions = next(iter(scores_of([tensor]).ties(value)))
+        return Cut(value, tensor, positions[self._places(tensor, positions) > -last.key])
+
+    def _places(self, number: int, positions: Tensor) -> Tensor:
+        """Return where in the model positions in the memory of a weight's part are."""
+        param = self.params[number]
+        part = torch.empty_like(self._parts[number], device="meta")  # dense, as scores are
+        rest = index_order(positions, part)
+        place = torch.full_like(rest, self._starts[number])
+        for axis, start in enumerate(_offsets(param)):
+            below = math.prod(part.shape[axis + 1 :])
+            place += (rest.div(below, rounding_mode="floor") + start) * math.prod(param.shape[axis + 1 :])
+            rest = rest % below
+        return place
+
+
+class _Found(NamedTuple):
+    """A key, how many of all are larger, and how many are equal."""
+
+    key: int
+    larger: int
+    equal: int
+
+
+def _between(scores: Scores | None, low: Tensor, high: Tensor, suspect: bool) -> tuple[int, Tensor, bool]:
+    """Return how many scores exceed `high`, those from `low` to `high`, and whether any is not finite."""
+    nothing = low.new_empty(0)
+    if scores is None:
+        return 0, nothing, suspect
+    try:
+        return *scores.between(low, high), suspect
+    except NotFiniteError:  # the others do not know yet, and wait
+        return 0, nothing, True
+
+
+def _keys(values: Tensor) -> Tensor:
+    """Return integers in the order of scores: the bits of those that are not negative, -1 for the others."""
+    return values.view(_BITS[values.dtype]).to(torch.int64).clamp(min=-1)
+
+
+def _value(key: int, like: Tensor) -> Tensor:
+    """Return the score that has a key."""
+    return (
+        torch.tensor(key, dtype=_BITS[like.dtype], device=like.device).view(like.dtype)
+        if key >= 0
+        else like.new_tensor(-1.0)
+    )
+
+
+def _digest(tensor: Tensor) -> Tensor:
+    """Return two numbers that change with the bits of a tensor."""
+    bits = tensor.contiguous().view(-1).view(_INTEGERS[tensor.element_size()]).to(torch.int64)
+    return torch.stack([bits.sum(), (bits * bits).sum()])
+
+
+def _offsets(param: Tensor) -> Sequence[int]:
+    """Return where in a weight, along each axis, the part begins that this process holds."""
+    if not is_dtensor(param):
+        return [0] * param.ndim
+    dtensor: Any = param
+    (chunk,) = dtensor.__create_chunk_list__()  # what torch's distributed checkpoints ask
+    return list(chunk.offsets)
+
+
+def _is_first_copy(param: Tensor) -> bool:
+    """Return whether this process is the first of those that hold the same part of a weight.
+
+    Raises:
+        ValueError: the parts are yet to be added up.
+    """
+    if not is_dtensor(param):
+        return dist.get_rank() == 0
+    dtensor: Any = param
+    if any(placement.is_partial() for placement in dtensor.placements):
+        raise ValueError("a parameter is a DTensor that waits for a sum (Partial): redistribute it first")
+    return all(
+        dtensor.device_mesh.get_local_rank(dim) == 0
+        for dim, placement in enumerate(dtensor.placements)
+        if placement.is_replicate()
+    )
