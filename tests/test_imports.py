@@ -23,6 +23,7 @@ ORDER = [
     "__init__",
     "experiments/__init__",
     "experiments/recipes",
+    "experiments/ranks",
     "experiments/splits",
     "experiments/sources",
     "experiments/mnist",

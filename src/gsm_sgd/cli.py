@@ -17,7 +17,7 @@ from jsonargparse import Namespace
 from rich.console import Console
 
 from .arguments import parse
-from .experiments import UsageError, bench, data, models
+from .experiments import UsageError, bench, data, models, ranks
 from .experiments.loop import Observer, fitting_precision
 from .experiments.lottery import lottery
 from .experiments.observers import ProgressBars, Several, TensorBoard
@@ -34,8 +34,9 @@ _COMMANDS = {"prune": prune, "lottery": lottery}
 
 def run(argv: Sequence[str]) -> int:
     """Run `gsm` with its arguments and return the exit status: 0 done, 1 failed, 2 bad usage."""
-    # names of files and layers are no markup; tables in a file are not squeezed into 80 columns
-    console, log = (Console(stderr=stderr, markup=False) for stderr in (False, True))
+    # names of files and layers are no markup; tables in a file are not squeezed into 80 columns; of several processes
+    # the first one speaks
+    console, log = (Console(stderr=stderr, markup=False, quiet=ranks.rank() > 0) for stderr in (False, True))
     if not console.is_terminal:
         console.width = 100
     debug = "--debug" in argv
@@ -72,7 +73,8 @@ def _complain(error: Exception, status: int) -> int:
     message = " ".join(str(error).split()) or type(error).__name__
     if status == 1:
         message = f"{message} ({type(error).__name__}; --debug shows where)"
-    print(f"gsm: error: {message}", file=sys.stderr)
+    who = f"gsm, process {ranks.rank()}" if ranks.rank() else "gsm"
+    print(f"{who}: error: {message}", file=sys.stderr)
     return status
 
 
@@ -89,22 +91,23 @@ def _run(command: str, options: Namespace, console: Console, log: Console) -> No
     dataset = data.load(recipe.dataset, options.data_dir)
     if recipe.holdout:
         dataset = dataset.hold_out(recipe.holdout)
-    dataset = dataset.to(device)
+    dataset = dataset.share(ranks.rank(), ranks.size())
 
-    runs = []
-    for path, recipe in planned.items():
-        with RunFolder(path, recipe, options.checkpoint_seconds) as folder:
-            log.print(str(path), highlight=False, soft_wrap=True)
-            if not folder.finished:
-                folder.note_environment(device)
-                with ProgressBars(log) as bars, ExitStack() as at_end:
-                    observers: list[Observer] = [bars]
-                    if options.tensorboard:
-                        observers.append(at_end.enter_context(closing(TensorBoard(path))))
-                    _COMMANDS[command](Job(recipe, dataset, folder, Several(observers), device))
-            runs.append(read_run(path))
-            _save_pictures(runs[-1], folder)
-    _print_results(runs, console)
+    with ranks.joined(device) as device:
+        for path, recipe in planned.items():
+            with RunFolder(path, recipe, options.checkpoint_seconds) as folder:
+                log.print(str(path), highlight=False, soft_wrap=True)
+                if not folder.finished:
+                    folder.note_environment(device)
+                    with ProgressBars(log) as bars, ExitStack() as at_end:
+                        observers: list[Observer] = [bars]
+                        if options.tensorboard and folder.writes:
+                            observers.append(at_end.enter_context(closing(TensorBoard(path))))
+                        _COMMANDS[command](Job(recipe, dataset.to(device), folder, Several(observers), device))
+                if folder.writes:
+                    _save_pictures(read_run(path), folder)
+    if folder.writes:
+        _print_results([read_run(path) for path in planned], console)
 
 
 def _plan(command: str, options: Namespace, device: torch.device) -> dict[Path, Recipe]:
@@ -114,6 +117,8 @@ def _plan(command: str, options: Namespace, device: torch.device) -> dict[Path, 
     if not (math.isfinite(options.checkpoint_seconds) and options.checkpoint_seconds >= 0):
         raise UsageError(f"checkpoint-seconds must be at least 0, not {options.checkpoint_seconds}")
     recipe = _recipe(options)
+    if recipe.batch_size < ranks.size():
+        raise UsageError(f"batch_size {recipe.batch_size} leaves some of {ranks.size()} processes without an image")
     # what is chosen for this machine stands in the run's recipe, so that no other goes on with something else
     recipe = replace(recipe, precision=fitting_precision(recipe.precision, device))
     planned = {}
@@ -186,7 +191,7 @@ def _save_pictures(finished: Run, folder: RunFolder) -> None:
     assert finished.result is not None
     layers = finished.result["layers"]
     kept = {"GSM": {layer["name"]: layer["nonzeros"] for layer in layers}}
-    if folder.has_weights("base"):
+    if (folder.path / "base.safetensors").exists():
         base = read_weights(folder.path / "base.safetensors")
         masks = magnitude_masks({name: base[name] for name in kept["GSM"]}, finished.result["compression"])
         kept["magnitude"] = {name: int(mask.sum()) for name, mask in masks.items()}

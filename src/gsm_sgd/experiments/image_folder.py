@@ -1,7 +1,7 @@
 """ImageNet, or any images in folders by class: too many for memory, so workers decode them as they are needed."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from . import UsageError
 from .sources import folders_of
-from .splits import Batches, Dataset, epoch_generator
+from .splits import Batches, Dataset, epoch_generator, share
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _WORKERS = min(8, os.cpu_count() or 1)
@@ -29,12 +29,15 @@ class Folder:
         training: whether they are trained on.
         size: height and width of what the net sees.
         device: where the batches are to be.
+        rank, ranks: of each batch, which images to yield: as `Split.share` has it.
     """
 
     samples: list[Sample]
     training: bool
     size: int = 224
     device: torch.device = _CPU
+    rank: int = 0
+    ranks: int = 1
     evaluation_batch: int = 100
 
     def __len__(self) -> int:
@@ -43,13 +46,16 @@ class Folder:
 
     def batches(self, size: int) -> Batches:
         """Yield all images in order, the middle of each."""
-        return self._drawn(range(len(self)), size, None)
+        mine = range(self.rank, len(self), self.ranks)
+        return self._drawn([list(mine[start : start + size]) for start in range(0, len(mine), size)], None)
 
     def shuffled(self, size: int, seed: int, epoch: int, first: int = 0) -> Batches:
         """Yield the batches of an epoch; what is random about an image depends on seed, epoch and its number alone."""
         generator = epoch_generator(seed, epoch)
-        order = torch.randperm(len(self), generator=generator).tolist()[first * size :]
-        return self._drawn(order, size, int(torch.randint(2**62, (), generator=generator)))
+        order = torch.randperm(len(self), generator=generator).tolist()
+        starts = range(first * size, len(self), size)
+        places = [share(start, min(start + size, len(self)), self.rank, self.ranks) for start in starts]
+        return self._drawn([order[place] for place in places], int(torch.randint(2**62, (), generator=generator)))
 
     def subset(self, indices: Tensor, training: bool) -> "Folder":
         """Return some of the images."""
@@ -59,13 +65,16 @@ class Folder:
         """Return the same images, whose batches are on a device."""
         return replace(self, device=device)
 
-    def _drawn(self, order: "range | list[int]", size: int, seed: int | None) -> Batches:
-        """Yield images in an order; `seed` decides what is random about them, None means nothing is."""
+    def share(self, rank: int, ranks: int) -> "Folder":
+        """Return the same images, of which each batch is a share."""
+        return replace(self, rank=rank, ranks=ranks)
+
+    def _drawn(self, batches: Sequence[list[int]], seed: int | None) -> Batches:
+        """Yield batches of images by number; `seed` decides what is random about them, None means nothing is."""
         loader: DataLoader[tuple[Tensor, int]] = DataLoader(
             _Decoded(self.samples, self.size, seed if self.training else None),
-            size,
-            sampler=order,
-            num_workers=min(_WORKERS, -(-len(order) // size)),
+            batch_sampler=batches,
+            num_workers=min(_WORKERS, len(batches)),
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else it draws a number from the one that dropout draws from
         )

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from . import ranks
 from .recipes import Precision, Recipe, Training
 from .rundir import Record, Stage
 from .splits import Dataset, Split
@@ -82,11 +83,12 @@ def train(
     if (state := stage.resume(device)) is not None:
         try:
             _restore(state, parts, device)
-            loss_sum.copy_(state["loss_sum"])
+            loss_sum.copy_(state["loss_sum"])  # the first process's share: of several, the epoch's loss is an estimate
             position = {key: state[key] for key in position}
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise stage.damaged() from error
 
+    net = ranks.replicated(model)
     first_epoch, first_step = int(position["epoch"]), int(position["step"])
     began = time.perf_counter() - position["seconds"]
     observer.start(stage.name, training.epochs, steps, first_epoch * steps + first_step)
@@ -98,16 +100,19 @@ def train(
                 position = {"epoch": epoch, "step": step, "seconds": time.perf_counter() - began}
                 stage.save({**_snapshot(parts, device), "loss_sum": loss_sum, **position})
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                loss = F.cross_entropy(model(images), labels, label_smoothing=training.label_smoothing)
+                loss = F.cross_entropy(net(images), labels, label_smoothing=training.label_smoothing)
+            whole = min(recipe.batch_size, len(data.train) - step * recipe.batch_size)
+            if (weight := ranks.share_of(whole)) != 1:
+                loss = loss * weight
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            loss_sum += loss.detach() * len(labels)
+            loss_sum += loss.detach() * whole / ranks.size()
             observer.step()
         first_step = 0
 
-        mean_loss = loss_sum.item() / len(data.train)
+        mean_loss = ranks.total(loss_sum).item() / len(data.train)
         loss_sum.zero_()
         if not math.isfinite(mean_loss):
             raise TrainingDivergedError(f"the loss of stage {stage.name} is {mean_loss} in epoch {epoch + 1}")
@@ -145,14 +150,15 @@ def steps_per_epoch(data: Dataset, recipe: Recipe) -> int:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split) -> float:
-    """Return top-1 accuracy in percent over a whole split."""
+    """Return top-1 accuracy in percent over a whole split, of which each process looks at its share."""
+    ranks.with_first_buffers(model)
     was_training = model.training
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
     for images, labels in split.batches(split.evaluation_batch):
         correct += (model(images).argmax(1) == labels).sum()
     model.train(was_training)
-    return 100 * correct.item() / len(split)
+    return 100 * ranks.total(correct).item() / len(split)
 
 
 def parameter_groups(model: nn.Module, training: Training) -> list[dict[str, Any]]:

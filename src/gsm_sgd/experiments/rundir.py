@@ -28,7 +28,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .. import __version__
-from . import UsageError
+from . import UsageError, ranks
 from .recipes import Recipe, Training
 
 Record = dict[str, Any]
@@ -36,7 +36,9 @@ _HASH = "gsm_sgd.sha256"  # in the metadata of our weight files
 
 
 class RunFolder:
-    """The folder of one run, locked against a second process while it is open.
+    """The folder of one run, locked against a second run while it is open.
+
+    Of several processes of one run the first one writes, and the others see what it wrote.
 
     Args:
         path: the folder, made if it is not there.
@@ -51,10 +53,17 @@ class RunFolder:
         self.path = path
         self.recipe = recipe
         self.checkpoint_seconds = checkpoint_seconds
+        self.writes = ranks.rank() == 0
+        self._lock = filelock.FileLock(path / ".lock")
         refuse_other_recipe(path, recipe)
+        if self.writes:
+            self._take(path, recipe)
+        ranks.wait()
+
+    def _take(self, path: Path, recipe: Recipe) -> None:
+        """Make the folder this run's own."""
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = filelock.FileLock(path / ".lock")
             self._lock.acquire(timeout=0)
         except filelock.Timeout as error:
             raise UsageError(f"{path} is in use by another process: wait for it, or choose another --out") from error
@@ -70,24 +79,28 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let other processes have the folder."""
+        """Let other runs have the folder."""
         self._lock.release()
 
     # --- what a run leaves ---
 
     def note_environment(self, device: torch.device) -> None:
         """Add this process to environment.json: what ran the run, once more for each time it was resumed."""
+        if not self.writes:
+            return
         processes = [*read_processes(self.path), environment(device)]
         _replace(self.path / "environment.json", _json({"processes": processes}))
 
     @property
     def finished(self) -> bool:
         """Whether the run is over: result.json is there."""
-        return (self.path / "result.json").exists()
+        return ranks.first_says((self.path / "result.json").exists())
 
     def finish(self, result: Record) -> None:
         """Write result.json: the run is over."""
-        _replace(self.path / "result.json", _json(result))
+        if self.writes:
+            _replace(self.path / "result.json", _json(result))
+        ranks.wait()
 
     def save_figure(self, name: str, write: Callable[[Path], None]) -> None:
         """Have `write` make a file, and put it in its place as a whole."""
@@ -99,13 +112,15 @@ class RunFolder:
 
     def has_weights(self, name: str) -> bool:
         """Return whether `<name>.safetensors` is there."""
-        return (self.path / f"{name}.safetensors").exists()
+        return ranks.first_says((self.path / f"{name}.safetensors").exists())
 
     def save_weights(self, name: str, model: nn.Module) -> None:
         """Write a model's state to `<name>.safetensors`, with a hash of it in the metadata."""
         tensors = {key: tensor.cpu().contiguous() for key, tensor in model.state_dict().items()}
-        # one entry: safetensors writes several in any order, and the same weights are to give the same file
-        _replace(self.path / f"{name}.safetensors", save(tensors, {_HASH: _tensors_hash(tensors)}))
+        if self.writes:
+            # one entry: safetensors writes several in any order, and the same weights are to give the same file
+            _replace(self.path / f"{name}.safetensors", save(tensors, {_HASH: _tensors_hash(tensors)}))
+        ranks.wait()
 
     def load_weights(self, name: str, model: nn.Module) -> None:
         """Load `<name>.safetensors` into a model of the same architecture, in place."""
@@ -129,6 +144,7 @@ class Stage:
 
     def __init__(self, run: RunFolder, name: str) -> None:
         self.name = name
+        self._writes = run.writes
         self._metrics = run.path / "metrics.jsonl"
         self._checkpoint = run.path / f"{name}.checkpoint"
         self._interval = run.checkpoint_seconds
@@ -154,8 +170,10 @@ class Stage:
                 raise self.damaged() from error
         else:
             epoch = 0
-        kept = [r for r in read_metrics(self._metrics.parent) if r["stage"] != self.name or r["epoch"] <= epoch]
-        _replace(self._metrics, b"".join(_json_line(record) for record in kept))
+        if self._writes:
+            kept = [r for r in read_metrics(self._metrics.parent) if r["stage"] != self.name or r["epoch"] <= epoch]
+            _replace(self._metrics, b"".join(_json_line(record) for record in kept))
+        ranks.wait()  # all have read the checkpoint before the first one replaces it
         return state
 
     def damaged(self) -> UsageError:
@@ -164,7 +182,7 @@ class Stage:
 
     def due(self) -> bool:
         """Return whether it is time to save the state again."""
-        return time.monotonic() - self._saved_at >= self._interval
+        return self._writes and time.monotonic() - self._saved_at >= self._interval
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint."""
@@ -173,6 +191,8 @@ class Stage:
 
     def log(self, record: Record) -> None:
         """Append a record to metrics.jsonl."""
+        if not self._writes:
+            return
         with self._metrics.open("ab") as stream:
             stream.write(_json_line(record))
             stream.flush()
@@ -180,7 +200,8 @@ class Stage:
 
     def discard_checkpoint(self) -> None:
         """Delete the checkpoint: the stage's weights are there."""
-        self._checkpoint.unlink(missing_ok=True)
+        if self._writes:
+            self._checkpoint.unlink(missing_ok=True)
 
 
 def refuse_other_recipe(folder: Path, recipe: Recipe) -> None:
@@ -267,6 +288,7 @@ def environment(device: torch.device) -> Record:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": ranks.size(),
         "device": device_name(device),
     }
 

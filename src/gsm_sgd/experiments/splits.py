@@ -38,6 +38,12 @@ class Split(Protocol):
     def to(self, device: torch.device) -> "Split":
         """Return the same images, whose batches are on a device."""
 
+    def share(self, rank: int, ranks: int) -> "Split":
+        """Return the same images, of which each batch is every `ranks`-th from number `rank` on.
+
+        A batch of training always has an image: where the share has none, the last one of the whole batch.
+        """
+
 
 @dataclass(frozen=True)
 class Images:
@@ -49,6 +55,7 @@ class Images:
         labels: int64 (n,), on the same device.
         mean, std: of the bytes divided by 255, what to normalise with.
         margin: pixels of black around each image in which training moves it about; it then mirrors half of them too.
+        rank, ranks: of each batch, which images to yield: as `Split.share` has it.
     """
 
     images: Tensor
@@ -56,6 +63,8 @@ class Images:
     mean: float = 0.0
     std: float = 1.0
     margin: int = 0
+    rank: int = 0
+    ranks: int = 1
     evaluation_batch: int = 1_000
 
     def __len__(self) -> int:
@@ -64,8 +73,9 @@ class Images:
 
     def batches(self, size: int) -> Batches:
         """Yield all images as they are."""
-        for start in range(0, len(self), size):
-            yield self._normalised(self.images[start : start + size]), self.labels[start : start + size]
+        for start in range(self.rank, len(self), size * self.ranks):
+            chosen = slice(start, start + size * self.ranks, self.ranks)
+            yield self._normalised(self.images[chosen]), self.labels[chosen]
 
     def shuffled(self, size: int, seed: int, epoch: int, first: int = 0) -> Batches:
         """Yield all images in random order; if there is a margin, moved and mirrored at random."""
@@ -73,8 +83,9 @@ class Images:
         order = torch.randperm(len(self), generator=generator).to(self.labels.device)
         moves = self._moves(generator) if self.margin else None
         for start in range(first * size, len(self), size):
-            chosen = order[start : start + size]
-            images = self.images[chosen] if moves is None else self._moved(chosen, moves[start : start + size])
+            mine = share(start, min(start + size, len(self)), self.rank, self.ranks)
+            chosen = order[mine]
+            images = self.images[chosen] if moves is None else self._moved(chosen, moves[mine])
             yield self._normalised(images), self.labels[chosen]
 
     def subset(self, indices: Tensor, training: bool) -> "Images":
@@ -85,6 +96,10 @@ class Images:
     def to(self, device: torch.device) -> "Images":
         """Return the same images in a device's memory."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def share(self, rank: int, ranks: int) -> "Images":
+        """Return the same images, of which each batch is a share."""
+        return replace(self, rank=rank, ranks=ranks)
 
     def _moves(self, generator: torch.Generator) -> Tensor:
         """Return for each place in the order how far to move down and right, and whether to mirror: int64 (n, 3)."""
@@ -122,6 +137,10 @@ class Dataset:
         """Return the same data on a device."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
+    def share(self, rank: int, ranks: int) -> "Dataset":
+        """Return the same data, of which each batch is a share: for one of several processes."""
+        return replace(self, train=self.train.share(rank, ranks), test=self.test.share(rank, ranks))
+
     def hold_out(self, count: int) -> "Dataset":
         """Return the training set divided: `count` images, chosen once for all seeds, to measure accuracy on."""
         if not 0 < count < len(self.train):
@@ -129,6 +148,11 @@ class Dataset:
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))
         kept, held = order[count:], order[:count]
         return replace(self, train=self.train.subset(kept, True), test=self.train.subset(held, False))
+
+
+def share(start: int, end: int, rank: int, ranks: int) -> slice:
+    """Return which of a batch's places, from `start` to before `end`, are a process's: the last one if none is."""
+    return slice(start + rank, end, ranks) if start + rank < end else slice(end - 1, end)
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:

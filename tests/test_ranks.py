@@ -1,0 +1,111 @@
+"""Runs by several processes that torchrun starts; what they train on is made up."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from gsm_sgd import cli
+from gsm_sgd.experiments import ranks
+from gsm_sgd.experiments.splits import Images
+from test_cli import SHORT
+
+RUN = "lenet300-lottery-fast-x20-s0"
+
+
+def torchrun(processes, *words, program=("-m", "--", "gsm_sgd"), restarts=0):
+    """Run `gsm` in several processes and return what came of it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, "--max-restarts", restarts]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *program, *words]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, timeout=300, env=environment, check=False
+    )
+
+
+@pytest.mark.parametrize("margin", [0, 2])
+def test_shares_make_up_the_batches(margin):
+    """Of 11 images in batches of 4, the last of 3, by 1 to 5 processes."""
+    images = torch.randint(0, 255, (11, 6, 6, 1), dtype=torch.uint8)
+    split = Images(images, torch.arange(11), margin=margin)
+    for count in range(1, 6):
+        shares = [split.share(rank, count) for rank in range(count)]
+        for whole, parts in (
+            (split.shuffled(4, 7, 3, 1), [share.shuffled(4, 7, 3, 1) for share in shares]),
+            (split.batches(4), None),
+        ):
+            if parts is None:
+                seen = torch.cat([labels for share in shares for _, labels in share.batches(4)])
+                assert seen.sort().values.tolist() == list(range(11))
+                continue
+            for (pixels, labels), *mine in zip(whole, *parts, strict=True):
+                for rank, (theirs, their_labels) in enumerate(mine):
+                    expected = range(rank, len(labels), count) or [len(labels) - 1]
+                    assert their_labels.tolist() == labels[list(expected)].tolist()
+                    assert torch.equal(theirs, pixels[list(expected)])
+
+
+def test_the_mean_over_shares_is_that_of_the_batch(monkeypatch):
+    losses = torch.rand(7)
+    for count in range(1, 10):
+        monkeypatch.setenv("WORLD_SIZE", str(count))
+        mean = 0.0
+        for rank in range(count):
+            monkeypatch.setenv("RANK", str(rank))
+            mine = losses[rank::count] if rank < 7 else losses[-1:]
+            mean += float(mine.mean()) * ranks.share_of(7) / count
+        assert mean == pytest.approx(float(losses.mean()))
+
+
+def test_three_processes_train_as_one_does(tmp_path):
+    """Batches of 512 do not divide by three."""
+    assert cli.run(["lottery", "lenet300", *SHORT, "--out", str(tmp_path / "one")]) == 0
+    done = torchrun(3, "lottery", "lenet300", *SHORT, "--out", tmp_path / "three")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pruned net of seed 0") == 1
+    assert "warning" not in done.stderr.lower()
+    one, three = (tmp_path / name / RUN for name in ("one", "three"))
+    assert {path.name for path in one.iterdir()} == {path.name for path in three.iterdir()}
+    for ours, theirs in zip(*((run / "metrics.jsonl").read_text().splitlines() for run in (one, three)), strict=True):
+        assert json.loads(theirs)["loss"] == pytest.approx(json.loads(ours)["loss"], rel=1e-4)
+        assert json.loads(theirs)["top1"] == pytest.approx(json.loads(ours)["top1"], abs=0.5)
+    result = json.loads((three / "result.json").read_text())
+    assert result["nonzeros"] == result["prunable"] // 20
+    (process,) = json.loads((three / "environment.json").read_text())["processes"]
+    assert process["processes"] == 3
+
+
+def test_a_run_goes_on_when_torchrun_starts_it_again(tmp_path):
+    program = tmp_path / "dies_once.py"
+    program.write_text(
+        textwrap.dedent("""
+            import os, signal, sys
+            from gsm_sgd import GSM, cli
+
+            def step(self, closure=None, taken=[0], step=GSM.step):
+                taken[0] += 1
+                if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"], taken[0]) == ("1", "0", 5):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return step(self, closure)
+
+            GSM.step = step
+            sys.exit(cli.run(sys.argv[1:]))
+        """)
+    )
+    words = ["lottery", "lenet300", *SHORT, "--checkpoint-seconds", "0", "--out", tmp_path / "runs"]
+    done = torchrun(2, *words, program=["--", program], restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert "gsm: goes on in epoch 2 of 2" in done.stderr
+    assert len(json.loads((tmp_path / "runs" / RUN / "environment.json").read_text())["processes"]) == 2
+    result = json.loads((tmp_path / "runs" / RUN / "result.json").read_text())
+    assert result["nonzeros"] == result["prunable"] // 20
+
+
+def test_more_processes_than_images_are_refused(tmp_path):
+    done = torchrun(2, "prune", "lenet300", *SHORT, "--batch-size", "1", "--out", tmp_path)
+    assert "gsm: error: batch_size 1 leaves some of 2 processes without an image\n" in done.stderr
+    assert not list(tmp_path.iterdir())
