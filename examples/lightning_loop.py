@@ -1,0 +1,57 @@
+"""GSM in a Lightning module: configure_optimizers returns it, and the cut comes on the way.
+
+pip install lightning
+python examples/lightning_loop.py [mnist|synthetic] [EPOCHS]
+"""
+
+import sys
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from gsm_sgd import GSM
+from gsm_sgd.experiments import data, models
+from gsm_sgd.masks import sparsity_table
+
+
+class Pruned(lightning.LightningModule):
+    """A LeNet-300-100 that ends with one weight in sixty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = models.build("lenet300", seed=0)
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        """Return the loss, as in any Lightning module."""
+        images, labels = batch
+        return nn.functional.cross_entropy(self.net(images), labels)
+
+    def configure_optimizers(self) -> GSM:
+        """Return GSM: compression rises, what is kept is fixed, the rest fades and is cut, training goes on."""
+        steps = int(self.trainer.estimated_stepping_batches)
+        return GSM(
+            self.named_parameters(), 0.05, compression=60, momentum=0.9, weight_decay=5e-4, passive_decay="auto",
+            total_steps=steps, compression_schedule="cubic", ramp_steps=round(0.3 * steps),
+            fade_steps=round(0.1 * steps), cut_step=round(0.7 * steps),
+        )  # fmt: skip
+
+
+def main(dataset: str = "mnist", epochs: str = "10") -> None:
+    """Train, and show that exactly Q weights are left."""
+    images = data.load(dataset)
+    loader = DataLoader(TensorDataset(images.train.images, images.train.labels), batch_size=128, shuffle=True)
+    model = Pruned()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(max_epochs=int(epochs), accelerator="cpu", devices=1, **quiet)
+    trainer.fit(model, loader)
+
+    with torch.no_grad():
+        correct = (model.net(images.test.images).argmax(1) == images.test.labels).float().mean()
+    rows = sparsity_table(model)
+    print(f"{sum(row.nonzeros for row in rows):,} of {sum(row.params for row in rows):,} weights, {correct:.2%} top-1")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
