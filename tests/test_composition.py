@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -162,3 +163,11 @@ def test_each_pair_of_features(pair):
 def test_each_feature_on_several_processes(ranks, size, wrapping, feature):
     for weights in ranks(size).run(train, frozenset([feature]), wrapping):
         check([feature], weights)
+
+
+def test_the_readme_has_the_matrix():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    rows = "".join(f"| {feature} | ✓ | ✓ | ✓ |\n" for feature in FEATURES)
+    assert rows in readme
+    assert "of the first seven also" in readme
+    assert len(NEUTRAL) == 7
