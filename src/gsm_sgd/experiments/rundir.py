@@ -32,6 +32,10 @@ from . import UsageError
 from .recipes import Recipe, Training
 
 Record = dict[str, Any]
+_NUMBERS = ("epoch", "lr", "loss", "top1", "seconds")
+_CUT_NOW = ("cut_top1", "gap", "entered", "returned", "passive")
+"""What an epoch's record has beside its stage; the latter in GSM training alone."""
+
 _HASH = "gsm_sgd.sha256"  # in the metadata of our weight files
 
 
@@ -213,7 +217,9 @@ def read_metrics(folder: Path) -> list[Record]:
     for number, line in enumerate(lines[:-1], 1):
         try:
             record = json.loads(line)
-            if not {"stage", "epoch", "lr", "loss", "top1", "seconds"} <= set(record):
+            if not {"stage", *_NUMBERS} <= set(record) or not isinstance(record["stage"], str):
+                raise ValueError("not an epoch's record")
+            if not all(isinstance(record.get(key, 0), (int, float)) for key in (*_NUMBERS, *_CUT_NOW)):
                 raise ValueError("not an epoch's record")
             records.append(record)
         except (ValueError, TypeError) as error:
