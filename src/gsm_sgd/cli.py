@@ -25,8 +25,8 @@ from .experiments.pretrained import is_torchvisions
 from .experiments.prune import Job, gsm, prune
 from .experiments.recipes import Recipe, Training
 from .experiments.rundir import Record, RunFolder, read_weights, refuse_other_recipe
-from .masks import LayerSparsity, magnitude_masks, sparsity_rows
-from .reports import plots, tables
+from .masks import LayerSparsity, sparsity_rows
+from .reports import html, nets, plots, tables
 from .reports.runs import Run, by_recipe, read_run, summary
 
 _COMMANDS = {"prune": prune, "lottery": lottery}
@@ -50,6 +50,10 @@ def run(argv: Sequence[str]) -> int:
                 _bench(options, console, log)
             case "show":
                 _show(options.runs, options.json, console)
+            case "report":
+                for missing in html.write_report(options.runs, options.output):
+                    log.print(f"missing: {missing}", highlight=False, soft_wrap=True)
+                console.print(str(options.output), highlight=False, soft_wrap=True)
             case command:
                 with warnings.catch_warnings():
                     warnings.showwarning = lambda message, *_: log.print(f"warning: {message}", soft_wrap=True)
@@ -183,13 +187,7 @@ def _device(name: str) -> torch.device:
 
 def _save_pictures(finished: Run, folder: RunFolder) -> None:
     """Put pictures of the layers' density and of the training curves into a run's folder."""
-    assert finished.result is not None
-    layers = finished.result["layers"]
-    kept = {"GSM": {layer["name"]: layer["nonzeros"] for layer in layers}}
-    if folder.has_weights("base"):
-        base = read_weights(folder.path / "base.safetensors")
-        masks = magnitude_masks({name: base[name] for name in kept["GSM"]}, finished.result["compression"])
-        kept["magnitude"] = {name: int(mask.sum()) for name, mask in masks.items()}
+    kept = {method: nets.kept(nets.mask(finished, method)) for method in nets.methods(finished)}
     plots.save(plots.density_figure(finished, kept), "density", folder.save_figure)
     plots.save(plots.curves_figure(finished), "curves", folder.save_figure)
 

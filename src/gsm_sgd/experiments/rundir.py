@@ -196,11 +196,11 @@ def refuse_other_recipe(folder: Path, recipe: Recipe) -> None:
             raise UsageError(f"{folder} is not a run's folder but holds files: choose another --out")
         return
     try:
-        theirs = _flat(yaml.safe_load(path.read_text()))
+        theirs = dotted(yaml.safe_load(path.read_text()))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
         raise UsageError(f"{path} is damaged: delete {folder} or choose another --out") from error
     theirs = {**_DEFAULTS, **theirs}  # an older version's recipe lacks what has been added since
-    ours = _flat(recipe.as_dict())
+    ours = dotted(recipe.as_dict())
     other = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
     if other:
         difference = ", ".join(f"{key} {theirs.get(key)} there, {ours.get(key)} here" for key in other[:3])
@@ -340,11 +340,11 @@ def _defaults(kind: type, prefix: str = "") -> Record:
     return {f"{prefix}{field.name}": field.default for field in fields(kind) if field.default is not MISSING}
 
 
-def _flat(nested: Record, prefix: str = "") -> Record:
+def dotted(nested: Record, prefix: str = "") -> Record:
     """Return nested fields under dotted names."""
     flat: Record = {}
     for key, value in nested.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
