@@ -40,7 +40,7 @@ def comparison(groups: Sequence[Group]) -> Block:
         marks.append(Row(group.title, "blue", group.seeds, top1, last.paper))
     columns = ["runs", "seeds", "weights kept", "base net", "GSM, before the cut", "after the cut", "pruned net"]
     return Block(
-        "All runs side by side",
+        "",
         picture=Picture(figures.accuracies(marks), "Top-1 error of the pruned nets of all runs, beside the paper's."),
         tables=[Table("Top-1 in %", [*columns, "the paper", "difference", "epochs", "seconds"], rows, texts=2)],
     )
@@ -163,7 +163,7 @@ def _epochs(group: Group, stage: str) -> Table:
     """Return the quantities of a stage by epoch, as means over the seeds."""
     formats = {"loss": ".4f", "top1": ".2f"}
     if any("cut_top1" in record for record in _metrics(group) if record["stage"] == stage):
-        formats |= {"cut_top1": ".2f", "gap": ".3g", "passive": ".3g", "entered": ".4g", "returned": ".4g"}
+        formats |= {"cut_top1": ".2f", "gap": ".3g", "passive": ".3g", "entered": ",.0f", "returned": ",.0f"}
     titles = {"top1": "top-1 %", "cut_top1": "top-1 % if cut", "passive": "left of a passive weight"}
     columns = {key: dict(figures.mean_by_epoch(_line(group, stage, key))) for key in formats}
     rows = [

@@ -19,7 +19,7 @@ from .nets import BINS_PER_DECADE, HIGHEST, LOWEST
 _MARGINS = {"l": 8, "r": 12, "t": 8, "b": 8}
 _MANY_NETS = 12  # in a matrix: with more there is no room for numbers
 _FEW_ROWS = 12  # with more there is room for a line of small print in each only
-_LABEL, _LINES = 20, 3  # characters in a line of a label, and lines
+_LABEL, _LINES = 25, 3  # characters in a line of a label, and lines
 _LINE = 26  # characters of a label that has one line only
 _NARROW, _MANY_DECADES = 0.5, 3  # on a logarithmic axis: Plotly's own ticks fit below, one for each decade above
 _SYMBOLS = ("circle", "diamond", "square", "cross", "triangle-up")
@@ -162,7 +162,7 @@ def bars(categories: Sequence[str], groups: Sequence[Bar], quantity: str, *, log
         else:
             pattern = {"shape": "/", "size": 6, "solidity": 0.35, "fillmode": "overlay"} if index else {}
             spread = {"array": group.spread, "thickness": 1, "width": 3} if group.spread else None
-            options |= {"textposition": "outside", "cliponaxis": False}
+            options |= {"textposition": "auto", "textangle": 0}
             figure.add_bar(orientation="h", marker={"pattern": pattern}, error_x=spread, **options)
     figure.update_layout(barmode="group", bargap=0.25, showlegend=len(groups) > 1)
     figure.update_xaxes(
@@ -175,11 +175,11 @@ def bars(categories: Sequence[str], groups: Sequence[Bar], quantity: str, *, log
 
 
 def histograms(lines: Sequence[tuple[str, str, str, list[float]]]) -> Record:
-    """Return how many weights there are of each size, by label, colour, dash and counts."""
+    """Return how many weights there are of each size, by label, colour, symbol and counts."""
     width = 1 / BINS_PER_DECADE
     edges = [LOWEST + width * index for index in range((HIGHEST - LOWEST) * BINS_PER_DECADE)]
     figure = _figure(height=360)
-    for label, colour, dash, counts in lines:
+    for label, colour, symbol, counts in lines:
         figure.add_scatter(
             x=[edge + width / 2 for edge in edges],
             y=[_drawn(count, log=True) for count in counts],
@@ -188,8 +188,8 @@ def histograms(lines: Sequence[tuple[str, str, str, list[float]]]) -> Record:
             name=_escaped(label),
             meta={"colour": colour},
             mode="lines+markers",
-            line={"shape": "hvh", "width": 2, "dash": dash},
-            marker={"size": 4},
+            line={"shape": "hvh", "width": 2},
+            marker={"size": 6, "symbol": symbol},
         )
     figure.update_layout(showlegend=True)
     present = [index for *_, counts in lines for index, count in enumerate(counts) if count]
@@ -222,7 +222,7 @@ def matrix(names: Sequence[str], values: Sequence[Sequence[float]], quantity: st
     labels = [_shortened(name) for name in names]
     _name_rows(figure, labels)
     figure.update_yaxes(showgrid=False)
-    figure.update_xaxes(showgrid=False, tickvals=list(range(len(names))), ticktext=labels)
+    figure.update_xaxes(showgrid=False, tickvals=list(range(len(names))), ticktext=labels, tickangle=-45)
     return _plain(figure)
 
 
@@ -232,7 +232,7 @@ def matrix(names: Sequence[str], values: Sequence[Sequence[float]], quantity: st
 def _figure(height: int) -> go.Figure:
     """Return an empty figure: a line of legend on top, and margins as wide as the labels need."""
     figure = go.Figure(layout={"height": height, "margin": _MARGINS, "template": None})
-    figure.update_layout(legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"})
+    figure.update_layout(legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"})
     figure.update_xaxes(automargin=True)
     figure.update_yaxes(automargin=True)
     return figure

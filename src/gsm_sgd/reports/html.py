@@ -28,7 +28,7 @@ _SETTING = 60  # characters of a setting in a title
 
 
 class Section(NamedTuple):
-    """What a panel says of one group of runs, or of all if it has no title."""
+    """What a panel says of one group of runs, or of all."""
 
     title: str
     blocks: Sequence[Block]
@@ -43,7 +43,7 @@ def write_report(paths: Sequence[Path], output: Path) -> list[str]:
     missing: list[str] = []
     groups = _groups(_readable(paths, missing), missing)
     page = _page(groups, missing)
-    write_whole(output, page.encode(), "-o")
+    write_whole(output, page.encode(errors="replace"), "-o")  # a name may be no text
     return missing
 
 
@@ -119,7 +119,7 @@ def _page(groups: Sequence[Group], missing: list[str]) -> str:
     panels: dict[str, list[Section]] = {key: [] for key in _PANELS}
     finished = [group for group in groups if group.results]
     if len(finished) > 1:
-        panels["results"].append(Section("", [accuracy.comparison(finished)]))
+        panels["results"].append(Section("All runs side by side", [accuracy.comparison(finished)]))
     for group in groups:
         said = {"curves": accuracy.curves(group), "recipe": production.recipe_and_environment(group)}
         if group.results:

@@ -73,14 +73,13 @@ def _latency(group: Group, missing: list[str]) -> Block:
     ]
     if not measured:
         return Block("Latency", [f"Not measured yet: gsm bench inference {group.runs[0].path} does it."])
-    labels = [f"{row['engine']}\nseed {seed}, batch {row['batch']}, {row['threads']} threads" for seed, row in measured]
-    bar = Bar(
-        "ms", "blue", [row["milliseconds"] for _, row in measured], [f"{r['milliseconds']:.3g} ms" for _, r in measured]
-    )
+    labels = [f"{row['engine']}\nbatch {row['batch']}, seed {seed}" for seed, row in measured]
+    milliseconds = [row["milliseconds"] for _, row in measured]
+    bar = Bar("ms", "blue", milliseconds, [f"{_short(value)} ms" for value in milliseconds])
     figure = figures.bars(labels, [bar], "milliseconds for a batch", log=True)
     rows = [
-        [row["engine"], seed, *(f"{row[key]:.3g}" for key in ("batch", "threads", "milliseconds", "ratio"))]
-        for seed, row in measured
+        [row["engine"], seed, str(row["batch"]), str(row["threads"]), _short(ms), f"{row['ratio']:.2f}"]
+        for (seed, row), ms in zip(measured, milliseconds, strict=True)
     ]
     table = Table("Inference", ["engine", "seed", "batch", "threads", "milliseconds", "ratio"], rows)
     return Block("Latency", (), Picture(figure, "Milliseconds of inference by engine."), [table])
@@ -130,3 +129,8 @@ def recipe_and_environment(group: Group) -> list[Block]:
     columns = ["seed", *_OF_A_PROCESS]
     caption = "What ran these runs; several processes of one seed where it was interrupted"
     return [*blocks, Block("Environment", tables=[Table(caption, columns, processes, texts=len(columns))])]
+
+
+def _short(value: float) -> str:
+    """Return a number in three digits."""
+    return f"{float(f'{value:.3g}'):,g}"

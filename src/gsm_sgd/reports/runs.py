@@ -165,7 +165,7 @@ def by_recipe(runs: Sequence[Run]) -> list[list[Run]]:
     groups: dict[str, dict[Path, Run]] = {}
     for run in runs:
         if run.result is not None:
-            key = json.dumps([run.result["command"], {**run.recipe, "seed": None}])
+            key = repr([run.result["command"], {**run.recipe, "seed": None}])
             groups.setdefault(key, {})[run.path.resolve()] = run
     return [list(group.values()) for group in groups.values()]
 

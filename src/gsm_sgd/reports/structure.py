@@ -118,7 +118,7 @@ def weights(group: Group, missing: list[str]) -> list[Block]:
     run = group.runs[0]
     start = run.recipe.get("start", "base")
     titles = {start: f"start of GSM training ({start})", "gsm": "end of GSM training", "pruned": "pruned net"}
-    drawn = {start: ("ink", "dot"), "gsm": ("orange", "dash"), "pruned": ("blue", "solid")}
+    drawn = {start: ("ink", "circle"), "gsm": ("orange", "diamond"), "pruned": ("blue", "square")}
     found: dict[str, list[nets.Histogram]] = {}
     for one in group.runs:
         for name in titles:

@@ -57,8 +57,11 @@
       const own = colour(trace.meta.colour);
       trace.marker = { ...trace.marker, color: own, line: { ...trace.marker?.line, color: own } };
       if (trace.type === "scatter") trace.line = { ...trace.line, color: own };
-      if (trace.type === "bar") trace.marker.pattern = { ...trace.marker.pattern, fgcolor: colour("page") };
-      if (trace.type === "bar") trace.textfont = { color: colour("text") };
+      if (trace.type === "bar") {
+        trace.marker.pattern = { ...trace.marker.pattern, fgcolor: colour("page") };
+        trace.insidetextfont = { color: colour("page") };
+        trace.outsidetextfont = { color: colour("text") };
+      }
       if (trace.error_x) trace.error_x.color = trace.type === "bar" ? colour("text") : own;
       trace.hoverlabel = { bordercolor: own };
     }
