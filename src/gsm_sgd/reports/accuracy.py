@@ -88,7 +88,7 @@ def curves(group: Group) -> list[Block]:
     ]
     if any("cut_top1" in record for record in _metrics(group)):
         blocks += _cut_now(group)
-    blocks.append(Block("By epoch", tables=[_epochs(group, stage) for stage in stages]))
+    blocks.append(Block("", tables=[_epochs(group, stage) for stage in stages]))
     return blocks
 
 
