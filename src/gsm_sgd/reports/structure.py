@@ -52,7 +52,7 @@ def layers(group: Group, masks: Masks) -> list[Block]:
         f"Global density: {percent(sum(counts['GSM'][0]), sum(sizes)):.2f} %. GSM has found each layer's by itself."
     ]
     if "magnitude" not in masks:
-        texts.append("There is no base net in these runs, so that there is no choice by magnitude to compare with.")
+        texts.append("There is no base net to be read here, and so no choice by magnitude to compare with.")
     labels = [f"{layer['name']}\n{by(layer['shape'])}" for layer in first]
     figure = figures.bars(labels, bars, "weights kept, % of the layer")
     caption = "What each layer keeps" + (", mean ± standard deviation over the seeds" if len(group.runs) > 1 else "")
@@ -67,45 +67,32 @@ def agreement(group: Group, masks: Masks) -> list[Block]:
         return [
             Block("", ["There is one mask only: a second seed, or a base net, gives something to compare it with."])
         ]
-    kinds: dict[str, list[nets.Agreement]] = {}
-    by_layer: dict[str, list[dict[str, nets.Agreement]]] = {}
-    overlaps = [[100.0] * len(found) for _ in found]
-    for row, (method, seed, ours) in enumerate(found):
-        for column, (other, other_seed, theirs) in enumerate(found[:row]):
-            agreed = nets.agreement(ours, theirs)
-            overlaps[row][column] = overlaps[column][row] = 100 * agreed.overlap
+    pairs: dict[str, list[tuple[dict[str, Tensor], dict[str, Tensor]]]] = {}
+    for index, (method, seed, theirs) in enumerate(found):
+        for other, other_seed, ours in found[:index]:
             seeds = "same seed" if seed == other_seed else "different seeds"
-            kind = f"{other} and {method}, {seeds}"
-            kinds.setdefault(kind, []).append(agreed)
-            layerwise = {name: nets.agreement({name: ours[name]}, {name: theirs[name]}) for name in ours}
-            by_layer.setdefault(kind, []).append(layerwise)
-    rows = [
-        [kind, str(len(all_of)), *(number([100 * pair[index] for pair in all_of], ".2f") for index in range(4))]
-        for kind, all_of in kinds.items()
-    ]
+            pairs.setdefault(f"{other} and {method}, {seeds}", []).append((ours, theirs))
+    rows, layer_rows = [], [[name] for name in found[0][2]]
+    for kind, of_kind in pairs.items():
+        agreed = [nets.agreement(ours, theirs) for ours, theirs in of_kind]
+        in_percent = [[100 * share for share in shares] for shares in zip(*agreed, strict=True)]
+        rows.append([kind, str(len(of_kind)), *(number(shares, ".2f") for shares in in_percent)])
+        for cells in layer_rows:
+            layer = [nets.agreement({cells[0]: a[cells[0]]}, {cells[0]: b[cells[0]]}) for a, b in of_kind]
+            cells += [f"{100 * fmean(one.overlap for one in layer):.2f}"]
+            cells += [f"{100 * fmean(one.chance_overlap for one in layer):.2f}"]
     titles = ["overlap %", "by chance %", "Jaccard index %", "by chance %"]
-    layer_rows = [
-        [
-            name,
-            *(
-                f"{100 * fmean(pair[name][index] for pair in pairs):.2f}"
-                for pairs in by_layer.values()
-                for index in (0, 1)
-            ),
-        ]
-        for name in found[0][2]
-    ]
-    layer_columns = [title for kind in by_layer for title in (f"{kind}: overlap %", "by chance %")]
-    names = [f"{method}, {seed}" for method, seed, _ in found]
+    layer_columns = [title for kind in pairs for title in (f"{kind}: overlap %", "by chance %")]
     text = (
         "Overlap: of the weights that one mask keeps, the share that the other keeps too. Jaccard index: of the "
         "weights that either keeps, the share that both keep. By chance: what masks would have in common that keep as "
         "many weights of each layer, but any. Masks are named by method and seed; nets of different seeds start from "
         "different weights."
     )
-    picture = Picture(
-        figures.matrix(names, overlaps, "overlap"), "Overlap in % between the masks of all methods and seeds."
-    )
+    names = [f"{method}, {seed}" for method, seed, _ in found]
+    overlaps = [[100 * nets.agreement(ours, theirs).overlap for *_, theirs in found] for *_, ours in found]
+    described = "Overlap in % between the masks of all methods and seeds."
+    picture = Picture(figures.matrix(names, overlaps, "overlap"), described)
     tables = [
         Table("Agreement of pairs of masks", ["masks", "pairs", *titles], rows),
         Table("By layer", ["layer", *layer_columns], layer_rows, folded=len(layer_rows) > _MANY_LAYERS),
@@ -116,7 +103,7 @@ def agreement(group: Group, masks: Masks) -> list[Block]:
 def weights(group: Group, missing: list[str]) -> list[Block]:
     """Return the distribution of |w| before and after the cut, means over the seeds."""
     run = group.runs[0]
-    start = run.recipe.get("start", "base")
+    start = "init" if run.recipe.get("start") == "init" else "base"
     titles = {start: f"start of GSM training ({start})", "gsm": "end of GSM training", "pruned": "pruned net"}
     drawn = {start: ("ink", "circle"), "gsm": ("orange", "diamond"), "pruned": ("blue", "square")}
     found: dict[str, list[nets.Histogram]] = {}
