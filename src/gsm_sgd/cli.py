@@ -187,7 +187,10 @@ def _device(name: str) -> torch.device:
 
 def _save_pictures(finished: Run, folder: RunFolder) -> None:
     """Put pictures of the layers' density and of the training curves into a run's folder."""
-    kept = {method: nets.kept(nets.mask(finished, method)) for method in nets.methods(finished)}
+    assert finished.result is not None
+    kept = {"GSM": {layer["name"]: layer["nonzeros"] for layer in finished.result["layers"]}}
+    if "magnitude" in nets.methods(finished):
+        kept["magnitude"] = nets.kept(nets.mask(finished, "magnitude"))
     plots.save(plots.density_figure(finished, kept), "density", folder.save_figure)
     plots.save(plots.curves_figure(finished), "curves", folder.save_figure)
 
