@@ -16,6 +16,7 @@ FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"),
     *("--disable-sync", "--no-first-run"),
 ]
+_PATIENCE = 300_000  # milliseconds: the machine may be busy with something else
 PANELS = ["results", "curves", "layers", "weights", "masks", "size", "recipe"]
 
 
@@ -46,6 +47,7 @@ def visit(browser, address):
 
     def opened(width=1280, **options):
         context = browser.new_context(viewport={"width": width, "height": 900}, **options)
+        context.set_default_timeout(_PATIENCE)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: wrong.append(message.text) if message.type != "log" else None)
