@@ -4,8 +4,9 @@ BIN := .venv/bin
 
 .PHONY: demo test lint clean
 
-demo: .venv/installed  ## winning tickets of LeNet-300-100 at 60x on real MNIST
+demo: .venv/installed  ## winning tickets of LeNet-300-100 at 60x on real MNIST, and a report of them
 	$(BIN)/gsm lottery lenet300
+	$(BIN)/gsm report runs/lenet300-lottery-fast-x60-s0 -o runs/lenet300-lottery-fast-x60-s0/report.html
 
 test: .venv/installed lint  ## everything that must hold
 	$(BIN)/python -m pytest

@@ -105,7 +105,15 @@ def test_seconds_to_a_pruned_net_stand_in_the_readme():
 
 def test_commands_in_the_readme_exist():
     readme = (ROOT / "README.md").read_text()
-    for command in ("gsm list", "gsm lottery lenet300", "gsm prune lenet5", "gsm show", "make demo", "make test"):
+    for command in (
+        "gsm list",
+        "gsm lottery lenet300",
+        "gsm prune lenet5",
+        "gsm show",
+        "gsm report",
+        "make demo",
+        "make test",
+    ):
         assert command in readme
 
 

@@ -73,6 +73,11 @@ def _parser(recipe: Recipe) -> ArgumentParser:
     show.add_argument("--json", type=Path | None, default=None, help="also write runs of several seeds to this file")
     commands.add_subcommand("show", show, help="what runs came to, or the layers of a weight file")
 
+    report = _Parser(description="Write one page with everything about runs, finished or not.")
+    report.add_argument("runs", nargs="+", type=Path, help="run folders")
+    report.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page")
+    commands.add_subcommand("report", report, help="a page with results, curves, layers, masks and sizes of runs")
+
     cost = _Parser(description="Measure what an optimizer step costs, GSM's beside SGD's, by turns in one run.")
     cost.add_argument("subject", type=str, help="what to measure: step")
     cost.add_argument("models", nargs="*", default=["lenet300", "resnet56"], help=f"of {', '.join(bench.WORKLOADS)}")

@@ -25,8 +25,8 @@ from .experiments.pretrained import is_torchvisions
 from .experiments.prune import Job, gsm, prune
 from .experiments.recipes import Recipe, Training
 from .experiments.rundir import Record, RunFolder, read_weights, refuse_other_recipe
-from .masks import LayerSparsity, magnitude_masks, sparsity_rows
-from .reports import plots, tables
+from .masks import LayerSparsity, sparsity_rows
+from .reports import html, nets, plots, tables
 from .reports.runs import Run, by_recipe, read_run, summary
 
 _COMMANDS = {"prune": prune, "lottery": lottery}
@@ -51,6 +51,10 @@ def run(argv: Sequence[str]) -> int:
                 _bench(options, console, log)
             case "show":
                 _show(options.runs, options.json, console)
+            case "report":
+                for missing in html.write_report(options.runs, options.output):
+                    log.print(f"missing: {missing}", highlight=False, soft_wrap=True)
+                console.print(str(options.output), highlight=False, soft_wrap=True)
             case command:
                 with warnings.catch_warnings():
                     warnings.showwarning = lambda message, *_: log.print(f"warning: {message}", soft_wrap=True)
@@ -117,7 +121,7 @@ def _plan(command: str, options: Namespace, device: torch.device) -> dict[Path, 
     if not (math.isfinite(options.checkpoint_seconds) and options.checkpoint_seconds >= 0):
         raise UsageError(f"checkpoint-seconds must be at least 0, not {options.checkpoint_seconds}")
     recipe = _recipe(options)
-    if recipe.batch_size < ranks.size():
+    if 0 < recipe.batch_size < ranks.size():
         raise UsageError(f"batch_size {recipe.batch_size} leaves some of {ranks.size()} processes without an image")
     # what is chosen for this machine stands in the run's recipe, so that no other goes on with something else
     recipe = replace(recipe, precision=fitting_precision(recipe.precision, device))
@@ -189,12 +193,9 @@ def _device(name: str) -> torch.device:
 def _save_pictures(finished: Run, folder: RunFolder) -> None:
     """Put pictures of the layers' density and of the training curves into a run's folder."""
     assert finished.result is not None
-    layers = finished.result["layers"]
-    kept = {"GSM": {layer["name"]: layer["nonzeros"] for layer in layers}}
-    if (folder.path / "base.safetensors").exists():
-        base = read_weights(folder.path / "base.safetensors")
-        masks = magnitude_masks({name: base[name] for name in kept["GSM"]}, finished.result["compression"])
-        kept["magnitude"] = {name: int(mask.sum()) for name, mask in masks.items()}
+    kept = {"GSM": {layer["name"]: layer["nonzeros"] for layer in finished.result["layers"]}}
+    if "magnitude" in nets.methods(finished):
+        kept["magnitude"] = nets.kept(nets.mask(finished, "magnitude"))
     plots.save(plots.density_figure(finished, kept), "density", folder.save_figure)
     plots.save(plots.curves_figure(finished), "curves", folder.save_figure)
 

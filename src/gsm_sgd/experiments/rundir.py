@@ -32,6 +32,10 @@ from . import UsageError, ranks
 from .recipes import Recipe, Training
 
 Record = dict[str, Any]
+_NUMBERS = ("epoch", "lr", "loss", "top1", "seconds")
+_CUT_NOW = ("cut_top1", "gap", "entered", "returned", "passive")
+"""What an epoch's record has beside its stage; the latter in GSM training alone."""
+
 _HASH = "gsm_sgd.sha256"  # in the metadata of our weight files
 
 
@@ -213,11 +217,11 @@ def refuse_other_recipe(folder: Path, recipe: Recipe) -> None:
             raise UsageError(f"{folder} is not a run's folder but holds files: choose another --out")
         return
     try:
-        theirs = _flat(yaml.safe_load(path.read_text()))
+        theirs = dotted(yaml.safe_load(path.read_text()))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
         raise UsageError(f"{path} is damaged: delete {folder} or choose another --out") from error
     theirs = {**_DEFAULTS, **theirs}  # an older version's recipe lacks what has been added since
-    ours = _flat(recipe.as_dict())
+    ours = dotted(recipe.as_dict())
     other = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
     if other:
         difference = ", ".join(f"{key} {theirs.get(key)} there, {ours.get(key)} here" for key in other[:3])
@@ -234,7 +238,9 @@ def read_metrics(folder: Path) -> list[Record]:
     for number, line in enumerate(lines[:-1], 1):
         try:
             record = json.loads(line)
-            if not {"stage", "epoch", "lr", "loss", "top1", "seconds"} <= set(record):
+            if not {"stage", *_NUMBERS} <= set(record) or not isinstance(record["stage"], str):
+                raise ValueError("not an epoch's record")
+            if not all(isinstance(record.get(key, 0), (int, float)) for key in (*_NUMBERS, *_CUT_NOW)):
                 raise ValueError("not an epoch's record")
             records.append(record)
         except (ValueError, TypeError) as error:
@@ -356,11 +362,11 @@ def _defaults(kind: type, prefix: str = "") -> Record:
     return {f"{prefix}{field.name}": field.default for field in fields(kind) if field.default is not MISSING}
 
 
-def _flat(nested: Record, prefix: str = "") -> Record:
+def dotted(nested: Record, prefix: str = "") -> Record:
     """Return nested fields under dotted names."""
     flat: Record = {}
     for key, value in nested.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 

@@ -43,7 +43,7 @@ def density_figure(run: Run, kept: dict[str, dict[str, int]]) -> Figure:
     axes.set_ylim(len(layers) - 0.4, -0.6)  # the first layer on top
     axes.margins(x=0.25)
     axes.set_xlabel("weights kept, % of the layer")
-    axes.set_title(f"{_title(run)}: what each layer keeps", fontsize=10)
+    axes.set_title(f"{run.title}, seed {run.recipe['seed']}: what each layer keeps", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     if len(kept) > 1:
         axes.legend(frameon=False)
@@ -77,7 +77,7 @@ def curves_figure(run: Run) -> Figure:
     error.yaxis.set_major_formatter(formatter)
     error.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
     error.yaxis.set_minor_formatter(formatter)
-    figure.suptitle(_title(run), fontsize=10)
+    figure.suptitle(f"{run.title}, seed {run.recipe['seed']}", fontsize=10)
     if run.metrics:
         loss.legend(frameon=False, fontsize=8)
     return figure
@@ -89,8 +89,3 @@ def save(figure: Figure, name: str, put: Callable[[str, Callable[[Path], None]],
     with matplotlib.rc_context({"svg.hashsalt": "gsm-sgd", "svg.fonttype": "none"}):
         put(f"{name}.png", lambda path: figure.savefig(path, dpi=150, format="png"))
         put(f"{name}.svg", lambda path: figure.savefig(path, format="svg", metadata={"Date": None}))
-
-
-def _title(run: Run) -> str:
-    recipe = run.recipe
-    return f"{recipe['recipe']} at {recipe['compression']:g}x, preset {recipe['preset']}, seed {recipe['seed']}"

@@ -1,10 +1,11 @@
 """Run folders as figures: what one run came to, and several seeds together."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from types import NoneType
 from typing import Any, NamedTuple
 
 import yaml
@@ -31,6 +32,20 @@ STAGES = {
 }
 """The stage whose last evaluation, before a cut if it is `gsm_before_cut`, a `top1` figure is."""
 
+_NUMBER = (int, float)
+_RECIPE: Record = {
+    **{"recipe": str, "preset": str, "compression": _NUMBER, "seed": int, "cut": _NUMBER, "holdout": int},
+    **{"base": {"epochs": int}, "gsm": {"epochs": int}},
+}
+_RESULT: Record = {
+    **{"recipe": str, "command": str, "preset": str, "compression": _NUMBER, "seed": int, "device": str},
+    **{"prunable": int, "nonzeros": int, "epochs": dict, "seconds": dict, "layers": list, "paper": (dict, NoneType)},
+    "top1": dict.fromkeys(("gsm_before_cut", "gsm_after_cut", "pruned"), _NUMBER),
+}
+_TABLES_OF_NUMBERS = ("epochs", "seconds", "top1", "paper")
+_LAYER: Record = {"name": str, "shape": list, "params": int, "nonzeros": int}
+"""What the files of a run have at least, and of which type."""
+
 _LAST = 10  # evaluations in the mean that the authors' code reports
 _SAME = 0.05  # points of accuracy that a cut may cost and still be called lossless
 
@@ -50,6 +65,35 @@ class Run:
         records = self.uncut if key == "gsm_before_cut" else self.metrics
         top1 = [record["top1"] for record in records if record["stage"] == STAGES.get(key)]
         return fmean(top1[-_LAST:]) if top1 else None
+
+    @property
+    def title(self) -> str:
+        """What was run, the seed left out."""
+        return f"{self.recipe['recipe']} at {self.recipe['compression']:g}x, preset {self.recipe['preset']}"
+
+    @property
+    def measured_on(self) -> str:
+        """What accuracies are of."""
+        if self.recipe.get("holdout"):
+            return f"accuracy on {self.recipe['holdout']:,} held-out training images, not on the test set"
+        if self.recipe.get("dataset") == "synthetic":
+            return "on made-up data: not comparable with the paper"
+        return "accuracy on the full test set after the last epoch, or at the cut"
+
+    @property
+    def progress(self) -> list["Progress"]:
+        """How far each stage has come."""
+        last = {record["stage"]: record for record in self.metrics}
+        return [
+            Progress(
+                stage,
+                f"{record['epoch']}/{self.recipe['gsm' if stage == 'gsm' else 'base']['epochs']}",
+                f"{record['loss']:.4f}",
+                f"{record['top1']:.2f}",
+                f"{record['seconds']:.0f}",
+            )
+            for stage, record in last.items()
+        ]
 
     @property
     def uncut(self) -> list[Record]:
@@ -72,6 +116,16 @@ class Run:
         return epoch
 
 
+class Progress(NamedTuple):
+    """The last record of a stage, as it is shown; the epoch is "3/24"."""
+
+    stage: str
+    epoch: str
+    loss: str
+    top1: str
+    seconds: str
+
+
 def read_run(path: Path) -> Run:
     """Return what a run's folder holds.
 
@@ -83,15 +137,27 @@ def read_run(path: Path) -> Run:
     file = path / "recipe.yaml"
     try:
         recipe = yaml.safe_load(file.read_text())
-        if not isinstance(recipe, dict):
-            raise ValueError("not a mapping")
+        if not isinstance(recipe, dict) or not _has({"cut": 1.0, "holdout": 0, **recipe}, _RECIPE):
+            raise ValueError("not a recipe")
         file = path / "result.json"
         result = json.loads(file.read_text()) if file.exists() else None
-        if result is not None and not {"command", "seed", "seconds", "top1", "layers", "paper"} <= set(result):
+        if result is not None and not (
+            _has(result, _RESULT)
+            and all(_has(layer, _LAYER) for layer in result["layers"])
+            and all(isinstance(value, _NUMBER) for key in _TABLES_OF_NUMBERS for value in (result[key] or {}).values())
+        ):
             raise ValueError("not a result")
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise UsageError(f"{file} is damaged: delete it and give the run's command again") from error
     return Run(path, recipe, read_processes(path), read_metrics(path), result)
+
+
+def _has(record: object, fields: Mapping[str, Any]) -> bool:
+    """Return whether a record has these fields, each of the type given, or in turn with the fields given."""
+    return isinstance(record, dict) and all(
+        key in record and (_has(record[key], kind) if isinstance(kind, dict) else isinstance(record[key], kind))
+        for key, kind in fields.items()
+    )
 
 
 def by_recipe(runs: Sequence[Run]) -> list[list[Run]]:
@@ -99,7 +165,7 @@ def by_recipe(runs: Sequence[Run]) -> list[list[Run]]:
     groups: dict[str, dict[Path, Run]] = {}
     for run in runs:
         if run.result is not None:
-            key = json.dumps([run.result["command"], {**run.recipe, "seed": None}])
+            key = repr([run.result["command"], {**run.recipe, "seed": None}])
             groups.setdefault(key, {})[run.path.resolve()] = run
     return [list(group.values()) for group in groups.values()]
 
@@ -111,12 +177,43 @@ class Figure(NamedTuple):
     std: float | None
     last_ten_mean: float | None
 
+    @property
+    def shown(self) -> str:
+        """The mean, and the deviation if there is one."""
+        return f"{self.mean:.2f}" + ("" if self.std is None else f" ± {self.std:.2f}")
+
+
+class Outcome(NamedTuple):
+    """A `top1` figure of some runs, what it is of, and the paper's."""
+
+    key: str
+    title: str
+    figure: Figure
+    paper: float | None
+
 
 def figure(runs: Sequence[Run], key: str) -> Figure:
     """Return a `top1` figure over finished runs; no deviation of one run, no last ten of what is no stage's."""
     values = [run.result["top1"][key] for run in runs if run.result is not None]
     last_ten = [value for run in runs if (value := run.last_ten(key)) is not None]
     return Figure(fmean(values), stdev(values) if len(values) > 1 else None, fmean(last_ten) if last_ten else None)
+
+
+def outcomes(runs: Sequence[Run]) -> list[Outcome]:
+    """Return the `top1` figures of finished runs that differ in the seed alone, in the order of TITLES.
+
+    Where the pruned net is the one after the cut, in all runs, there is one figure for both.
+    """
+    results = [run.result for run in runs if run.result is not None]
+    paper = dict(results[0]["paper"] or {})
+    lasting = all(result["top1"]["gsm_after_cut"] == result["top1"]["pruned"] for result in results)
+    if lasting and "pruned" in paper:
+        paper["gsm_after_cut"] = paper["pruned"]
+    return [
+        Outcome(key, title, figure(runs, key), paper.get(key))
+        for key, title in TITLES.items()
+        if all(key in result["top1"] for result in results) and not (key == "pruned" and lasting)
+    ]
 
 
 def summary(runs: Sequence[Run]) -> Record:

@@ -10,7 +10,7 @@ from rich.table import Table
 from ..experiments.bench import BASELINE, Cost, Workload
 from ..experiments.recipes import RECIPES, Preset, published
 from ..masks import LayerSparsity
-from .runs import TITLES, Run, figure
+from .runs import Run, outcomes
 
 
 def results_table(runs: Sequence[Run]) -> Table:
@@ -19,29 +19,17 @@ def results_table(runs: Sequence[Run]) -> Table:
     first = results[0]
     seeds = ", ".join(str(result["seed"]) for result in results)
     table = Table(
-        title=f"{first['recipe']} at {first['compression']:g}x, preset {first['preset']}, "
-        f"seed{'s' if len(results) > 1 else ''} {seeds}: {first['nonzeros']:,} of {first['prunable']:,} weights",
-        caption=_caption(runs[0]),
+        title=f"{runs[0].title}, seed{'s' if len(results) > 1 else ''} {seeds}: "
+        f"{first['nonzeros']:,} of {first['prunable']:,} weights",
+        caption=f"{runs[0].measured_on}; last ten: mean of the ten epochs up to it",
     )
     table.add_column("net")
     table.add_column("top-1 %", justify="right")
     table.add_column("last ten", justify="right")
     table.add_column("paper", justify="right")
-    paper = dict(first["paper"] or {})
-    lasting = _same_as_after_cut(results)  # then one row tells both
-    if lasting and "pruned" in paper:
-        paper["gsm_after_cut"] = paper["pruned"]
-    for key, title in TITLES.items():
-        if key not in first["top1"] or (key == "pruned" and lasting):
-            continue
-        mean, deviation, last_ten = figure(runs, key)
-        published_figure = paper.get(key)
-        table.add_row(
-            title,
-            f"{mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}"),
-            "" if last_ten is None else f"{last_ten:.2f}",
-            "" if published_figure is None else f"{published_figure:.2f}",
-        )
+    for _, title, found, paper in outcomes(runs):
+        last_ten = "" if found.last_ten_mean is None else f"{found.last_ten_mean:.2f}"
+        table.add_row(title, found.shown, last_ten, "" if paper is None else f"{paper:.2f}")
     return table
 
 
@@ -64,16 +52,8 @@ def progress_table(run: Run) -> Table:
     table = Table(title=f"{run.path.name}: not finished, give its command again to go on")
     for column in ("stage", "epoch", "loss", "top-1 %", "seconds"):
         table.add_column(column, justify="left" if column == "stage" else "right")
-    last = {record["stage"]: record for record in run.metrics}
-    for stage, record in last.items():
-        epochs = run.recipe["gsm" if stage == "gsm" else "base"]["epochs"]
-        table.add_row(
-            stage,
-            f"{record['epoch']}/{epochs}",
-            f"{record['loss']:.4f}",
-            f"{record['top1']:.2f}",
-            f"{record['seconds']:.0f}",
-        )
+    for row in run.progress:
+        table.add_row(*row)
     return table
 
 
@@ -111,20 +91,6 @@ def recipes_table() -> Table:
             table.add_row(*lead, preset, prune, lottery)
         table.add_section()
     return table
-
-
-def _caption(run: Run) -> str:
-    if run.recipe.get("holdout"):
-        return f"accuracy on {run.recipe['holdout']:,} held-out training images, not on the test set"
-    if run.recipe.get("dataset") == "synthetic":
-        return "on made-up data: not comparable with the paper"
-    return (
-        "accuracy on the full test set after the last epoch, or at the cut; last ten: mean of the ten epochs up to it"
-    )
-
-
-def _same_as_after_cut(results: Sequence[dict[str, dict[str, float]]]) -> bool:
-    return all(result["top1"].get("gsm_after_cut") == result["top1"]["pruned"] for result in results)
 
 
 def _percent(part: int, whole: int) -> str:

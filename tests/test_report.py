@@ -1,0 +1,296 @@
+"""The report's content: what it says of finished, unfinished, damaged and mixed runs."""
+
+import json
+import re
+from html.parser import HTMLParser
+from statistics import fmean, stdev
+
+import pytest
+import torch
+import yaml
+
+from gsm_sgd import cli
+from gsm_sgd.reports import nets
+from gsm_sgd.reports.runs import read_run
+from made_runs import make_run
+
+HOSTILE = '</script><script>alert(1)</script><img src=x onerror=alert(2)>"%{x}'
+
+
+class Page(HTMLParser):
+    """The tables of a page by caption, its text, what it would fetch, and its scripts."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tables, self.links, self.scripts, self.tags, self.text = {}, [], [], [], ""
+        self._open, self._rows = [], []
+        self.source = path.read_text()
+        self.feed(self.source)
+        self.figures = json.loads(self.scripts[0])
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href", "action", "data", "srcset")]
+        if tag not in ("meta", "link", "img", "br"):
+            self._open.append(tag)
+        if tag == "table":
+            self._rows = []
+        if tag == "tr":
+            self._rows.append([])
+        if tag in ("td", "th"):
+            self._rows[-1].append("")
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+        if tag == "table":
+            self.tables.setdefault(self._caption, []).append(self._rows)
+
+    def handle_data(self, data):
+        inside = self._open[-1] if self._open else ""
+        if inside == "script":
+            self.scripts[-1] += data
+        elif inside == "caption":
+            self._caption = data
+        elif inside in ("td", "th"):
+            self._rows[-1][-1] += data
+        self.text += data if inside not in ("script", "style") else ""
+
+
+def report(capsys, tmp_path, *runs, status=0):
+    """Write a report and return its page, and the lines that say what is missing."""
+    output = tmp_path / "page" / "report.html"
+    assert cli.run(["report", *map(str, runs), "-o", str(output)]) == status
+    said = capsys.readouterr()
+    if status:
+        assert not output.exists()
+        return None, said.err.splitlines()
+    assert said.out == f"{output}\n"
+    return Page(output), said.err.splitlines()
+
+
+@pytest.fixture(scope="module")
+def lotteries(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lotteries")
+    return [make_run(folder / f"s{seed}", seed=seed) for seed in (0, 1, 2)]
+
+
+def test_accuracies_are_those_of_the_results(lotteries, tmp_path, capsys):
+    page, missing = report(capsys, tmp_path, *(path for path, _ in lotteries))
+    assert missing == []
+    (table,) = page.tables["Top-1 in %, mean ± standard deviation over the seeds; last ten: mean of ten epochs"]
+    assert table[0] == ["net", "mean ± sd", "the paper", "difference", "seed 0", "seed 1", "seed 2", "last ten"]
+    rows = {row[0]: row[1:] for row in table[1:]}
+    titles = {"base net": "base", "pruned net": "pruned", "ticket by magnitude, retrained": "ticket_magnitude"}
+    for title, key in titles.items():
+        values = [result["top1"][key] for _, result in lotteries]
+        paper = lotteries[0][1]["paper"][key]
+        assert rows[title][0] == f"{fmean(values):.2f} ± {stdev(values):.2f}"
+        assert rows[title][1:3] == [f"{paper:.2f}", f"{fmean(values) - paper:+.2f}"]
+        assert rows[title][3:6] == [f"{value:.2f}" for value in values]
+    assert "4,436 of 266,200 weights are kept" in page.text
+
+
+def test_layers_are_those_of_the_results(lotteries, tmp_path, capsys):
+    path, result = lotteries[0]
+    page, _ = report(capsys, tmp_path, path)
+    (table,) = page.tables["What each layer keeps"]
+    assert table[0] == ["layer", "shape", "weights", "kept by GSM", "%", "kept by magnitude", "%"]
+    for row, layer in zip(table[1:], result["layers"], strict=False):
+        share = f"{100 * layer['nonzeros'] / layer['params']:.2f}"
+        shape = "×".join(map(str, layer["shape"]))
+        assert row[:5] == [layer["name"], shape, f"{layer['params']:,}", f"{layer['nonzeros']:,}", share]
+    assert [row[5] for row in table[-1:]] == ["4,436"]
+
+
+def test_curves_are_those_of_the_metrics(lotteries, tmp_path, capsys):
+    path, _ = lotteries[0]
+    page, _ = report(capsys, tmp_path, path)
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    (table,) = page.tables["GSM, by epoch"]
+    expected = [
+        [str(r["epoch"]), f"{r['loss']:.4f}", f"{r['top1']:.2f}", f"{r['cut_top1']:.2f}", f"{r['gap']:.3g}"]
+        for r in records
+        if r["stage"] == "gsm"
+    ]
+    assert [row[:5] for row in table[1:]] == expected
+    drawn = [trace for figure in page.figures for trace in figure["data"] if trace.get("name") == "ticket by magnitude"]
+    assert drawn[0]["y"] == pytest.approx([r["loss"] for r in records if r["stage"] == "ticket-magnitude"], rel=1e-5)
+
+
+def test_nothing_is_fetched(lotteries, tmp_path, capsys):
+    page, _ = report(capsys, tmp_path, lotteries[0][0])
+    assert all(link.startswith(("#", "data:")) for link in page.links)
+    assert "default-src 'none'" in page.source
+    assert "@import" not in page.source.split("</style>")[0]
+    assert "url(" not in page.source.split("</style>")[0]
+    assert page.source.count("plotly.js v") == 1
+
+
+def test_same_runs_give_the_same_page(lotteries, tmp_path, capsys):
+    first, second = (report(capsys, tmp_path, lotteries[0][0])[0].source for _ in range(2))
+    assert first == second
+
+
+def test_names_of_runs_are_no_markup(tmp_path, capsys):
+    path, result = make_run(tmp_path / "run")
+    recipe = yaml.safe_load((path / "recipe.yaml").read_text())
+    (path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "recipe": HOSTILE, "preset": HOSTILE}))
+    (path / "environment.json").write_text(json.dumps({"processes": [{"command": HOSTILE}]}))
+    (path / "inference.json").write_text(
+        json.dumps({"rows": [{"engine": HOSTILE, "batch": 1, "threads": 1, "milliseconds": 1.5, "ratio": 0.5}]})
+    )
+    result["layers"][0]["name"] = HOSTILE
+    (path / "result.json").write_text(json.dumps(result))
+    plain, _ = report(capsys, tmp_path, make_run(tmp_path / "plain")[0])
+    page, missing = report(capsys, tmp_path, path)
+    assert page.tags.count("script") == plain.tags.count("script")
+    assert "img" not in page.tags
+    assert HOSTILE in page.text
+    assert not re.search(r"<(?!br>|/?sup>|/?extra>)", json.dumps(page.figures))
+    assert any("is not of the net that result.json beside it describes" in line for line in missing)
+
+
+def test_groups_side_by_side(lotteries, tmp_path, capsys):
+    others = [make_run(tmp_path / f"x100-s{seed}", seed=seed, compression=100.0)[0] for seed in (0, 1)]
+    long, _ = make_run(tmp_path / "long", epochs=7)
+    pruned, _ = make_run(tmp_path / "pruned", command="prune")
+    page, missing = report(capsys, tmp_path, *(path for path, _ in lotteries), *others, long, pruned)
+    assert missing == []
+    (table,) = page.tables["Top-1 in %"][:1]
+    assert [row[:3] for row in table[1:]] == [
+        ["lenet300 at 60x, preset fast, command lottery, base.epochs 5, gsm.epochs 5", "0, 1, 2", "4,436 of 266,200"],
+        ["lenet300 at 100x, preset fast", "0, 1", "2,662 of 266,200"],
+        ["lenet300 at 60x, preset fast, command lottery, base.epochs 7, gsm.epochs 7", "0", "4,436 of 266,200"],
+        ["lenet300 at 60x, preset fast, command prune, base.epochs 5, gsm.epochs 5", "0", "4,436 of 266,200"],
+    ]
+    assert "There is one mask only" in page.text
+    assert "no choice by magnitude to compare with" in page.text
+
+
+def test_unfinished_runs_are_shown_as_far_as_they_are(lotteries, tmp_path, capsys):
+    path, _ = make_run(tmp_path / "run", seed=4)
+    (path / "result.json").unlink()
+    barely, _ = make_run(tmp_path / "barely", seed=5)
+    for name in ("result.json", "metrics.jsonl", "environment.json"):
+        (barely / name).unlink()
+    page, missing = report(capsys, tmp_path, path, barely, lotteries[0][0])
+    assert missing == [f"missing: {one} is not finished: give its command again to go on" for one in (path, barely)]
+    assert page.tables[str(path)][0][2][:2] == ["gsm", "5/5"]
+    assert "No epoch has been logged yet." in page.text
+    assert "environment.json is not there." in page.text
+    page, _ = report(capsys, tmp_path, path)
+    assert page.text.count("No run is finished yet.") == 5
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "result.json", "metrics.jsonl", "environment.json"])
+@pytest.mark.parametrize("content", ["{", "[]\n", '{"stage": []}\n', '{"top1": {"pruned": "high"}}\n', "\xff"])
+def test_damaged_runs_are_named(lotteries, tmp_path, capsys, name, content):
+    path, _ = make_run(tmp_path / "run", seed=4)
+    (path / name).write_text(content, encoding="latin-1")
+    page, missing = report(capsys, tmp_path, path, lotteries[0][0])
+    if name != "metrics.jsonl" or content.endswith("\n"):  # else a kill has cut the line short
+        assert len(missing) == 1
+        assert missing[0].startswith(f"missing: {path / name} is damaged")
+        assert missing[0].removeprefix("missing: ") in page.text
+
+
+@pytest.mark.parametrize("name", ["init", "base", "gsm", "pruned"])
+def test_weights_that_are_damaged_or_gone_are_named(tmp_path, capsys, name):
+    path, _ = make_run(tmp_path / "run")
+    (path / f"{name}.safetensors").write_bytes(b"nothing")
+    page, missing = report(capsys, tmp_path, path)
+    assert missing == [f"missing: {path / f'{name}.safetensors'} is not a safetensors file, or damaged"]
+    (path / f"{name}.safetensors").unlink()
+    page, missing = report(capsys, tmp_path, path)
+    assert missing == ([] if name == "base" else [f"missing: {path / f'{name}.safetensors'} does not exist"])
+    assert "pruned net" in page.text
+
+
+def test_what_does_not_belong_together_is_left_out(tmp_path, capsys):
+    one, _ = make_run(tmp_path / "one")
+    again, _ = make_run(tmp_path / "again")
+    page, missing = report(capsys, tmp_path, one, one, again, tmp_path / "nowhere", one / "result.json")
+    assert missing == [
+        f"missing: {tmp_path / 'nowhere'} is not a run's folder",
+        f"missing: {one / 'result.json'} is not a run's folder",
+        f"missing: {again} is left out: it is the same recipe and seed as {one}",
+    ]
+    assert "1 run:" in page.text
+
+
+def test_no_run_at_all(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    _, said = report(capsys, tmp_path, tmp_path / "file", tmp_path / "nowhere", status=2)
+    assert said == [
+        f"gsm: error: {tmp_path / 'file'} is not a run's folder; {tmp_path / 'nowhere'} is not a run's folder"
+    ]
+
+
+def test_page_that_cannot_be_written(lotteries, tmp_path, capsys):
+    assert cli.run(["report", str(lotteries[0][0]), "-o", str(tmp_path)]) == 2
+    assert "choose another -o" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_page_that_is_there_is_replaced_as_a_whole(lotteries, tmp_path, capsys, monkeypatch):
+    report(capsys, tmp_path, lotteries[0][0])
+    before = (tmp_path / "page" / "report.html").read_bytes()
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", fail)
+    assert cli.run(["report", str(lotteries[1][0]), "-o", str(tmp_path / "page" / "report.html")]) == 2
+    assert (tmp_path / "page" / "report.html").read_bytes() == before
+
+
+def test_sizes_and_latency(lotteries, tmp_path, capsys):
+    page, _ = report(capsys, tmp_path, lotteries[0][0])
+    assert f"Not measured yet: gsm bench inference {lotteries[0][0]} does it." in page.text
+    path, _ = make_run(tmp_path / "run")
+    (path / "pruned.onnx").write_bytes(bytes(2048))
+    rows = [{"engine": "CSR", "batch": 64, "threads": 2, "milliseconds": 1.25, "ratio": 0.5}]
+    (path / "inference.json").write_text(json.dumps({"benchmark": "inference", "rows": rows, "environment": {}}))
+    page, missing = report(capsys, tmp_path, path)
+    assert missing == []
+    files = {row[0]: row[1:] for row in page.tables["Files of the pruned net"][0]}
+    assert files["pruned.onnx"][:2] == ["1", "2.0"]
+    assert float(files["pruned.safetensors"][1].replace(",", "")) > 1000
+    assert page.tables["Inference"][0][1] == ["CSR", "0", "64", "2", "1.25", "0.50"]
+    (path / "inference.json").write_text('{"rows": [{"engine": 3}]}')
+    _, missing = report(capsys, tmp_path, path)
+    assert missing == [f"missing: {path / 'inference.json'} is damaged: delete it and measure again"]
+
+
+def test_least_size_of_a_net(tmp_path):
+    """Of 266,200 weights in three layers, 4,436 in float32, and 410 biases: log2 of the ways to choose, by hand."""
+    path, result = make_run(tmp_path / "run")
+    ways = sum(
+        sum(torch.arange(n - k + 1, n + 1, dtype=torch.float64).log2().tolist())
+        - sum(torch.arange(1, k + 1, dtype=torch.float64).log2().tolist())
+        for n, k in ((layer["params"], layer["nonzeros"]) for layer in result["layers"])
+    )
+    assert nets.smallest_size(read_run(path)) == pytest.approx(4 * (4436 + 410) + ways / 8, rel=1e-6)
+
+
+def test_agreement_of_masks():
+    ours = {"a": torch.tensor([True, True, False, False]), "b": torch.tensor([True, False])}
+    theirs = {"a": torch.tensor([True, False, True, False]), "b": torch.tensor([True, False])}
+    found = nets.agreement(ours, theirs)
+    assert found.overlap == pytest.approx(2 / 3)
+    assert found.jaccard == pytest.approx(2 / 4)
+    assert found.chance_overlap == pytest.approx((2 * 2 / 4 + 1 * 1 / 2) / 3)
+    assert found.chance_jaccard == pytest.approx(1.5 / (6 - 1.5))
+    none = {name: torch.zeros_like(mask) for name, mask in ours.items()}
+    assert nets.agreement(none, theirs) == (0, 0, 0, 0)
+
+
+def test_histogram_counts_every_weight(tmp_path):
+    path, result = make_run(tmp_path / "run")
+    run = read_run(path)
+    for name in ("init", "gsm", "pruned"):
+        found = nets.histogram(run, name)
+        assert sum(found.counts) + found.zeros == result["prunable"]
+    assert found.zeros == result["prunable"] - result["nonzeros"]
