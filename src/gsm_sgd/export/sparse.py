@@ -135,15 +135,15 @@ def largest_size(
     tensors: Mapping[str, Tensor],
     nonzeros: int,
     *,
+    prunable: Iterable[str] | None = None,
     values: Values = "float32",
     recipe: Mapping[str, Any] | None = None,
 ) -> int:
-    """Return the most bytes that a sparse file of such tensors has, wherever its `nonzeros` prunable weights are.
+    """Return the most bytes that `save_sparse` makes of such tensors, wherever the `nonzeros` prunable weights are.
 
-    Only names, types and shapes of the tensors count, so they may be on the device meta. The prunable ones are those of
-    two or more dimensions.
+    Only names, types and shapes of the tensors count, so they may be on the device meta.
     """
-    table, whole = _table(tensors, _prunable_names(tensors))
+    table, whole = _table(tensors, _prunable_names(tensors) if prunable is None else prunable)
     stored_as = [_stored_as(row, values) for row in table]
     size = sum(row.size for row in table)
     bits = indices.most_bits(size, nonzeros, 8 * max((NUMBER_BYTES[kind] for kind in stored_as), default=1))

@@ -124,7 +124,7 @@ def _caption(run: Run) -> str:
 
 
 def _same_as_after_cut(results: Sequence[dict[str, dict[str, float]]]) -> bool:
-    return all(result["top1"].get("gsm_after_cut") == result["top1"]["pruned"] for result in results)
+    return all(result["top1"].get("gsm_after_cut") == result["top1"].get("pruned") for result in results)
 
 
 def _percent(part: int, whole: int) -> str:
