@@ -257,14 +257,15 @@ def _print_results(runs: Sequence[Run], console: Console) -> None:
     assert result is not None
     layers = [LayerSparsity(**layer) for layer in result["layers"]]
     console.print(tables.results_table(runs))
-    console.print(tables.layers_table(layers, f"pruned net of seed {result['seed']}"))
-    if "gsm_before_cut" in result["top1"]:  # else it is a ticket trained again
+    replayed = result["command"] == "replay"
+    what = "ticket" if replayed else "pruned net"
+    console.print(tables.layers_table(layers, f"{what} of seed {result['seed']}"))
+    if not replayed:
         console.print(tables.cut_line(runs), highlight=False, soft_wrap=True)
     seconds = sum(sum(one.result["seconds"].values()) for one in runs if one.result)
     where = runs[0].path if len(runs) == 1 else f"{runs[0].path} and {len(runs) - 1} more"
-    console.print(
-        f"{seconds:.0f} s of training; weights, curves.png, density.png in {where}", highlight=False, soft_wrap=True
-    )
+    files = "weights" if replayed else "weights, curves.png, density.png"
+    console.print(f"{seconds:.0f} s of training; {files} in {where}", highlight=False, soft_wrap=True)
 
 
 # --- export ---
@@ -274,7 +275,6 @@ def _verify(options: Namespace, console: Console) -> None:
     """Check a sparse file and say what is true of it."""
     file = verify(options.file)
     certificate = file.certificate
-    console.print(tables.layers_table(sparsity_rows({n: file.tensors[n] for n in file.prunable}), str(options.file)))
     text = f"verified: {certificate.nonzeros:,} of {certificate.prunable:,} weights, each layer's, and sha256 "
     text += certificate.sha256
     if options.accuracy:
@@ -282,6 +282,8 @@ def _verify(options: Namespace, console: Console) -> None:
         text += f"; accuracy measured again: {found:.2f} %"
     elif certificate.top1 is not None:
         text += f"; accuracy stated: {certificate.top1:.2f} %, --accuracy measures it"
+    rows = sparsity_rows({name: file.tensors[name] for name in file.prunable})
+    console.print(tables.layers_table(rows, str(options.file)))
     console.print(text, highlight=False, soft_wrap=True)
 
 

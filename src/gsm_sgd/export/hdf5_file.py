@@ -76,9 +76,7 @@ def read_hdf5(path: Path) -> dict[str, Tensor]:
                 name: torch.empty(data.shape, dtype=_torch_type(data), device="meta") for name, data in found.items()
             }
             check_rows([row_of(name, tensor) for name, tensor in empty.items()], path.stat().st_size)
-            return {
-                name.replace("+", "/"): torch.from_numpy(data[()].reshape(data.shape)) for name, data in found.items()
-            }
+            return {name.replace("+", "/"): torch.from_numpy(np.asarray(data)) for name, data in found.items()}
     except FormatError as error:
         raise UsageError(f"{path} is damaged: {error}") from error
     except UsageError:

@@ -227,9 +227,10 @@ def _numbers(sections: Mapping[str, bytes], kinds: list[str], counts: list[int])
         at = dict.fromkeys(needed, 0)
         for kind, count in zip(kinds, counts, strict=True):
             size = count * NUMBER_BYTES[kind]
-            raw = np.frombuffer(sections.get(kind, b"")[at[kind] : at[kind] + size], np.uint8)
+            numbers = torch.empty(count, dtype=DTYPES[kind])
+            numbers.view(torch.uint8).numpy()[:] = np.frombuffer(sections.get(kind, b""), np.uint8, size, at[kind])
             at[kind] += size
-            yield torch.from_numpy(raw.copy()).view(DTYPES[kind])
+            yield numbers
 
     return taken()
 
