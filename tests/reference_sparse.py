@@ -21,13 +21,18 @@ def read(content):
     metadata = header.pop("__metadata__")
     data = content[8 + length :]
     sections = {name: data[slice(*entry["data_offsets"])] for name, entry in header.items()}
+    for kind, width in WIDTH.items():
+        if f"{kind}.rest" in sections:
+            rest, top = sections[f"{kind}.rest"], zlib.decompress(sections[f"{kind}.top"])
+            lower = [rest[i : i + width - 1] for i in range(0, len(rest), width - 1)]
+            sections[kind] = b"".join(low + top[i : i + 1] for i, low in enumerate(lower))
     about = json.loads(zlib.decompress(sections["about"]))
     bits = iter("".join(f"{byte:08b}" for byte in sections.get("code", b"")))
     at = dict.fromkeys(sections, 0)
 
     def numbers(kind, count):
         start, at[kind] = at[kind], at[kind] + count * WIDTH[kind]
-        return [sections[kind][start + i * WIDTH[kind] :][: WIDTH[kind]] for i in range(count)]
+        return [sections[kind][i : i + WIDTH[kind]] for i in range(start, at[kind], WIDTH[kind])]
 
     rows = [(name, math.prod(shape), (kind or ["F32"])[0]) for name, shape, *kind in about["prunable"]]
     codes = metadata["codes"].split()

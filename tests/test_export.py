@@ -43,7 +43,10 @@ def assert_same(ours, theirs):
 
 
 def pruned(name, compression, seed=0, spread="even"):
-    """The state of a net with exactly Q weights; where they are is random, or one run of them in each layer."""
+    """The state of a net with exactly Q weights, all of random bits, which nothing makes smaller.
+
+    Where they are is random, or one run of them in each layer, or in the last layers.
+    """
     model = models.build(name, seed)
     weights = prunable_parameters(model)
     generator = torch.Generator().manual_seed(seed)
@@ -57,8 +60,17 @@ def pruned(name, compression, seed=0, spread="even"):
     masks = magnitude_masks(scores, compression)
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     for key, mask in masks.items():
-        state[key] = torch.where(mask, torch.randn(mask.shape, generator=generator) + 8, 0.0)
+        state[key] = torch.where(mask, random_bits(mask.shape, generator), 0.0)
+    for key, value in state.items():
+        if value.ndim == 1:
+            state[key] = random_bits(value.shape, generator)
     return state
+
+
+def random_bits(shape, generator):
+    """Finite numbers other than zero, their exponents as random as the rest."""
+    numbers = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=generator) | 1
+    return torch.where(numbers.view(torch.float32).isfinite(), numbers, 1).view(torch.float32)
 
 
 # --- what comes back ---
@@ -142,7 +154,10 @@ def test_a_reader_written_from_the_documentation_agrees(tmp_path_factory, named)
 
 @pytest.mark.parametrize("values", ["float32", "float16", "bfloat16"])
 def test_that_reader_agrees_on_a_pruned_net(tmp_path, values):
-    save_sparse(tmp_path / "x", pruned("lenet300", 60), values=values)
+    state = pruned("lenet300", 60)
+    for name, weight in state.items():
+        state[name] = torch.where(weight != 0, torch.randn(weight.shape), 0.0) if weight.ndim == 2 else weight
+    save_sparse(tmp_path / "x", state, values=values)
     found, metadata = reference_sparse.read((tmp_path / "x").read_bytes())
     assert found == {name: bits(tensor) for name, tensor in load_sparse(tmp_path / "x").items()}
     assert metadata["nonzeros"] == "4436"
@@ -174,9 +189,12 @@ def test_memory_layout_does_not_matter(tmp_path):
 @pytest.mark.parametrize("values", ["float16", "bfloat16"])
 def test_rounded_values(tmp_path, values):
     state = pruned("lenet300", 60)
-    state["fc1.bias"] += 1 / 3
+    for name, weight in state.items():
+        state[name] = torch.where(weight != 0, torch.randn(weight.shape), 0.0) if weight.ndim == 2 else weight
     small = save_sparse(tmp_path / "x", state, values=values)
-    assert small < save_sparse(tmp_path / "y", state) - 2 * 4_300
+    assert (
+        small < save_sparse(tmp_path / "y", state) - 3 * 4_436 // 2
+    )  # float16 has less of the exponent in its highest byte
     assert small <= largest_size(state, 4_436, values=values)
     rounded = {k: v.to(getattr(torch, values)).float() if v.ndim == 2 else v for k, v in state.items()}
     assert_same(load_sparse(tmp_path / "x"), rounded)
@@ -366,6 +384,17 @@ def about_with(content, change):
     return put_together(header, data[:start] + packed)
 
 
+def top_with(content, packed):
+    """The file with other highest bytes of its numbers."""
+    header, data = parts_of(content)
+    start, end = header["F32.top"]["data_offsets"]
+    for entry in header.values():
+        if "data_offsets" in entry and entry["data_offsets"][0] >= end:
+            entry["data_offsets"] = [at - (end - start) + len(packed) for at in entry["data_offsets"]]
+    header["F32.top"] |= {"shape": [len(packed)], "data_offsets": [start, start + len(packed)]}
+    return put_together(header, data[:start] + packed + data[end:])
+
+
 def metadata_with(content, **fields):
     header, data = parts_of(content)
     header["__metadata__"] |= fields
@@ -394,18 +423,29 @@ HOSTILE = {
     "a name twice in the header": (lambda c: put_together(b'{"F32":1,"F32":2}', b""), "JSON is damaged"),
     "NaN in the header": (lambda c: put_together(b'{"F32":NaN}', b""), "JSON is damaged"),
     "a number of 5,000 digits": (lambda c: put_together(b'{"F32":' + b"9" * 5_000 + b"}", b""), "JSON is damaged"),
+    "highest bytes of another type": (
+        lambda c: header_with(c, lambda h: h.__setitem__("F32.top", h["F32.top"] | {"dtype": "I8"})),
+        "a type that is not its own",
+    ),
+    "a zip bomb of highest bytes": (lambda c: top_with(c, zip_bomb()), "F32.top is cut short, too long"),
+    "highest bytes too few": (lambda c: top_with(c, zlib.compress(b"?" * 254)), "do not fit each other"),
+    "highest bytes that are none": (lambda c: top_with(c, b"?" * 30), "F32.top is damaged"),
+    "numbers twice": (
+        lambda c: header_with(c + b"1234", lambda h: h.__setitem__("F32", section("F32", len(parts_of(c)[1]), 1))),
+        "do not fit each other",
+    ),
     "another format": (lambda c: metadata_with(c, format="gsm-sgd sparse 2"), "its format is 'gsm-sgd sparse 2'"),
     "overlapping sections": (
         lambda c: header_with(c, lambda h: h["about"].__setitem__("data_offsets", [0, h["about"]["shape"][0]])),
         "section about is not where it should be",
     ),
-    "a negative length": (lambda c: header_with(c, lambda h: h["F32"].__setitem__("shape", [-1])), "is not one row"),
+    "a negative length": (lambda c: header_with(c, lambda h: h["F32.rest"].__setitem__("shape", [-1])), "not one row"),
     "a section beyond the end": (
-        lambda c: header_with(c, lambda h: h["F32"].__setitem__("shape", [2**60])),
+        lambda c: header_with(c, lambda h: h["F32.rest"].__setitem__("shape", [2**60])),
         "is not where it should be",
     ),
     "a section of the wrong type": (
-        lambda c: header_with(c, lambda h: h["F32"].__setitem__("dtype", "I32")),
+        lambda c: header_with(c, lambda h: h["F32.rest"].__setitem__("dtype", "I32")),
         "a type that is not its own",
     ),
     "an unknown section": (
@@ -450,7 +490,7 @@ HOSTILE = {
     "counts that are none": (lambda c: metadata_with(c, kept="1 2 x"), "certificate is damaged"),
     "a hash that is none": (lambda c: metadata_with(c, sha256="\x1b[31m"), "certificate is damaged"),
     "a truth value of 2": (lambda c: c[: c.rindex(b"\1\0")] + b"\2\0" + c[c.rindex(b"\1\0") + 2 :], "damaged"),
-    "other weights": (lambda c: c.replace(struct.pack("<f", 2.5), struct.pack("<f", 2.25), 1), "not those that were"),
+    "other weights": (lambda c: c.replace(b"\0\0\x20", b"\0\0\x30", 1), "not those that were"),
 }  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Our files from the outside: a safetensors file with a few sections, written compactly and read with suspicion.
 
 A section is one row of numbers, named after its type; `code` and `about` are bytes: what `indices` encodes, and JSON
-compressed by zlib. The metadata is what is short. docs/format.md has all of it.
+compressed by zlib. The metadata is what is short. Weights differ little in their exponents, so the highest bytes of
+numbers stand by themselves, compressed, where that pays. docs/format.md has all of it.
 """
 
 import json
@@ -10,13 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..experiments import UsageError
 from ..experiments.rundir import replace_file
 
 NUMBER_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
 """The types of safetensors that sections of numbers may have, in the order in which they stand in a file."""
 
-_BYTES = ("code", "about")
+_RESTS = {f"{kind}.rest": kind for kind, width in NUMBER_BYTES.items() if width > 1}
+_TOPS = {f"{kind}.top": kind for kind in _RESTS.values()}
+_BYTES = (*_RESTS, *_TOPS, "code", "about")
+_PAYS = 128  # bytes that must be gained, since one section more takes up to 110 in the header
 _LONGEST_HEADER = 2**18
 _LONGEST_ABOUT = 2**20  # decompressed; the table of a net of 1,000 layers has some 50,000 bytes
 
@@ -58,7 +64,7 @@ def write(path: Path, container: Container) -> None:
     Raises:
         UsageError: the file cannot be written.
     """
-    content = {**container.sections, "about": compressed(container.about)}
+    content = {**_divided(container.sections), "about": compressed(container.about)}
     ordered = {name: content[name] for name in (*NUMBER_BYTES, *_BYTES) if name in content}
     head = header(container.metadata, {name: len(section) for name, section in ordered.items()})
     write_file(path, b"".join([head, *ordered.values()]))
@@ -109,7 +115,8 @@ def read(path: Path, kind: str) -> Container:
     if metadata.get("format") != kind:
         raise FormatError(f"its format is {str(metadata.get('format'))[:40]!r}, not {kind!r}")
     sections = _sections(entries, memoryview(content)[8 + length :])
-    return Container(metadata, _decompressed(sections.pop("about", b"")), sections)
+    about = _json(_decompressed(sections.pop("about", b""), _LONGEST_ABOUT, "about"))
+    return Container(metadata, about, _joined(sections))
 
 
 def _sections(entries: dict[str, Any], data: memoryview) -> dict[str, bytes]:
@@ -134,16 +141,47 @@ def _sections(entries: dict[str, Any], data: memoryview) -> dict[str, bytes]:
     return sections
 
 
-def _decompressed(content: bytes) -> dict[str, Any]:
-    """Return the JSON of a section, of bounded length."""
+def _divided(sections: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return sections with the highest byte of each number in one of its own, compressed, where that pays."""
+    divided = dict(sections)
+    for rest, top in zip(_RESTS, _TOPS, strict=True):
+        kind = _TOPS[top]
+        numbers = np.frombuffer(divided.get(kind, b""), np.uint8).reshape(-1, NUMBER_BYTES[kind])
+        highest = zlib.compress(numbers[:, -1].tobytes(), 9)
+        if len(highest) + _PAYS <= len(numbers):
+            divided |= {rest: numbers[:, :-1].tobytes(), top: highest}
+            del divided[kind]
+    return divided
+
+
+def _joined(sections: dict[str, bytes]) -> dict[str, bytes]:
+    """Return the sections that `_divided` was given."""
+    for rest, top in zip(_RESTS, _TOPS, strict=True):
+        kind = _TOPS[top]
+        if rest not in sections and top not in sections:
+            continue
+        lower, width = sections.pop(rest, b""), NUMBER_BYTES[kind] - 1
+        count = len(lower) // width
+        highest = _decompressed(sections.pop(top, b""), count, top)
+        if kind in sections or len(lower) != count * width or len(highest) != count:
+            raise FormatError(f"its sections {rest} and {top} do not fit each other")
+        numbers = np.empty((count, width + 1), np.uint8)
+        numbers[:, :-1] = np.frombuffer(lower, np.uint8).reshape(count, width)
+        numbers[:, -1] = np.frombuffer(highest, np.uint8)
+        sections[kind] = numbers.tobytes()
+    return sections
+
+
+def _decompressed(content: bytes, most: int, name: str) -> bytes:
+    """Return the bytes of a section, of which there may be at most so many."""
     unzip = zlib.decompressobj()
     try:
-        text = unzip.decompress(content, _LONGEST_ABOUT)
+        text = unzip.decompress(content, most + 1)
     except zlib.error as error:
-        raise FormatError("its section about is damaged") from error
-    if not unzip.eof or unzip.unused_data:
-        raise FormatError("its section about is cut short, too long, or has something after it")
-    return _json(text)
+        raise FormatError(f"its section {name} is damaged") from error
+    if len(text) > most or not unzip.eof or unzip.unused_data:
+        raise FormatError(f"its section {name} is cut short, too long, or has something after it")
+    return text
 
 
 def _json(text: bytes) -> dict[str, Any]:
