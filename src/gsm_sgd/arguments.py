@@ -4,13 +4,16 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from . import __version__
-from .experiments import bench, data
+from .experiments import UsageError, bench, data
+from .experiments.lottery import TRAINED
 from .experiments.recipes import RECIPES, Preset, Recipe, Training, find_recipe
+from .export.run import Format
+from .export.sparse import Values
 
 _RUNS = {
     "prune": "train, train with GSM, cut; accuracy before and after",
@@ -38,6 +41,11 @@ def parse(argv: Sequence[str]) -> Namespace:
     options = _parser(recipe).parse_args(words)
     chosen: Namespace = options[options.command]
     chosen.command = options.command
+    if chosen.command == "ticket":
+        return Namespace(**vars(chosen[chosen.action]), command=f"ticket {chosen.action}")
+    given = any(word.partition("=")[0] == "--compression" for word in words)
+    if chosen.get("target_size") is not None and given:
+        raise UsageError("--target-size chooses the compression ratio: leave out --compression")
     return chosen
 
 
@@ -69,7 +77,7 @@ def _parser(recipe: Recipe) -> ArgumentParser:
         commands.add_subcommand(name, _run_parser(recipe, name, text), help=text)
 
     show = _Parser(description="Show runs, finished or not, or the layers of a weight file.")
-    show.add_argument("runs", nargs="+", type=Path, help="run folders, or safetensors files")
+    show.add_argument("runs", nargs="+", type=Path, help="run folders, or safetensors, sparse, HDF5 or ticket files")
     show.add_argument("--json", type=Path | None, default=None, help="also write runs of several seeds to this file")
     commands.add_subcommand("show", show, help="what runs came to, or the layers of a weight file")
 
@@ -77,6 +85,11 @@ def _parser(recipe: Recipe) -> ArgumentParser:
     report.add_argument("runs", nargs="+", type=Path, help="run folders")
     report.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page")
     commands.add_subcommand("report", report, help="a page with results, curves, layers, masks and sizes of runs")
+    commands.add_subcommand("export", _export_parser(), help="write a finished run's pruned net as a file for others")
+    commands.add_subcommand("verify", _verify_parser(), help="check a sparse file against its certificate")
+    ticket = _Parser(description="Store a winning ticket in a few KB, and train it again.")
+    commands.add_subcommand("ticket", ticket, help="store a winning ticket in a few KB, and train it again")
+    _add_ticket_actions(ticket)  # only now: jsonargparse wants the outer ones first
 
     cost = _Parser(description="Measure what an optimizer step costs, GSM's beside SGD's, by turns in one run.")
     cost.add_argument("subject", type=str, help="what to measure: step")
@@ -90,6 +103,46 @@ def _parser(recipe: Recipe) -> ArgumentParser:
     _add_data_dir(fetch)
     commands.add_subcommand("data", fetch, help="fetch a data set and verify it")
     return parser
+
+
+def _export_parser() -> ArgumentParser:
+    parser = _Parser(description="Write a finished run's pruned net as a file for others.")
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("--format", type=Format, default="sparse", help="sparse: small, with a certificate")
+    parser.add_argument("--out", type=Path | None, default=None, help="the file; default pruned.<format> in the folder")
+    parser.add_argument(
+        "--values", type=Values, default="float32", help="what to round the weights of a sparse file to"
+    )
+    _add_data_dir(parser)  # rounded weights have their accuracy measured
+    return parser
+
+
+def _verify_parser() -> ArgumentParser:
+    parser = _Parser(description="Compute all that a sparse file's certificate states from its weights, and compare.")
+    parser.add_argument("file", type=Path, help="what gsm export --format sparse has written")
+    parser.add_argument("--accuracy", action="store_true", help="measure the accuracy too, which needs the data")
+    _add_data_dir(parser)
+    _add_model(parser)
+    return parser
+
+
+def _add_ticket_actions(parser: ArgumentParser) -> None:
+    actions = parser.add_subcommands(dest="action")
+    save = _Parser(description="Store a ticket of a finished lottery: seed, mask, recipe and accuracy.")
+    save.add_argument("run", type=Path, help="the lottery's folder")
+    save.add_argument("--method", type=Literal[*TRAINED], default="gsm", help="what found it")
+    save.add_argument("-o", "--out", type=Path | None, default=None, help="the file; default in the run's folder")
+    actions.add_subcommand("save", save, help="store a ticket of a finished lottery")
+    replay = _Parser(description="Initialise a ticket's net from its seed, train it again, and compare.")
+    replay.add_argument("file", type=Path, help="what gsm ticket save has written")
+    replay.add_argument("--out", type=Path, default=Path("runs"), help="folder that gets the run's folder")
+    _add_data_dir(replay)
+    _add_model(replay)
+    replay.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, ...")
+    replay.add_argument(
+        "--threads", type=int | None, default=None, help="CPU threads; default as many as the ticket had"
+    )
+    actions.add_subcommand("replay", replay, help="train a stored ticket again")
 
 
 def _run_parser(recipe: Recipe, command: str, description: str) -> ArgumentParser:
@@ -106,6 +159,13 @@ def _run_parser(recipe: Recipe, command: str, description: str) -> ArgumentParse
     parser.add_argument("--threads", type=int | None, default=None, help="CPU threads")
     parser.add_argument("--checkpoint-seconds", type=float, default=20.0, help="time between checkpoints")
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard event files")
+    if command == "prune":
+        parser.add_argument(
+            "--target-size",
+            type=str | None,
+            default=None,
+            help="of a sparse file, like 20KB, which then is exported; in place of --compression",
+        )
     parser.add_argument("--debug", action="store_true", help="show where an error arose")
     defaults: dict[str, Any] = recipe.as_dict()
     del defaults["recipe"], defaults["preset"]
@@ -114,6 +174,10 @@ def _run_parser(recipe: Recipe, command: str, description: str) -> ArgumentParse
         if action.dest.partition(".")[0] in defaults:
             action.required = False  # all have a default here, so the help is not to call them required
     return parser
+
+
+def _add_model(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", type=str | None, default=None, help="a module:function that may build the net")
 
 
 def _add_data_dir(parser: ArgumentParser) -> None:

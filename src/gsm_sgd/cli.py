@@ -24,7 +24,13 @@ from .experiments.observers import ProgressBars, Several, TensorBoard
 from .experiments.pretrained import is_torchvisions
 from .experiments.prune import Job, gsm, prune
 from .experiments.recipes import Recipe, Training
-from .experiments.rundir import Record, RunFolder, read_weights, refuse_other_recipe
+from .experiments.rundir import Record, RunFolder, refuse_other_recipe
+from .export.files import read_tensors
+from .export.rebuild import load_data, recipe_of
+from .export.run import ENDINGS, export
+from .export.target import compression_for, parse_size
+from .export.ticket import read_ticket, replay, save_ticket
+from .export.verify import verify, verify_accuracy
 from .masks import LayerSparsity, sparsity_rows
 from .reports import html, nets, plots, tables
 from .reports.runs import Run, by_recipe, read_run, summary
@@ -55,6 +61,15 @@ def run(argv: Sequence[str]) -> int:
                 for missing in html.write_report(options.runs, options.output):
                     log.print(f"missing: {missing}", highlight=False, soft_wrap=True)
                 console.print(str(options.output), highlight=False, soft_wrap=True)
+            case "export":
+                out = export(options.run, options.format, options.out, options["values"], options.data_dir)
+                console.print(out, highlight=False, soft_wrap=True)
+            case "verify":
+                _verify(options, console)
+            case "ticket save":
+                console.print(save_ticket(options.run, options.method, options.out), highlight=False, soft_wrap=True)
+            case "ticket replay":
+                _replay(options, console, log)
             case command:
                 with warnings.catch_warnings():
                     warnings.showwarning = lambda message, *_: log.print(f"warning: {message}", soft_wrap=True)
@@ -91,11 +106,7 @@ def _run(command: str, options: Namespace, console: Console, log: Console) -> No
     planned = _plan(command, options, device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    recipe = next(iter(planned.values()))
-    dataset = data.load(recipe.dataset, options.data_dir)
-    if recipe.holdout:
-        dataset = dataset.hold_out(recipe.holdout)
-    dataset = dataset.share(ranks.rank(), ranks.size())
+    dataset = load_data(next(iter(planned.values())), options.data_dir).share(ranks.rank(), ranks.size())
 
     with ranks.joined(device) as device:
         for path, recipe in planned.items():
@@ -112,6 +123,8 @@ def _run(command: str, options: Namespace, console: Console, log: Console) -> No
                     _save_pictures(read_run(path), folder)
     if folder.writes:
         _print_results([read_run(path) for path in planned], console)
+        for path in planned if options.get("target_size") is not None else ():
+            _export_small(path, parse_size(options.target_size), console)
 
 
 def _plan(command: str, options: Namespace, device: torch.device) -> dict[Path, Recipe]:
@@ -125,8 +138,11 @@ def _plan(command: str, options: Namespace, device: torch.device) -> dict[Path, 
         raise UsageError(f"batch_size {recipe.batch_size} leaves some of {ranks.size()} processes without an image")
     # what is chosen for this machine stands in the run's recipe, so that no other goes on with something else
     recipe = replace(recipe, precision=fitting_precision(recipe.precision, device))
+    seeds = [recipe.seed] if options.seeds is None else _seeds(options.seeds)
+    if options.get("target_size") is not None:
+        recipe = replace(recipe, compression=_fitting_compression(options, recipe, seeds))
     planned = {}
-    for seed in [recipe.seed] if options.seeds is None else _seeds(options.seeds):
+    for seed in seeds:
         seeded = replace(recipe, seed=seed)
         seeded.check()
         name = f"{seeded.recipe}-{command}-{seeded.preset}-x{seeded.compression:g}-s{seed}"
@@ -141,6 +157,23 @@ def _plan(command: str, options: Namespace, device: torch.device) -> dict[Path, 
     for path, seeded in planned.items():
         refuse_other_recipe(path, seeded)
     return planned
+
+
+def _fitting_compression(options: Namespace, recipe: Recipe, seeds: Sequence[int]) -> float:
+    """Return the compression ratio at which the sparse files of runs with these seeds have the size asked for."""
+    target = parse_size(options.target_size)
+    # only data can tell how many classes a net has that is not of a fixed number
+    classes = None if recipe.model in models.MODELS else data.load(recipe.dataset, options.data_dir).classes
+    recipes = [replace(recipe, seed=seed).scaled(options.epochs_scale) for seed in seeds]
+    return compression_for(target, models.build(recipe.model, recipe.seed, classes), recipes)
+
+
+def _export_small(folder: Path, target: int, console: Console) -> None:
+    """Export a run that was to fit a size."""
+    console.print(export(folder, "sparse"), highlight=False, soft_wrap=True)
+    size = (folder / f"pruned.{ENDINGS['sparse']}").stat().st_size
+    if size > target:
+        raise RuntimeError(f"the file of {folder} has {size:,} bytes, more than the {target:,} that were to be enough")
 
 
 def _check_optimizer(recipe: Recipe) -> None:
@@ -215,7 +248,7 @@ def _show(paths: Sequence[Path], json_path: Path | None, console: Console) -> No
         except OSError as error:
             raise UsageError(f"cannot write {json_path}: {error.strerror}") from error
     for path in files:
-        console.print(tables.layers_table(sparsity_rows(read_weights(path)), str(path)))
+        console.print(tables.layers_table(sparsity_rows(read_tensors(path)), str(path)))
     unfinished = [one for one in runs if one.result is None]
     for one in unfinished:
         console.print(tables.progress_table(one))
@@ -229,12 +262,61 @@ def _print_results(runs: Sequence[Run], console: Console) -> None:
     assert result is not None
     layers = [LayerSparsity(**layer) for layer in result["layers"]]
     console.print(tables.results_table(runs))
-    console.print(tables.layers_table(layers, f"pruned net of seed {result['seed']}"))
-    console.print(tables.cut_line(runs), highlight=False, soft_wrap=True)
+    replayed = result["command"] == "replay"
+    what = "ticket" if replayed else "pruned net"
+    console.print(tables.layers_table(layers, f"{what} of seed {result['seed']}"))
+    if not replayed:
+        console.print(tables.cut_line(runs), highlight=False, soft_wrap=True)
     seconds = sum(sum(one.result["seconds"].values()) for one in runs if one.result)
     where = runs[0].path if len(runs) == 1 else f"{runs[0].path} and {len(runs) - 1} more"
+    files = "weights" if replayed else "weights, curves.png, density.png"
+    console.print(f"{seconds:.0f} s of training; {files} in {where}", highlight=False, soft_wrap=True)
+
+
+# --- export ---
+
+
+def _verify(options: Namespace, console: Console) -> None:
+    """Check a sparse file and say what is true of it."""
+    file = verify(options.file)
+    certificate = file.certificate
+    text = f"verified: {certificate.nonzeros:,} of {certificate.prunable:,} weights, each layer's, and sha256 "
+    text += certificate.sha256
+    if options.accuracy:
+        found = verify_accuracy(options.file, file, options.data_dir, options.model)
+        text += f"; accuracy measured again: {found:.2f} %"
+    elif certificate.top1 is not None:
+        text += f"; accuracy stated: {certificate.top1:.2f} %, --accuracy measures it"
+    rows = sparsity_rows({name: file.tensors[name] for name in file.prunable})
+    console.print(tables.layers_table(rows, str(options.file)))
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def _replay(options: Namespace, console: Console, log: Console) -> None:
+    """Train a stored ticket again and say whether it came to the same."""
+    ticket = read_ticket(options.file)
+    recipe = recipe_of(ticket.recipe, options.file, options.model)
+    device = _device(options.device)
+    threads = ticket.threads if options.threads is None else options.threads
+    if threads < 1:
+        raise UsageError(f"threads must be at least 1, not {threads}")
+    torch.set_num_threads(threads)
+    dataset = load_data(recipe, options.data_dir).to(device)
+    name = f"{recipe.recipe}-replay-{ticket.method}-{recipe.preset}-x{recipe.compression:g}-s{recipe.seed}"
+    with RunFolder(options.out / name, recipe) as folder:
+        log.print(str(folder.path), highlight=False, soft_wrap=True)
+        folder.note_environment(device)
+        with ProgressBars(log) as bars:
+            again = replay(Job(recipe, dataset, folder, bars, device), ticket, options.file)
+    if again.same_weights and again.top1 == ticket.top1:
+        console.print(f"identical: {again.top1:.2f} %, and the same weights to the bit", highlight=False)
+        return
+    same = "the same accuracy" if again.top1 == ticket.top1 else "not identical"
     console.print(
-        f"{seconds:.0f} s of training; weights, curves.png, density.png in {where}", highlight=False, soft_wrap=True
+        f"{same}: {again.top1:.2f} % here, {ticket.top1:.2f} % there, with other weights; the bits are those of one "
+        f"machine and number of threads, there {ticket.threads} ({ticket.machine}), here {threads}",
+        highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -52,6 +52,9 @@ def synthetic(train: int = 2_048, test: int = 512) -> Dataset:
     return Dataset(split(train), split(test))
 
 
+IMAGE_SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "imagenet": (3, 224, 224), "synthetic": (1, 28, 28)}
+"""(channels, height, width) of what a data set's batches hold."""
+
 FETCHED = ("mnist", "cifar10")  # others have to be there already
 DATASETS: dict[str, Callable[[Path | None], Dataset]] = {
     "mnist": mnist.load,

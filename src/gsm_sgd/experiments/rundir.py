@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -74,7 +74,7 @@ class RunFolder:
         except OSError as error:
             raise UsageError(f"cannot write to {path}: {error.strerror}; choose another --out") from error
         refuse_other_recipe(path, recipe)  # another process may have made it while this one waited
-        _replace(path / "recipe.yaml", yaml.safe_dump(recipe.as_dict(), sort_keys=False).encode())
+        replace_file(path / "recipe.yaml", yaml.safe_dump(recipe.as_dict(), sort_keys=False).encode())
 
     def __enter__(self) -> Self:
         """Return the folder itself."""
@@ -93,7 +93,7 @@ class RunFolder:
         if not self.writes:
             return
         processes = [*read_processes(self.path), environment(device)]
-        _replace(self.path / "environment.json", _json({"processes": processes}))
+        replace_file(self.path / "environment.json", _json({"processes": processes}))
 
     @property
     def finished(self) -> bool:
@@ -103,7 +103,7 @@ class RunFolder:
     def finish(self, result: Record) -> None:
         """Write result.json: the run is over."""
         if self.writes:
-            _replace(self.path / "result.json", _json(result))
+            replace_file(self.path / "result.json", _json(result))
         ranks.wait()
 
     def save_figure(self, name: str, write: Callable[[Path], None]) -> None:
@@ -123,7 +123,7 @@ class RunFolder:
         tensors = {key: tensor.cpu().contiguous() for key, tensor in model.state_dict().items()}
         if self.writes:
             # one entry: safetensors writes several in any order, and the same weights are to give the same file
-            _replace(self.path / f"{name}.safetensors", save(tensors, {_HASH: _tensors_hash(tensors)}))
+            replace_file(self.path / f"{name}.safetensors", save(tensors, {_HASH: tensors_hash(tensors)}))
         ranks.wait()
 
     def load_weights(self, name: str, model: nn.Module) -> None:
@@ -176,7 +176,7 @@ class Stage:
             epoch = 0
         if self._writes:
             kept = [r for r in read_metrics(self._metrics.parent) if r["stage"] != self.name or r["epoch"] <= epoch]
-            _replace(self._metrics, b"".join(_json_line(record) for record in kept))
+            replace_file(self._metrics, b"".join(_json_line(record) for record in kept))
         ranks.wait()  # all have read the checkpoint before the first one replaces it
         return state
 
@@ -190,7 +190,7 @@ class Stage:
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint."""
-        _replace(self._checkpoint, lambda stream: torch.save({"stage": self.name, **state}, stream))
+        replace_file(self._checkpoint, lambda stream: torch.save({"stage": self.name, **state}, stream))
         self._saved_at = time.monotonic()
 
     def log(self, record: Record) -> None:
@@ -276,7 +276,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise UsageError(f"{path} does not exist") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise UsageError(f"{path} is not a safetensors file, or damaged") from error
-    if expected is not None and expected != _tensors_hash(tensors):
+    if expected is not None and expected != tensors_hash(tensors):
         raise UsageError(f"{path} is damaged: its weights are not those that were saved")
     return tensors
 
@@ -335,7 +335,8 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _tensors_hash(tensors: dict[str, Tensor]) -> str:
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256, in hex, of tensors by rising name: of name, type and shape as a line, and of their bytes."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
@@ -344,17 +345,21 @@ def _tensors_hash(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _replace(path: Path, content: bytes | Callable[[Any], None]) -> None:
+def replace_file(path: Path, content: bytes | Callable[[Any], None]) -> None:
     """Replace a file, so that whatever happens either the old or the new one is there, whole."""
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as stream:
-        if callable(content):
-            content(stream)
-        else:
-            stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as stream:
+            if callable(content):
+                content(stream)
+            else:
+                stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _defaults(kind: type, prefix: str = "") -> Record:

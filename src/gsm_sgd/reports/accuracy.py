@@ -27,7 +27,8 @@ def comparison(groups: Sequence[Group]) -> Block:
     rows, marks = [], []
     for group in groups:
         found = {outcome.key: outcome for outcome in outcomes(group.runs)}
-        last = found.get("pruned", found["gsm_after_cut"])
+        # a run that only retrained a ticket has no pruned net
+        last = next(found[key] for key in ("pruned", "gsm_after_cut", *found) if key in found)
         shown = [found[key].figure.shown if key in found else "" for key in ("base", "gsm_before_cut", "gsm_after_cut")]
         paper = ["", ""] if last.paper is None else [f"{last.paper:.2f}", f"{last.figure.mean - last.paper:+.2f}"]
         first = group.results[0]
@@ -35,8 +36,9 @@ def comparison(groups: Sequence[Group]) -> Block:
         seconds = f"{fmean(sum(result['seconds'].values()) for result in group.results):,.0f}"
         kept = f"{first['nonzeros']:,} of {first['prunable']:,}"
         seeds = listed(group.seeds)
-        rows.append([group.title, seeds, kept, *shown, last.figure.shown, *paper, epochs, seconds])
-        top1 = [result["top1"]["pruned"] for result in group.results]
+        pruned = last.figure.shown if last.key in ("pruned", "gsm_after_cut") else f"ticket {last.figure.shown}"
+        rows.append([group.title, seeds, kept, *shown, pruned, *paper, epochs, seconds])
+        top1 = [result["top1"][last.key] for result in group.results]
         marks.append(Row(group.title, "blue", group.seeds, top1, last.paper))
     columns = ["runs", "seeds", "weights kept", "base net", "GSM, before the cut", "after the cut", "pruned net"]
     return Block(
@@ -67,7 +69,7 @@ def results(group: Group) -> list[Block]:
     )
     texts = [
         f"{first['nonzeros']:,} of {first['prunable']:,} weights are kept; {group.runs[0].measured_on}.",
-        cut_line(group.runs),
+        *([cut_line(group.runs)] if "gsm_after_cut" in first["top1"] else []),
     ]
     if first["paper"] is None:
         texts.append("The paper has no figure for this net, data set and compression ratio.")

@@ -40,8 +40,9 @@ _RECIPE: Record = {
 _RESULT: Record = {
     **{"recipe": str, "command": str, "preset": str, "compression": _NUMBER, "seed": int, "device": str},
     **{"prunable": int, "nonzeros": int, "epochs": dict, "seconds": dict, "layers": list, "paper": (dict, NoneType)},
-    "top1": dict.fromkeys(("gsm_before_cut", "gsm_after_cut", "pruned"), _NUMBER),
+    "top1": dict,
 }
+_PRUNED = {"gsm_before_cut", "gsm_after_cut", "pruned"}  # in `top1` unless a ticket is all that was trained
 _TABLES_OF_NUMBERS = ("epochs", "seconds", "top1", "paper")
 _LAYER: Record = {"name": str, "shape": list, "params": int, "nonzeros": int}
 """What the files of a run have at least, and of which type."""
@@ -143,6 +144,7 @@ def read_run(path: Path) -> Run:
         result = json.loads(file.read_text()) if file.exists() else None
         if result is not None and not (
             _has(result, _RESULT)
+            and (result["command"] == "replay" or set(result["top1"]) >= _PRUNED)
             and all(_has(layer, _LAYER) for layer in result["layers"])
             and all(isinstance(value, _NUMBER) for key in _TABLES_OF_NUMBERS for value in (result[key] or {}).values())
         ):
@@ -206,7 +208,7 @@ def outcomes(runs: Sequence[Run]) -> list[Outcome]:
     """
     results = [run.result for run in runs if run.result is not None]
     paper = dict(results[0]["paper"] or {})
-    lasting = all(result["top1"]["gsm_after_cut"] == result["top1"]["pruned"] for result in results)
+    lasting = all(result["top1"].get("gsm_after_cut") == result["top1"].get("pruned") for result in results)
     if lasting and "pruned" in paper:
         paper["gsm_after_cut"] = paper["pruned"]
     return [

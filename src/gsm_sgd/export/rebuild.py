@@ -1,0 +1,66 @@
+"""The net of a file again: its recipe read back, its model built, its accuracy measured."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..experiments import UsageError, data, models
+from ..experiments.loop import evaluate
+from ..experiments.models import MODELS, torchvision_name
+from ..experiments.recipes import Recipe
+from ..experiments.splits import Dataset
+
+
+def recipe_of(fields: Mapping[str, Any], source: Path, allowed: str | None = None) -> Recipe:
+    """Return the recipe that a file states.
+
+    Args:
+        fields: as the file has them.
+        source: the file, for messages.
+        allowed: the one function of the user's own that may be called to build the net.
+
+    Raises:
+        UsageError: they are no recipe, or the net is built by code that the user has not named.
+    """
+    try:
+        recipe = Recipe.from_dict(fields)
+        recipe.check()
+        if not all(isinstance(value, str) for value in (recipe.recipe, recipe.preset, recipe.model, recipe.dataset)):
+            raise TypeError("a name that is no text")
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise UsageError(f"{source} states no recipe of this version") from error
+    ours = recipe.model in MODELS or torchvision_name(recipe.model) is not None
+    if not ours and recipe.model != allowed:
+        raise UsageError(
+            f"{source} says that {recipe.model!r} builds its net, which is not part of gsm-sgd: "
+            f"if you trust that code, add --model {recipe.model}"
+        )
+    return recipe
+
+
+def load_data(recipe: Recipe, data_dir: Path | None) -> Dataset:
+    """Return what a recipe trains on and measures accuracy on."""
+    dataset = data.load(recipe.dataset, data_dir)
+    return dataset.hold_out(recipe.holdout) if recipe.holdout else dataset
+
+
+def build(recipe: Recipe, tensors: Mapping[str, Tensor], classes: int | None = None) -> nn.Module:
+    """Return the net of a recipe with these weights.
+
+    Raises:
+        UsageError: they do not fit it.
+    """
+    model = models.build(recipe.model, recipe.seed, classes)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UsageError(f"the weights do not fit {recipe.model}") from error
+    return model
+
+
+def measure(recipe: Recipe, tensors: Mapping[str, Tensor], data_dir: Path | None) -> float:
+    """Return the accuracy, in percent, of weights on the images of a recipe, by the CPU."""
+    dataset = load_data(recipe, data_dir)
+    return evaluate(build(recipe, tensors, dataset.classes), dataset.test)

@@ -1,0 +1,71 @@
+"""The compression ratio at which a sparse file has at most a size given in advance, wherever the kept weights are."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context
+
+from torch import nn
+
+from ..experiments import UsageError
+from ..experiments.recipes import Recipe
+from ..masks import prunable_parameters
+from ..selection import kept_weights
+from .sparse import largest_size
+
+_UNITS = {"b": 1, "kb": 10**3, "kib": 2**10, "mb": 10**6, "mib": 2**20}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-z]+)\s*", re.IGNORECASE)
+_DIGITS = 6  # of a compression ratio, as a run folder's name has it
+
+
+def parse_size(text: str) -> int:
+    """Return a size in bytes, rounded down: 20KB are 20,000 bytes, 20KiB are 20,480.
+
+    Raises:
+        UsageError: it is no size.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None or match[2].lower() not in _UNITS:
+        raise UsageError(f"a size is a number with B, KB, KiB, MB or MiB, like 20KB, not {text!r}")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def compression_for(target: int, model: nn.Module, recipes: Sequence[Recipe]) -> float:
+    """Return the least compression ratio, of six digits, at which no sparse file of these runs has over `target` bytes.
+
+    Args:
+        target: bytes.
+        model: the net.
+        recipes: of runs that differ in the seed alone; they are in the files, with the ratio.
+
+    Raises:
+        UsageError: even with one weight left the file could be larger.
+    """
+    prunable = prunable_parameters(model)
+    total = sum(weight.numel() for weight in prunable.values())
+
+    def size(kept: int) -> int:
+        ratio = _ratio(total, kept)
+        left = kept_weights(total, ratio)
+        with_ratio = [replace(recipe, compression=ratio).as_dict() for recipe in recipes]
+        state = model.state_dict()
+        return max(largest_size(state, left, prunable=prunable, recipe=recipe) for recipe in with_ratio)
+
+    if size(1) > target:
+        raise UsageError(
+            f"{target:,} bytes are too few: with one weight left, biases, names, recipe and certificate take up to "
+            f"{size(1):,}, which is the smallest --target-size"
+        )
+    kept, too_many = 1, total + 1
+    while too_many - kept > 1:
+        middle = (kept + too_many) // 2
+        kept, too_many = (middle, too_many) if size(middle) <= target else (kept, middle)
+    return _ratio(total, kept)
+
+
+def _ratio(total: int, kept: int) -> float:
+    """Return the least ratio of six digits that keeps at most `kept` weights of `total`, or else one."""
+    least = Context(_DIGITS, ROUND_CEILING).divide(total, kept)
+    if least > total:
+        least = Context(_DIGITS, ROUND_FLOOR).divide(total, kept)
+    return float(least)

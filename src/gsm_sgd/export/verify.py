@@ -1,0 +1,56 @@
+"""Whether a sparse file's certificate is true."""
+
+from pathlib import Path
+
+from ..experiments import UsageError
+from .rebuild import measure, recipe_of
+from .sparse import SparseFile, certify, read_sparse
+
+_SAME = 0.05  # points of accuracy that a machine's arithmetic may turn
+
+
+class CertificateError(Exception):
+    """A certificate does not tell the truth."""
+
+
+def verify(path: Path) -> SparseFile:
+    """Return a sparse file after computing N, Q, what each layer keeps, and the hash, from its tensors.
+
+    Raises:
+        UsageError: the file is missing or damaged.
+        CertificateError: the certificate says something else.
+    """
+    file = read_sparse(path)
+    stated = file.certificate
+    true = certify(file.tensors, file.prunable)
+    for title, said, found in (
+        ("prunable weights", stated.prunable, true.prunable),
+        ("nonzeros", stated.nonzeros, true.nonzeros),
+        ("nonzeros by layer", stated.kept, true.kept),
+        ("sha256 of the weights", stated.sha256, true.sha256),
+    ):
+        if said != found:
+            raise CertificateError(f"{path} states {title} {said}, but has {found}")
+    return file
+
+
+def verify_accuracy(path: Path, file: SparseFile, data_dir: Path | None, allowed: str | None) -> float:
+    """Return the accuracy, in percent, measured again.
+
+    Args:
+        path: the file, for messages.
+        file: its content.
+        data_dir: folder of the data; default $GSM_DATA.
+        allowed: as of `recipe_of`.
+
+    Raises:
+        UsageError: the file states no accuracy or recipe, or the data cannot be had.
+        CertificateError: it states another accuracy, by more than arithmetic may differ between machines.
+    """
+    stated = file.certificate.top1
+    if stated is None or file.recipe is None:
+        raise UsageError(f"{path} states no accuracy: do without --accuracy")
+    found = measure(recipe_of(file.recipe, path, allowed), file.tensors, data_dir)
+    if not abs(found - stated) <= _SAME:
+        raise CertificateError(f"{path} states an accuracy of {stated:.2f} %, but has {found:.2f} %")
+    return found

@@ -1,0 +1,380 @@
+"""gsm export, verify, ticket and prune --target-size, on made-up data; and the formats of others."""
+
+import json
+import shutil
+import sys
+
+import h5py
+import numpy as np
+import onnx
+import pytest
+import torch
+import yaml
+from onnx import numpy_helper
+from safetensors.torch import load_file
+
+from gsm_sgd import apply_masks_, cli, magnitude_masks, prunable_parameters
+from gsm_sgd.experiments import UsageError, models
+from gsm_sgd.experiments.rundir import read_weights
+from gsm_sgd.export import hdf5_file, load_sparse, onnx_file, save_sparse
+from gsm_sgd.export.files import read_tensors
+from gsm_sgd.export.hdf5_file import published_name, read_hdf5, to_hdf5
+from gsm_sgd.export.ticket import read_ticket
+from test_cli import SHORT, fails
+from test_export import about_with, metadata_with
+
+AT = SHORT.index("--compression")
+NO_RATIO = [*SHORT[:AT], *SHORT[AT + 2 :]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished lottery."""
+    out = tmp_path_factory.mktemp("out")
+    assert cli.run(["lottery", "lenet300", *SHORT, "--out", str(out)]) == 0
+    return next(out.iterdir())
+
+
+@pytest.fixture
+def own(run, tmp_path):
+    """A copy of it, to write into."""
+    return shutil.copytree(run, tmp_path / "run")
+
+
+def gsm(capsys, *words):
+    """Run, expect success, and return what it printed."""
+    capsys.readouterr()
+    assert cli.run([str(word) for word in words]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+# --- export and verify ---
+
+
+def test_export_sparse_and_verify(own, capsys):
+    said = gsm(capsys, "export", own)
+    path = own / "pruned.sparse.safetensors"
+    assert said.startswith(f"{path}: {path.stat().st_size:,} bytes; pruned.safetensors: 1,067,000, ")
+    assert same(load_sparse(path), load_file(own / "pruned.safetensors"))
+    said = gsm(capsys, "verify", path)
+    assert "verified: 13,310 of 266,200 weights" in said
+    assert "--accuracy measures it" in said
+    top1 = json.loads((own / "result.json").read_text())["top1"]["pruned"]
+    assert f"accuracy measured again: {top1:.2f} %" in gsm(capsys, "verify", path, "--accuracy")
+    said = gsm(capsys, "show", path)
+    assert "13,310" in said
+    assert "20.00x" in said
+
+
+def test_rounded_export_states_its_own_accuracy(own, capsys):
+    path = own / "small.safetensors"
+    gsm(capsys, "export", own, "--values", "bfloat16", "--out", path)
+    gsm(capsys, "export", own)
+    assert path.stat().st_size + 13_310 * 2 - 100 < (own / "pruned.sparse.safetensors").stat().st_size
+    gsm(capsys, "verify", path, "--accuracy")
+
+
+def test_export_dense(own, capsys):
+    gsm(capsys, "export", own, "--format", "safetensors")
+    assert same(load_file(own / "pruned.dense.safetensors"), load_file(own / "pruned.safetensors"))
+
+
+def test_export_hdf5_and_show_it(own, capsys):
+    gsm(capsys, "export", own, "--format", "hdf5")
+    weights = load_file(own / "pruned.safetensors")
+    with h5py.File(own / "pruned.hdf5") as file:
+        assert set(file) == {f"linear{n}.{kind}" for n in (1, 2, 3) for kind in ("weight", "bias")}
+        assert (np.asarray(file["linear2.weight"]) == weights["fc2.weight"].numpy()).all()
+    said = gsm(capsys, "show", own / "pruned.hdf5")
+    assert "linear1.weight" in said
+    assert "13,310" in said
+
+
+def test_export_onnx(own, capsys):
+    said = gsm(capsys, "export", own, "--format", "onnx")
+    assert "onnxruntime's logits of 16 random images differ by " in said
+    weights = load_file(own / "pruned.safetensors")
+    stored = {one.name: numpy_helper.to_array(one) for one in onnx.load(own / "pruned.onnx").graph.initializer}
+    for name in ("fc1.weight", "fc2.weight", "fc3.weight"):
+        assert (stored[name] == weights[name].numpy()).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["export", "{run}", "--format", "pdf"], "pdf"),
+        (["export", "{run}", "--values", "int8"], "values"),
+        (["export", "{run}", "--format", "onnx", "--values", "float16"], "--values is for --format sparse"),
+        (["export", "nowhere"], "nowhere is neither a run's folder nor a safetensors file"),
+        (["export", "{run}", "--out", "/dev/null/x"], "cannot write /dev/null/x: Not a directory"),
+        (["verify", "nowhere"], "cannot read nowhere: No such file"),
+        (["verify", "{run}/pruned.safetensors"], "is not a sparse file, or damaged: its format is 'None'"),
+        (["ticket"], "ticket.action"),
+        (["ticket", "save", "{run}", "--method", "chance"], "method"),
+        (["ticket", "replay", "nowhere"], "cannot read nowhere: No such file"),
+        (["ticket", "replay", "{run}/pruned.safetensors"], "is not a ticket, or damaged"),
+        (["prune", "lenet300", "--target-size", "20"], "a size is a number with B, KB, KiB, MB or MiB, like 20KB"),
+        (["prune", "lenet300", "--target-size", "1KB"], "which is the smallest --target-size"),
+        (["prune", "lenet300", "--target-size", "20KB", "--compression=5"], "leave out --compression"),
+        (["lottery", "lenet300", "--target-size", "20KB"], "unrecognized arguments: --target-size"),
+    ],
+)
+def test_bad_usage(words, message, run, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(capsys, *(word.format(run=run) for word in words))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unfinished_run(own, capsys):
+    (own / "result.json").unlink()
+    for words in (["export"], ["ticket", "save"]):
+        assert fails(capsys, *words, own) == f"{own} is not finished: give its command again to go on"
+
+
+def test_a_false_certificate_is_a_failure(own, capsys):
+    gsm(capsys, "export", own)
+    path = own / "pruned.sparse.safetensors"
+    honest = path.read_bytes()
+    path.write_bytes(metadata_with(honest, nonzeros="13309"))
+    assert "states nonzeros 13309, but has 13310" in fails(capsys, "verify", path, status=1)
+    path.write_bytes(metadata_with(honest, top1="5.0"))
+    assert "states an accuracy of 5.00 %, but has" in fails(capsys, "verify", path, "--accuracy", status=1)
+    path.write_bytes(honest[:-20])
+    fails(capsys, "verify", path)
+
+
+def test_a_file_runs_no_code_that_the_user_has_not_named(own, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.py").write_text("from pathlib import Path\nPath('called').touch()\n")
+    gsm(capsys, "export", own)
+    path = own / "pruned.sparse.safetensors"
+    honest = path.read_bytes()
+    path.write_bytes(about_with(honest, lambda about: about["recipe"].__setitem__("model", "evil:make")))
+    said = fails(capsys, "verify", path, "--accuracy")
+    assert "'evil:make' builds its net, which is not part of gsm-sgd" in said
+    assert not (tmp_path / "called").exists()
+    assert "evil" not in sys.modules
+    fails(capsys, "verify", path, "--accuracy", "--model", "evil:make")
+    assert (tmp_path / "called").exists()
+
+
+def test_a_recipe_that_is_none_is_told(own, capsys):
+    gsm(capsys, "export", own)
+    path = own / "pruned.sparse.safetensors"
+    honest = path.read_bytes()
+    for change in (
+        lambda recipe: recipe.clear(),
+        lambda recipe: recipe.__setitem__("base", 3),
+        lambda recipe: recipe["base"].__setitem__("epochs", "many"),
+        lambda recipe: recipe.__setitem__("model", ["lenet300"]),
+        lambda recipe: recipe.__setitem__("x", 1),
+    ):
+        path.write_bytes(about_with(honest, lambda about, change=change: change(about["recipe"])))
+        assert "states no recipe of this version" in fails(capsys, "verify", path, "--accuracy")
+
+
+# --- a size to prune to ---
+
+
+def test_target_size(tmp_path, capsys):
+    words = ["prune", "lenet300", *NO_RATIO, "--target-size", "20KB", "--seeds", "9,10", "--out", tmp_path]
+    said = gsm(capsys, *words)
+    folders = sorted(tmp_path.iterdir())
+    assert len(folders) == 2
+    for folder in folders:
+        path = folder / "pruned.sparse.safetensors"
+        assert 15_000 < path.stat().st_size <= 20_000
+        assert str(path) in said
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+        assert f"-x{recipe['compression']:g}-" in folder.name
+        gsm(capsys, "verify", path)
+    path.unlink()
+    assert "20,000" not in gsm(capsys, *words)  # the same folders again, and what is missing in them
+    assert sorted(tmp_path.iterdir()) == folders
+    assert path.exists()
+
+
+# --- tickets ---
+
+
+@pytest.mark.parametrize("method", ["gsm", "magnitude"])
+def test_a_ticket_trains_to_the_same_bits(run, tmp_path, capsys, method):
+    path = tmp_path / "x.ticket"
+    said = gsm(capsys, "ticket", "save", run, "--method", method, "-o", path)
+    assert "13,310 weights" in said
+    assert path.stat().st_size < 13_310
+    said = gsm(capsys, "ticket", "replay", path, "--out", tmp_path / "runs")
+    assert said.startswith("identical: ")
+    assert said.endswith("and the same weights to the bit\n")
+    (again,) = (tmp_path / "runs").iterdir()
+    assert again.name == f"lenet300-replay-{method}-fast-x20-s0"
+    ours, theirs = (read_weights(folder / f"ticket-{method}.safetensors") for folder in (again, run))
+    assert same(ours, theirs)
+    said = gsm(capsys, "show", again)
+    assert f"ticket by {'GSM' if method == 'gsm' else 'magnitude'}, retrained" in said
+    assert gsm(capsys, "ticket", "replay", path, "--out", tmp_path / "runs").startswith("identical: ")
+
+
+def test_what_a_ticket_holds(run, capsys):
+    gsm(capsys, "ticket", "save", run)
+    path = run / "ticket-gsm.ticket.safetensors"
+    ticket = read_ticket(path)
+    result = json.loads((run / "result.json").read_text())
+    assert (ticket.top1, ticket.recipe["seed"], ticket.threads) == (result["top1"]["ticket_gsm"], 0, 1)
+    trained = read_weights(run / "ticket-gsm.safetensors")
+    for name, mask in ticket.masks.items():
+        assert not trained[name][~mask].any()
+    assert "13,310" in gsm(capsys, "show", path)
+    path.unlink()
+
+
+def test_a_replay_that_differs_is_told(run, tmp_path, capsys):
+    path = tmp_path / "x.ticket"
+    gsm(capsys, "ticket", "save", run, "-o", path)
+    honest = path.read_bytes()
+    path.write_bytes(metadata_with(honest, top1="1.5", trained=64 * "0"))
+    said = gsm(capsys, "ticket", "replay", path, "--out", tmp_path / "runs")
+    assert said.startswith("not identical: ")
+    assert " here, 1.50 % there" in said
+    path.write_bytes(metadata_with(honest, init=64 * "0"))
+    said = fails_at_the_end(capsys, "ticket", "replay", path, "--out", tmp_path / "runs")
+    assert "the initialisation of seed 0 here is not that of" in said
+
+
+def fails_at_the_end(capsys, *words):
+    """Run, expect bad usage after some progress, and return the last line."""
+    capsys.readouterr()
+    assert cli.run([str(word) for word in words]) == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda c: c[:-1], "is not where it should be"),
+        (lambda c: metadata_with(c, codes="d d d"), "its codes are damaged"),
+        (lambda c: metadata_with(c, method="chance"), "it holds something else"),
+        (lambda c: metadata_with(c, top1="nan"), "makes no sense"),
+        (lambda c: metadata_with(c, top1="x"), "is damaged"),
+        (lambda c: metadata_with(c, threads="10000000"), "makes no sense"),
+        (lambda c: about_with(c, lambda a: {"prunable": [["x", [2, 2]]]}), "it holds something else"),
+        (lambda c: about_with(c, lambda a: {"prunable": [["x", [2**30, 2], "BOOL"]]}), "claim to hold tensors"),
+    ],
+)
+def test_tickets_that_lie(run, tmp_path, capsys, damage, message):
+    path = tmp_path / "x.ticket"
+    gsm(capsys, "ticket", "save", run, "-o", path)
+    path.write_bytes(damage(path.read_bytes()))
+    assert message in fails(capsys, "ticket", "replay", path, "--out", tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_ticket_of_another_net(run, tmp_path, capsys):
+    path = tmp_path / "x.ticket"
+    gsm(capsys, "ticket", "save", run, "-o", path)
+    path.write_bytes(about_with(path.read_bytes(), lambda a: a["prunable"][0].__setitem__(1, [784, 300])))
+    said = fails_at_the_end(capsys, "ticket", "replay", path, "--out", tmp_path / "runs")
+    assert "does not fit lenet300: mask 'fc1.weight' has shape (784, 300)" in said
+
+
+def test_only_a_lottery_has_tickets(own, capsys):
+    result = json.loads((own / "result.json").read_text()) | {"command": "prune"}
+    (own / "result.json").write_text(json.dumps(result))
+    assert f"{own} is no lottery and has no tickets" in fails(capsys, "ticket", "save", own)
+
+
+# --- the formats of others ---
+
+
+def test_published_names():
+    """Those of its ResNet-56 and LeNet-5; of a net that it does not have, our own."""
+    assert [published_name(name, "resnet56") for name in (
+        "conv.weight", "bn.running_mean", "stage2.0.conv1.weight", "stage2.0.bn2.bias", "stage2.0.shortcut.0.weight",
+        "stage3.0.shortcut.1.num_batches_tracked", "fc.bias",
+    )] == [
+        "conv1.conv.weight", "conv1.bn.running_mean", "stage2.0.conv1.conv.weight", "stage2.0.conv2.bn.bias",
+        "stage2.0.shortcut.conv.weight", "stage3.0.shortcut.bn.num_batches_tracked", "linear.bias",
+    ]  # fmt: skip
+    assert published_name("conv2.bias", "lenet5") == "stem.conv2.bias"
+    assert published_name("fc1.weight", "lenet5") == "linear1.weight"
+    assert published_name("features.0.0.bn.weight", "densenet40") == "features.0.0.bn.weight"
+
+
+@pytest.mark.parametrize("name", ["lenet5", "resnet56", "densenet40"])
+def test_hdf5_holds_every_tensor_once(tmp_path, name):
+    state = models.build(name, 0).state_dict()
+    (tmp_path / "x.hdf5").write_bytes(to_hdf5(state, name))
+    found = read_tensors(tmp_path / "x.hdf5")
+    assert len(found) == len(state)
+    for key, tensor in state.items():
+        theirs = found[published_name(key, name)]
+        assert theirs.dtype == tensor.dtype
+        assert torch.equal(theirs, tensor)
+
+
+def test_hdf5_has_plus_for_slash(tmp_path):
+    (tmp_path / "x.hdf5").write_bytes(to_hdf5({"a/b": torch.ones(2)}, "own"))
+    with h5py.File(tmp_path / "x.hdf5") as file:
+        assert list(file) == ["a+b"]
+    assert list(read_hdf5(tmp_path / "x.hdf5")) == ["a/b"]
+    with pytest.raises(UsageError, match="bfloat16, which HDF5 does not have"):
+        to_hdf5({"w": torch.ones(2, dtype=torch.bfloat16)}, "own")
+
+
+def test_hostile_hdf5(tmp_path):
+    secret = tmp_path / "secret.bin"
+    secret.write_bytes(b"12345678")
+    with h5py.File(tmp_path / "other.hdf5", "w") as file:
+        file["x"] = np.ones(3)
+    layout = h5py.VirtualLayout((3,), "f8")
+    layout[:] = h5py.VirtualSource(tmp_path / "other.hdf5", "x", (3,))
+    for number, (write, message) in enumerate([
+        (lambda file: file.create_dataset("x", (2**40,), "f4", chunks=(2**10,), fillvalue=0), "has more than 2"),
+        (lambda file: file.create_dataset("x", (2**30,), "f4", chunks=(2**10,), fillvalue=0), "claim to hold tensors"),
+        (lambda file: file.create_group("x"), "'x' is no data set in this file"),
+        (lambda file: file.__setitem__("x", h5py.ExternalLink("other.hdf5", "x")), "'x' is no data set in this file"),
+        (lambda file: file.create_virtual_dataset("x", layout), "'x' is no data set in this file"),
+        (lambda file: file.create_dataset("x", (2,), "f4", external=[(str(secret), 0, 8)]), "'x' is no data set"),
+        (lambda file: file.create_dataset("x", data=[b"text"]), "is not an HDF5 file of tensors"),
+    ]):  # fmt: skip
+        path = tmp_path / f"{number}.hdf5"
+        with h5py.File(path, "w") as file:
+            write(file)
+        with pytest.raises(UsageError, match=message):
+            read_hdf5(path)
+    path.write_bytes(hdf5_file.MAGIC + b"\0" * 99)
+    with pytest.raises(UsageError, match="is not an HDF5 file of tensors, or damaged"):
+        read_hdf5(path)
+
+
+def test_onnx_of_a_deep_net_computes_the_same():
+    model = models.build("resnet20", 0)
+    weights = prunable_parameters(model)
+    apply_masks_(weights, magnitude_masks(weights, 10))
+    file = onnx_file.to_onnx(model, (3, 32, 32))
+    assert file.difference < 1e-5
+    shape = onnx.load_from_string(file.content).graph.input[0].type.tensor_type.shape.dim
+    assert (shape[0].dim_param, [side.dim_value for side in shape[1:]]) == ("batch", [3, 32, 32])
+
+
+def test_onnx_that_computes_something_else_is_not_written(own, capsys, monkeypatch):
+    monkeypatch.setattr(onnx_file, "_TOLERANCE", 0.0)
+    assert "logits differ from torch's by" in fails(capsys, "export", own, "--format", "onnx", status=1)
+    assert not (own / "pruned.onnx").exists()
+
+
+@pytest.mark.parametrize(("kind", "module"), [("onnx", "onnxruntime"), ("onnx", "onnxscript"), ("hdf5", "h5py")])
+def test_missing_packages_are_named(own, capsys, monkeypatch, kind, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    said = fails(capsys, "export", own, "--format", kind)
+    assert said.endswith(f"needs {module}: pip install 'gsm-sgd[export]'")
+
+
+def test_a_state_that_was_not_pruned_at_all(tmp_path):
+    state = models.build("lenet300", 0).state_dict()
+    save_sparse(tmp_path / "x", state)
+    assert same(load_sparse(tmp_path / "x"), state)
