@@ -91,12 +91,15 @@ def _parser(recipe: Recipe) -> ArgumentParser:
     commands.add_subcommand("ticket", ticket, help="store a winning ticket in a few KB, and train it again")
     _add_ticket_actions(ticket)  # only now: jsonargparse wants the outer ones first
 
-    cost = _Parser(description="Measure what an optimizer step costs, GSM's beside SGD's, by turns in one run.")
-    cost.add_argument("subject", type=str, help="what to measure: step")
-    cost.add_argument("models", nargs="*", default=["lenet300", "resnet56"], help=f"of {', '.join(bench.WORKLOADS)}")
-    cost.add_argument("--repeats", type=int, default=9, help="turns")
-    cost.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, ...")
-    commands.add_subcommand("bench", cost, help="what an optimizer step costs")
+    cost = _Parser(description="Measure what an optimizer step costs, or how long the pruned nets of runs take.")
+    cost.add_argument(
+        "subject", type=str, help="what to measure: step, GSM's beside SGD's; or inference, dense and sparse"
+    )
+    of_what = f"step: models of {', '.join(bench.WORKLOADS)} (default: lenet300 resnet56); inference: run folders"
+    cost.add_argument("names", nargs="*", help=of_what)
+    cost.add_argument("--repeats", type=int, default=9, help="turns of steps")
+    cost.add_argument("--device", type=str, default="auto", help="of steps: auto, cpu, cuda, ...")
+    commands.add_subcommand("bench", cost, help="what an optimizer step costs, or a pruned net's inference")
 
     fetch = _Parser(description="Fetch a data set and verify it.")
     fetch.add_argument("dataset", type=str, help=f"which one: {', '.join(data.FETCHED)}")

@@ -26,6 +26,7 @@ from .experiments.prune import Job, gsm, prune
 from .experiments.recipes import Recipe, Training
 from .experiments.rundir import Record, RunFolder, refuse_other_recipe
 from .export.files import read_tensors
+from .export.inference import latency_table, measure_inference, verdict
 from .export.rebuild import load_data, recipe_of
 from .export.run import ENDINGS, export
 from .export.target import compression_for, parse_size
@@ -324,14 +325,28 @@ def _replay(options: Namespace, console: Console, log: Console) -> None:
 
 
 def _bench(options: Namespace, console: Console, log: Console) -> None:
-    """Measure what a step costs on the shapes of each model named."""
-    if options.subject != "step":
-        raise UsageError(f"unknown benchmark {options.subject!r}: there is step")
+    """Measure what a step costs on the shapes of each model named, or how long the nets of runs take."""
+    match options.subject:
+        case "step":
+            _bench_steps(options, console, log)
+        case "inference":
+            if not options.names:
+                raise UsageError("name the folders of the runs to measure: gsm bench inference RUN...")
+            for folder in map(Path, options.names):
+                with log.status(f"{folder}: by turns"):
+                    latencies = measure_inference(folder)
+                console.print(latency_table(str(folder), latencies))
+                console.print(verdict(latencies), highlight=False, soft_wrap=True)
+        case subject:
+            raise UsageError(f"unknown benchmark {subject!r}: there are step and inference")
+
+
+def _bench_steps(options: Namespace, console: Console, log: Console) -> None:
     if options.repeats < 1:
         raise UsageError(f"repeats must be at least 1, not {options.repeats}")
     device = _device(options.device)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no CUDA is no news
-    works = {name: bench.workload(name) for name in options.models}
+    works = {name: bench.workload(name) for name in options.names or ("lenet300", "resnet56")}
     for name, work in works.items():
         with log.status(f"{name}: compiling, then {options.repeats} turns"):
             costs = bench.measure(work, options.repeats, device)

@@ -1,0 +1,126 @@
+"""How long a pruned net takes: dense by torch, with sparse linear layers, and dense by onnxruntime, by turns."""
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from ..experiments import UsageError, data
+from ..experiments.rundir import environment, read_weights, replace_file
+from ..reports.runs import read_run
+from .csr import CsrLinear, seconds_of
+from .extras import needed
+from .onnx_file import to_onnx
+from .rebuild import build, recipe_of
+
+Engines = dict[str, Callable[[Tensor], Any]]  # each from images to logits
+
+BATCHES = (1, 16, 256)
+THREADS = (1, 2)
+DENSE, SPARSE, ONNX = "torch, dense", "torch, linear layers in CSR", "onnxruntime, dense"
+_TOLERANCE = 1e-5  # of the largest logit, or of 1 if that is more
+
+
+class Latency(NamedTuple):
+    """What a batch takes."""
+
+    engine: str
+    batch: int
+    threads: int
+    milliseconds: float
+    ratio: float  # of torch's dense time to it: how many times as fast it is
+
+
+def measure_inference(folder: Path) -> list[Latency]:
+    """Measure the pruned net of a run on random images, and leave the figures in its folder as inference.json.
+
+    Raises:
+        UsageError: the run is not over, or onnxruntime is not installed.
+        RuntimeError: an engine computes something else.
+    """
+    run = read_run(folder)
+    if run.result is None:
+        raise UsageError(f"{folder} is not finished: give its command again to go on")
+    recipe = recipe_of(run.recipe, folder, run.recipe["model"])
+    classes = run.result["layers"][-1]["shape"][0]
+    model = build(recipe, read_weights(folder / "pruned.safetensors"), classes).eval()
+    shape = data.IMAGE_SHAPES[recipe.dataset]
+    content = to_onnx(copy.deepcopy(model), shape).content
+    threads_before = torch.get_num_threads()
+    latencies = []
+    try:
+        for threads in THREADS:
+            torch.set_num_threads(threads)
+            engines: Engines = {DENSE: model, SPARSE: in_csr(copy.deepcopy(model))}
+            engines[ONNX] = _session(content, threads)
+            for batch in BATCHES:
+                latencies += _by_turns(engines, torch.randn(batch, *shape), threads)
+    finally:
+        torch.set_num_threads(threads_before)
+    rows = [latency._asdict() for latency in latencies]
+    record = {"benchmark": "inference", "rows": rows, "environment": environment(torch.device("cpu"))}
+    replace_file(folder / "inference.json", (json.dumps(record, indent=1) + "\n").encode())
+    return latencies
+
+
+def in_csr(model: nn.Module) -> nn.Module:
+    """Swap all linear layers of a net for sparse ones, in place, and return it."""
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if type(layer) is nn.Linear:
+                setattr(parent, name, CsrLinear(layer))
+    return model
+
+
+def verdict(latencies: Sequence[Latency]) -> str:
+    """Return where sparse layers win against torch's dense ones and where they lose."""
+    sparse = [latency for latency in latencies if latency.engine == SPARSE]
+    sides = {
+        "faster": [latency for latency in sparse if latency.ratio >= 1],
+        "slower": [latency for latency in sparse if latency.ratio < 1],
+    }
+    parts = []
+    for side, found in sides.items():
+        cases = ", ".join(f"batch {one.batch} on {one.threads} ({one.ratio:.2f})" for one in found)
+        if cases:
+            parts.append(f"{side} than dense at {cases}")
+    return "Linear layers in CSR are " + "; ".join(parts) + ": batch size on threads (times as fast)."
+
+
+def latency_table(title: str, latencies: Sequence[Latency]) -> Table:
+    """Return the figures as a table for the terminal."""
+    table = Table(title=title)
+    for column in ("engine", "batch", "threads", "ms", "times as fast"):
+        table.add_column(column, justify="left" if column == "engine" else "right")
+    for one in latencies:
+        table.add_row(one.engine, str(one.batch), str(one.threads), f"{one.milliseconds:.3g}", f"{one.ratio:.2f}")
+    return table
+
+
+def _by_turns(engines: Engines, images: Tensor, threads: int) -> list[Latency]:
+    """Return what each engine takes for a batch, after a look at whether they agree."""
+    with torch.inference_mode():
+        logits = {name: torch.as_tensor(engine(images)) for name, engine in engines.items()}
+    bound = _TOLERANCE * max(1.0, float(logits[DENSE].abs().max()))
+    difference = float((logits[SPARSE] - logits[DENSE]).abs().max())
+    if not difference <= bound:
+        raise RuntimeError(f"sparse layers' logits differ from dense ones' by {difference:.2g}, more than {bound:.2g}")
+    seconds = dict(zip(engines, seconds_of(list(engines.values()), images), strict=True))
+    return [
+        Latency(name, len(images), threads, round(1000 * taken, 5), round(seconds[DENSE] / taken, 3))
+        for name, taken in seconds.items()
+    ]
+
+
+def _session(content: bytes, threads: int) -> Callable[[Tensor], Any]:
+    """Return a function that computes logits by onnxruntime with so many threads."""
+    onnxruntime = needed("onnxruntime", "inference by onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"images": images.numpy()})[0]
