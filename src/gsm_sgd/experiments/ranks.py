@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from . import UsageError
@@ -46,7 +47,13 @@ def joined(device: torch.device) -> Iterator[torch.device]:
             raise UsageError(f"process {place} of this machine has no GPU: start {torch.cuda.device_count()} at most")
         device = torch.device("cuda", place)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store, number, count = next(rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        # When torchrun starts the processes of one machine again they share a store with those that ended, and may
+        # read where one of these was to be reached.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # type: ignore[attr-defined]
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=count)
     try:
         yield device
     except RuntimeError as error:

@@ -81,15 +81,15 @@ def verdict(latencies: Sequence[Latency]) -> str:
     """Return where sparse layers win against torch's dense ones and where they lose."""
     sparse = [latency for latency in latencies if latency.engine == SPARSE]
     sides = {
-        "faster": [latency for latency in sparse if latency.ratio >= 1],
+        "faster than dense ones": [latency for latency in sparse if latency.ratio >= 1],
         "slower": [latency for latency in sparse if latency.ratio < 1],
     }
     parts = []
     for side, found in sides.items():
-        cases = ", ".join(f"batch {one.batch} on {one.threads} ({one.ratio:.2f})" for one in found)
+        cases = [f"{one.ratio:.2f} times at batch {one.batch} on {one.threads} threads" for one in found]
         if cases:
-            parts.append(f"{side} than dense at {cases}")
-    return "Linear layers in CSR are " + "; ".join(parts) + ": batch size on threads (times as fast)."
+            parts.append(f"{side}: {', '.join(cases)}".replace(" 1 threads", " 1 thread"))
+    return f"Linear layers in CSR are {'; '.join(parts)}."
 
 
 def latency_table(title: str, latencies: Sequence[Latency]) -> Table:
