@@ -4,7 +4,7 @@ The one quantity that concerns the whole model is the Q-th largest importance. I
 
 1. From a sample of its own importances each process guesses two values, the share Q / N of them above the one and below
    the other. The lowest and the highest guess of all processes very likely enclose the threshold.
-2. Each process looks at its importances once, for those between, and counts them in 4,096 bins. The counts are summed
+2. Each process looks at its importances once, for those between, and counts them in 2,048 bins. The counts are summed
    over all processes, so they show if the samples misled, and in which bin rank Q is.
 3. If few importances are in that bin, all processes exchange them; if many are, it is divided into bins in turn.
 4. If several equal the Q-th largest and not all can be active, steps 2 and 3 follow with their positions in the model.
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .selection import Cut, NotFiniteError, Scores, ScoresOf, index_order, score_dtype
 
-BINS = 2**12  # counts that are summed at a time: 32 KiB
+BINS = 2**11  # counts that are summed at a time: 16 KiB
 EXCHANGED = 2**11  # numbers, 16 KiB, that a process receives at most when they are exchanged instead of counted
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -167,7 +167,7 @@ class Shards:
         room = k - found.larger
         if room == found.equal:
             return Cut(value, len(self.params) - 1, values.new_empty(0, dtype=torch.int64))
-        return self._cut_ties(scores_of, value, room)
+        return self._cut_ties(scores_of, value, room, found.equal)
 
     def all_finite(self, finite: Sequence[bool]) -> list[bool]:
         """Return for each of several things whether it is finite on all processes."""
@@ -241,12 +241,15 @@ class Shards:
         dist.all_gather_into_tensor(everyones, mine)
         return everyones
 
-    def _cut_ties(self, scores_of: ScoresOf, value: Tensor, room: int) -> Cut:
-        """Return the cut where of the scores equal to a value as many fit as there is room, the first in the model."""
+    def _cut_ties(self, scores_of: ScoresOf, value: Tensor, room: int, equal: int) -> Cut:
+        """Return the cut where of so many scores equal to a value there is room for some, the first in the model."""
         ties = scores_of(self._counted).ties(value) if self._counted else ()
         places = [self._places(number, rows) for number, rows in zip(self._counted, ties, strict=True)]
         keys = torch.cat([-place for place in places]) if places else value.new_empty(0, dtype=torch.int64)
-        last = self._kth_largest(keys, room, (-len(self), 0), above=0)
+        if equal * self._processes <= EXCHANGED:
+            last: _Found | None = _Found(int(self._exchanged(keys, equal).topk(room).values[-1]), room - 1, 1)
+        else:
+            last = self._kth_largest(keys, room, (-len(self), 0), above=0)
         assert last is not None, "fewer ties than were counted"
         tensor = next(number for number, end in enumerate(self._starts[1:]) if -last.key < end)
         positions = next(iter(scores_of([tensor]).ties(value)))
