@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gsm_sgd import GSM
+from gsm_sgd import GSM, fused
 from gsm_sgd.masks import apply_masks_, freeze, magnitude_masks, sparsity_rows, sparsity_table
 
 SHAPES = [(7, 5), (1, 9), (16, 3, 3, 3), (4, 4), (2, 50)]
@@ -58,14 +58,21 @@ def test_magnitude_masks_do_not_depend_on_how_weights_are_spread(ranks, size, ti
     ranks(size).run(choose_by_magnitude, 0, ties)
 
 
-def train_in_lockstep(fused, ties):
+def train_in_lockstep(compiled, ties):
     """Train whole and spread weights alike, through ramp, fade and cut; all must stay the same.
 
     But for rounding: where a vector register is not full torch's kernels round in another way.
     """
-    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2, "compression": 7.3, "nesterov": True, "fused": fused}
+    settings = {
+        "lr": 0.1,
+        "momentum": 0.9,
+        "weight_decay": 1e-2,
+        "compression": 7.3,
+        "nesterov": True,
+        "fused": compiled,
+    }
     schedule = {"compression_schedule": "cubic", "ramp_steps": 6, "fade_steps": 4, "cut_step": 16, "total_steps": 20}
-    for mesh, placements in layouts(dist.get_world_size())[: 1 if fused else None]:
+    for mesh, placements in layouts(dist.get_world_size())[: 1 if compiled else None]:
         initial = [weight.double() for weight in weights(0, ties)]
         spread = [nn.Parameter(distribute_tensor(weight, mesh, placements)) for weight in initial]
         whole = [nn.Parameter(weight.clone()) for weight in initial]
@@ -100,8 +107,33 @@ def test_training_does_not_depend_on_how_weights_are_spread(ranks, size, ties):
     ranks(size).run(train_in_lockstep, None, ties)
 
 
-def test_fused_training_does_not_depend_on_how_weights_are_spread(ranks):
-    ranks(2).run(train_in_lockstep, True, False)
+@pytest.mark.parametrize(("ties", "small"), [(False, fused._SMALL), (True, 0)])
+def test_fused_training_does_not_depend_on_how_weights_are_spread(ranks, ties, small):
+    ranks(2).run(train_fused, ties, small)
+
+
+def train_fused(ties, small):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "_SMALL", small)
+        train_in_lockstep(True, ties)
+
+
+def cut_ties_of_one_weight():
+    """Update a weight all of whose importances are equal: the first ones in the model are active, on each copy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "_SMALL", 0)
+        for mesh, placements in layouts(dist.get_world_size()):
+            weight = nn.Parameter(distribute_tensor(torch.ones(6, 8), mesh, placements))
+            optimizer = GSM([weight], lr=0.5, momentum=0, weight_decay=0, compression=3, fused=True)
+            weight.grad = distribute_tensor(torch.ones(6, 8), mesh, placements)
+            optimizer.step()
+            expected = torch.ones(48).index_fill(0, torch.arange(16), 0.5).view(6, 8)
+            assert torch.equal(full(weight), expected), placements
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ties_of_one_weight_are_cut_alike_on_all_its_copies(ranks, size):
+    ranks(size).run(cut_ties_of_one_weight)
 
 
 class Net(nn.Sequential):

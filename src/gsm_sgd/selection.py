@@ -126,7 +126,10 @@ class Scores(Protocol):
         """
 
     def ties(self, value: Tensor) -> Iterator[Tensor]:
-        """Yield the flat positions of the scores equal to `value`, tensor by tensor, by ascending index."""
+        """Yield the flat positions of the scores equal to `value`, tensor by tensor, by ascending index.
+
+        The value is one that the last `between` has returned.
+        """
 
     def __len__(self) -> int:
         """Return the number of tensors."""

@@ -167,7 +167,7 @@ class Shards:
         room = k - found.larger
         if room == found.equal:
             return Cut(value, len(self.params) - 1, values.new_empty(0, dtype=torch.int64))
-        return self._cut_ties(scores_of, value, room, found.equal)
+        return self._cut_ties(scores, scores_of, value, room, found.equal)
 
     def all_finite(self, finite: Sequence[bool]) -> list[bool]:
         """Return for each of several things whether it is finite on all processes."""
@@ -196,7 +196,13 @@ class Shards:
         return -ends[0].to(self._place), ends[1].to(self._place)
 
     def _kth_largest(
-        self, keys: Tensor, k: int, span: tuple[int, int], above: int, suspect: bool = False
+        self,
+        keys: Tensor,
+        k: int,
+        span: tuple[int, int],
+        above: int = 0,
+        suspect: bool = False,
+        inside: int | None = None,
     ) -> "_Found | None":
         """Return the k-th largest of all processes' keys, or None if it does not lie in the span.
 
@@ -206,32 +212,32 @@ class Shards:
             span: smallest and largest.
             above: how many of this process's keys lie above the span.
             suspect: whether something is wrong with the keys here.
+            inside: how many keys of all processes lie in the span, where that is known.
         """
         (low, high), larger = span, 0
-        while True:
+        while inside is None or inside * self._processes > EXCHANGED:
             shift = max(0, (high - low).bit_length() - BINS.bit_length() + 1)
             counts = torch.bincount(keys.sub(low).bitwise_right_shift_(shift), minlength=BINS)
             counts = torch.cat([counts, counts.new_tensor([above, suspect])]).to(self.device)
             dist.all_reduce(counts)
             from_top = counts[:-1].flip(0).cumsum(0)
             place = (from_top < k - larger).sum()
-            passed, inside, wrong = torch.stack(
+            passed, reached, wrong = torch.stack(
                 [*from_top.gather(0, torch.stack([place - 1, place]).clamp(0, BINS)), counts[-1]]
             ).tolist()
             if wrong:
                 raise NotFiniteError
             if not 1 <= place <= BINS:
                 return None
-            larger, inside, above = larger + passed, inside - passed, 0
+            larger, inside, above = larger + passed, reached - passed, 0
             low += (BINS - int(place)) << shift
             high = low + (1 << shift) - 1
             keys = keys[(keys >= low) & (keys <= high)]
             if not shift:
                 return _Found(low, larger, inside)
-            if inside * self._processes <= EXCHANGED:
-                found = self._exchanged(keys, inside).topk(inside).values
-                key = int(found[k - larger - 1])
-                return _Found(key, larger + int((found > key).sum()), int((found == key).sum()))
+        found = self._exchanged(keys, inside).topk(inside).values
+        key = int(found[k - larger - 1])
+        return _Found(key, larger + int((found > key).sum()), int((found == key).sum()))
 
     def _exchanged(self, keys: Tensor, count: int) -> Tensor:
         """Return all processes' keys, of which there are `count`, and fillings that are smaller."""
@@ -241,18 +247,19 @@ class Shards:
         dist.all_gather_into_tensor(everyones, mine)
         return everyones
 
-    def _cut_ties(self, scores_of: ScoresOf, value: Tensor, room: int, equal: int) -> Cut:
+    def _cut_ties(self, scores: Scores | None, scores_of: ScoresOf, value: Tensor, room: int, equal: int) -> Cut:
         """Return the cut where of so many scores equal to a value there is room for some, the first in the model."""
-        ties = scores_of(self._counted).ties(value) if self._counted else ()
-        places = [self._places(number, rows) for number, rows in zip(self._counted, ties, strict=True)]
-        keys = torch.cat([-place for place in places]) if places else value.new_empty(0, dtype=torch.int64)
-        if equal * self._processes <= EXCHANGED:
-            last: _Found | None = _Found(int(self._exchanged(keys, equal).topk(room).values[-1]), room - 1, 1)
-        else:
-            last = self._kth_largest(keys, room, (-len(self), 0), above=0)
+        ties = {} if scores is None else dict(zip(self._counted, scores.ties(value), strict=True))
+        places = [-self._places(number, positions) for number, positions in ties.items()]
+        keys = torch.cat([value.new_empty(0, dtype=torch.int64), *places])
+        last = self._kth_largest(keys, room, (-len(self), 0), inside=equal)
         assert last is not None, "fewer ties than were counted"
         tensor = next(number for number, end in enumerate(self._starts[1:]) if -last.key < end)
-        positions = next(iter(scores_of([tensor]).ties(value)))
+        positions = ties.get(tensor, keys.new_empty(0))
+        if tensor not in ties and self._parts[tensor].numel():  # a copy, and another process has counted the first one
+            copy = scores_of([tensor])
+            copy.between(value, value)
+            positions = next(iter(copy.ties(value)))
         return Cut(value, tensor, positions[self._places(tensor, positions) > -last.key])
 
     def _places(self, number: int, positions: Tensor) -> Tensor:
