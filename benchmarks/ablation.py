@@ -19,9 +19,10 @@ from torch import Tensor
 
 from frontier import over_seeds
 from gsm_sgd.experiments import data, prune
+from gsm_sgd.experiments.environment import environment
 from gsm_sgd.experiments.observers import Several
 from gsm_sgd.experiments.recipes import Recipe, find_recipe
-from gsm_sgd.experiments.rundir import RunFolder, environment
+from gsm_sgd.experiments.rundir import RunFolder
 from gsm_sgd.experiments.splits import Dataset
 from gsm_sgd.rule import EagerRule, Kernel, Part
 

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from gsm_sgd import apply_masks_, magnitude_masks, prunable_parameters
 from gsm_sgd.experiments import mnist, models
+from gsm_sgd.experiments.environment import environment
 from gsm_sgd.experiments.loop import evaluate
-from gsm_sgd.experiments.rundir import environment, read_weights
+from gsm_sgd.experiments.rundir import read_weights
 from gsm_sgd.experiments.splits import Dataset
 from gsm_sgd.reports.runs import read_run
 from gsm_sgd.selection import importance, kept_weights, select_top

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from frontier import over_seeds
-from gsm_sgd.experiments.rundir import environment
+from gsm_sgd.experiments.environment import environment
 from gsm_sgd.reports.runs import Run, read_run
 
 

@@ -32,11 +32,12 @@ from torch.optim import Optimizer
 from gsm_sgd import prunable_parameters
 from gsm_sgd.budget import cubic_compression
 from gsm_sgd.experiments import data, models
+from gsm_sgd.experiments.environment import environment
 from gsm_sgd.experiments.loop import evaluate, steps_per_epoch, train
 from gsm_sgd.experiments.observers import Several
 from gsm_sgd.experiments.prune import Job, plain_sgd, prune
 from gsm_sgd.experiments.recipes import Recipe, find_recipe
-from gsm_sgd.experiments.rundir import RunFolder, environment
+from gsm_sgd.experiments.rundir import RunFolder
 from gsm_sgd.experiments.splits import Dataset
 from gsm_sgd.selection import kept_weights
 

@@ -18,11 +18,12 @@ from rich.console import Console
 
 from frontier import over_seeds
 from gsm_sgd.experiments import data, models
+from gsm_sgd.experiments.environment import environment
 from gsm_sgd.experiments.loop import evaluate
 from gsm_sgd.experiments.observers import ProgressBars
 from gsm_sgd.experiments.prune import Job, plain_sgd, train_stage
 from gsm_sgd.experiments.recipes import Recipe
-from gsm_sgd.experiments.rundir import RunFolder, environment, read_weights
+from gsm_sgd.experiments.rundir import RunFolder, read_weights
 from gsm_sgd.experiments.splits import Dataset
 from gsm_sgd.masks import apply_masks_, magnitude_masks, prunable_parameters
 from gsm_sgd.reports.runs import read_run

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.multiprocessing.spawn import spawn
 
 from gsm_sgd import GSM
-from gsm_sgd.experiments.rundir import environment
+from gsm_sgd.experiments.environment import environment
 from gsm_sgd.selection import guess_bracket
 from gsm_sgd.sharded import Shards
 
@@ -109,9 +109,9 @@ def measure_steps(numel: int, repeats: int) -> dict[str, float]:
 
     params: list[Any] = [nn.Parameter(spread()) for _ in range(TENSORS)]
     parts: list[Any] = [nn.Parameter(param.to_local().detach().clone()) for param in params]
-    settings = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4}
-    gsm = GSM(params, compression=COMPRESSION, **settings)  # type: ignore[arg-type]
-    sgd = torch.optim.SGD(parts, fused=True, **settings)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4}
+    gsm = GSM(params, compression=COMPRESSION, **settings)
+    sgd = torch.optim.SGD(parts, fused=True, **settings)
     seconds: dict[str, list[float]] = {"gsm": [], "sgd": []}
     sizes: list[list[int]] = []
     for turn in range(-2, repeats):

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from gsm_sgd.experiments import bench
-from gsm_sgd.experiments.rundir import environment
+from gsm_sgd.experiments.environment import environment
 from gsm_sgd.reports.tables import costs_table
 
 SIZES = [10**5, 316_228, 10**6, 3_162_278, 10**7, 31_622_777, 10**8]

@@ -20,7 +20,7 @@ from torch import nn
 from gsm_sgd import GSM, fused
 from gsm_sgd import optimizer as optimizer_module
 from gsm_sgd.experiments import bench
-from gsm_sgd.experiments.rundir import environment
+from gsm_sgd.experiments.environment import environment
 
 TITLES = {
     "importances": "pass: importances, stored",

@@ -26,10 +26,10 @@ from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
 from gsm_sgd.experiments import cifar10, data, mnist, models, splits
+from gsm_sgd.experiments.environment import environment
 from gsm_sgd.experiments.loop import fitting_precision
 from gsm_sgd.experiments.prune import gsm
 from gsm_sgd.experiments.recipes import RECIPES, Recipe, find_recipe
-from gsm_sgd.experiments.rundir import environment
 
 CPU = torch.device("cpu")
 

@@ -50,8 +50,11 @@ def train(text: Tensor, steps: int, compression: float) -> tuple[Transformer, GS
         compression_schedule="cubic", ramp_steps=round(0.3 * steps), fade_steps=round(0.1 * steps),
         cut_step=round(0.6 * steps),
     )  # fmt: skip
-    # a warm-up, then half a cosine
-    factor = lambda step: min(1.0, 20 * (step + 1) / steps) * (0.5 + 0.5 * math.cos(math.pi * step / steps))  # noqa: E731
+
+    def factor(step):
+        """Return a warm-up, then half a cosine."""
+        return min(1.0, 20 * (step + 1) / steps) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     for _ in range(steps):
         starts = torch.randint(len(text) - LENGTH - 1, (BATCH, 1))

@@ -72,6 +72,11 @@ class Failure:
         return self.text
 
 
+def full(tensor):
+    """Return a copy of a tensor, of all of it if processes hold parts."""
+    return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach().clone()
+
+
 def _serve(rank, size, store, jobs, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store, rank=rank, world_size=size, timeout=timedelta(seconds=_SECONDS // 2))

@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from gsm_sgd import GSM
 from gsm_sgd.masks import apply_masks_, prunable_parameters, sparsity_table
+from gsm_sgd.sharded import here
+from ranks import full
 
 # Of these the weights do not depend: with them training ends as it does without them.
 NEUTRAL = [
@@ -87,14 +89,17 @@ class Training:
 
     def step(self, tokens, labels):
         if self.scaler.is_enabled() and self.scheduler.last_epoch == 5:
-            before = copy.deepcopy(self.optimizer.state_dict()), [here(p).clone() for p in self.model.parameters()]
+            before = (
+                copy.deepcopy(self.optimizer.state_dict()),
+                [here(p.detach()).clone() for p in self.model.parameters()],
+            )
             scale = self.scaler.get_scale()
             self.backward(tokens, labels, math.inf)
             self.scaler.step(self.optimizer)
             self.scaler.update(scale)
             assert str(self.optimizer.state_dict()) == str(before[0]), "a skipped step changed the state"
             for param, old in zip(self.model.parameters(), before[1], strict=True):
-                assert torch.equal(here(param), old), "a skipped step changed a weight"
+                assert torch.equal(here(param.detach()), old), "a skipped step changed a weight"
         self.backward(tokens, labels)
         if "gradient clipping" in self.features:
             self.scaler.unscale_(self.optimizer)
@@ -104,14 +109,6 @@ class Training:
         self.scheduler.step()
         if "EMA of weights" in self.features:
             self.averaged.update_parameters(self.model)
-
-
-def here(tensor):
-    return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor.detach()
-
-
-def full(tensor):
-    return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach().clone()
 
 
 def train(features, wrapping=None):

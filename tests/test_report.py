@@ -241,7 +241,7 @@ def test_a_page_that_is_there_is_replaced_as_a_whole(lotteries, tmp_path, capsys
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", fail)
+    monkeypatch.setattr("os.fsync", fail)
     assert cli.run(["report", str(lotteries[1][0]), "-o", str(tmp_path / "page" / "report.html")]) == 2
     assert (tmp_path / "page" / "report.html").read_bytes() == before
 

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gsm_sgd import GSM, fused
 from gsm_sgd.masks import apply_masks_, freeze, magnitude_masks, sparsity_rows, sparsity_table
+from ranks import full
 
 SHAPES = [(7, 5), (1, 9), (16, 3, 3, 3), (4, 4), (2, 50)]
 
@@ -95,10 +96,6 @@ def train_in_lockstep(compiled, ties):
         assert optimizers[1].finalized
         assert sum(int(mask.sum()) for mask in map(full, optimizers[1].finalize().values())) == optimizers[0].nonzeros
         assert sum(row.nonzeros for row in sparsity_rows(dict(enumerate(spread)))) == optimizers[0].nonzeros
-
-
-def full(tensor):
-    return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
 
 
 @pytest.mark.parametrize("ties", [False, True])

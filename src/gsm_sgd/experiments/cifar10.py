@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from . import UsageError
-from .sources import cache_folder, folders_of, read_parquet, write_whole
+from .sources import cache_folder, folders_of, read_parquet
 from .splits import Dataset, Images
+from .whole_files import write_whole
 
 _COUNTS = {"train": 50_000, "test": 10_000}
 # of the channels, as bytes divided by 255
@@ -109,7 +110,7 @@ def _read_parquet(folder: Path) -> Pixels | None:
     pixels = Pixels(*arrays)
     _verify(pixels, folder)
     with contextlib.suppress(UsageError):  # then it is decoded again next time
-        write_whole(decoded, save(pixels._asdict(), {_HASH: _hash(pixels)}))
+        write_whole(decoded, save(pixels._asdict(), {_HASH: _hash(pixels)}), "--data-dir")
     return pixels
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -78,19 +78,11 @@ def train(
     if probe is not None:
         parts["probe"] = probe
     torch.manual_seed(recipe.seed)
-    position = {"epoch": 0, "step": 0, "seconds": 0.0}
     loss_sum = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    if (state := stage.resume(device)) is not None:
-        try:
-            _restore(state, parts, device)
-            loss_sum.copy_(state["loss_sum"])  # the first process's share: of several, the epoch's loss is an estimate
-            position = {key: state[key] for key in position}
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise stage.damaged() from error
+    first_epoch, first_step, seconds = _resumed(stage, parts, loss_sum, device)
 
     net = ranks.replicated(model)
-    first_epoch, first_step = int(position["epoch"]), int(position["step"])
-    began = time.perf_counter() - position["seconds"]
+    began = time.perf_counter() - seconds
     observer.start(stage.name, training.epochs, steps, first_epoch * steps + first_step)
     for epoch in range(first_epoch, training.epochs):
         model.train()
@@ -198,6 +190,18 @@ def _snapshot(parts: _Parts, device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(device)
     return {**{name: part.state_dict() for name, part in parts.items()}, "random": random}
+
+
+def _resumed(stage: Stage, parts: _Parts, loss_sum: Tensor, device: torch.device) -> tuple[int, int, float]:
+    """Set everything to the state that a stage was last saved in, and return its epoch, step, and seconds so far."""
+    if (state := stage.resume(device)) is None:
+        return 0, 0, 0.0
+    try:
+        _restore(state, parts, device)
+        loss_sum.copy_(state["loss_sum"])  # the first process's share: of several, the epoch's loss is an estimate
+        return int(state["epoch"]), int(state["step"]), float(state["seconds"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise stage.damaged() from error
 
 
 def _restore(state: dict[str, Any], parts: _Parts, device: torch.device) -> None:

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 
 from . import UsageError
-from .sources import folders_of, read_parquet, write_whole
+from .sources import folders_of, read_parquet
 from .splits import Dataset, Images
+from .whole_files import write_whole
 
 # The official uncompressed idx files: size in bytes and md5.
 _MNIST_FILES = {
@@ -134,7 +135,7 @@ def _download_mnist(folder: Path) -> None:
             "into a folder FOLDER/MNIST/raw and pass --data-dir FOLDER (or set GSM_DATA)"
         )
     for name, content in files.items():
-        write_whole(folder / name, content)
+        write_whole(folder / name, content, "--data-dir")
 
 
 def _download_from_mirrors(folder: Path) -> bool:
@@ -163,7 +164,7 @@ def _download_from_mirrors(folder: Path) -> bool:
                 finally:
                     progress.remove_task(task)
                 if _is_mnist(name, content):
-                    write_whole(folder / name, content)
+                    write_whole(folder / name, content, "--data-dir")
                     break
             else:
                 return False

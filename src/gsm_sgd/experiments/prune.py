@@ -13,10 +13,11 @@ from ..masks import apply_masks_, freeze, magnitude_masks, prunable_parameters, 
 from ..optimizer import GSM
 from . import UsageError, models
 from .cutnow import CutNow
+from .environment import device_name
 from .loop import Observer, Probe, evaluate, parameter_groups, steps_per_epoch, train
 from .pretrained import load_pretrained
 from .recipes import Recipe, Training
-from .rundir import Record, RunFolder, device_name, read_metrics
+from .rundir import Record, RunFolder, read_metrics
 from .splits import Dataset
 
 _IMAGENET = 1_000  # classes: a folder of images with another number of them is not ImageNet

@@ -51,7 +51,8 @@ def joined(device: torch.device) -> Iterator[torch.device]:
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         # When torchrun starts the processes of one machine again they share a store with those that ended, and may
         # read where one of these was to be reached.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # type: ignore[attr-defined]
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(start, store)  # type: ignore[attr-defined]  # torch's stubs do not list it
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=count)
     try:

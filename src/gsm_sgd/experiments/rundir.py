@@ -7,15 +7,10 @@ is over when its weights are there; until then its checkpoint, and the metrics u
 import hashlib
 import json
 import os
-import platform
-import shlex
-import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,9 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .. import __version__
 from . import UsageError, ranks
+from .environment import environment
 from .recipes import Recipe, Training
+from .whole_files import replace_file
 
 Record = dict[str, Any]
 _NUMBERS = ("epoch", "lr", "loss", "top1", "seconds")
@@ -281,60 +277,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def environment(device: torch.device) -> Record:
-    """Return what a figure depends on beside the recipe: command, commit, versions and machine."""
-    return {
-        "command": shlex.join(_command()),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "version": __version__,
-        "commit": _commit(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "processes": ranks.size(),
-        "device": device_name(device),
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """Return a device's type, and for a GPU what it is."""
-    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
-
-
-def _command() -> list[str]:
-    """Return the words that started this process."""
-    program, *words = sys.argv
-    name = Path(program).name
-    return [*(["gsm"] if name in ("gsm", "__main__.py") else ["python", program]), *words]
-
-
-def _commit() -> str | None:
-    """Return the commit of the source tree, marked if files differ from it, or None outside a checkout."""
-    here = Path(__file__)
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(here.parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", here.name)  # a checkout around an installed copy is not ours
-        return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256, in hex, of tensors by rising name: of name, type and shape as a line, and of their bytes."""
     digest = hashlib.sha256()
@@ -343,23 +285,6 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def replace_file(path: Path, content: bytes | Callable[[Any], None]) -> None:
-    """Replace a file, so that whatever happens either the old or the new one is there, whole."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("wb") as stream:
-            if callable(content):
-                content(stream)
-            else:
-                stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _defaults(kind: type, prefix: str = "") -> Record:

@@ -34,17 +34,6 @@ def cache_folder() -> Path:
     return platformdirs.user_cache_path("gsm-sgd")
 
 
-def write_whole(path: Path, content: bytes | bytearray, option: str = "--data-dir") -> None:
-    """Write a file so that it is there whole or not at all; `option` is what chooses its place."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}; choose another {option}") from error
-
-
 def read_parquet(
     paths: Sequence[Path], column: str, count: int, size: tuple[int, int], mode: str
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]] | None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..experiments import UsageError
-from ..experiments.rundir import replace_file
+from ..experiments.whole_files import write_whole
 
 NUMBER_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
 """The types of safetensors that sections of numbers may have, in the order in which they stand in a file."""
@@ -67,19 +67,7 @@ def write(path: Path, container: Container) -> None:
     content = {**_divided(container.sections), "about": compressed(container.about)}
     ordered = {name: content[name] for name in (*NUMBER_BYTES, *_BYTES) if name in content}
     head = header(container.metadata, {name: len(section) for name, section in ordered.items()})
-    write_file(path, b"".join([head, *ordered.values()]))
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all.
-
-    Raises:
-        UsageError: it cannot be written.
-    """
-    try:
-        replace_file(path, content)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}; choose another --out") from error
+    write_whole(path, b"".join([head, *ordered.values()]), "--out")
 
 
 def format_of(path: Path) -> str | None:

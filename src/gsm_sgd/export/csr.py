@@ -1,13 +1,14 @@
 """Linear layers that compute with the weights that are left, where that is faster."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+_DTYPES = (torch.float32, torch.float64)
 _TURNS = 5
 _SECONDS = 0.01  # a turn takes so long, to be told from the clock's noise
 _WARM_UP = 3
@@ -35,7 +36,7 @@ class CsrLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach()
-        if weight.dtype not in (torch.float32, torch.float64):
+        if weight.dtype not in _DTYPES:
             raise ValueError(f"a sparse linear layer needs float32 or float64 weights, not {weight.dtype}")
         self.out_features, self.in_features = weight.shape
         row, column = weight.nonzero(as_tuple=True)
@@ -83,15 +84,22 @@ def sparse_linear(model: nn.Module, batch: int = 1) -> nn.Module:
     Returns:
         The same net.
     """
-    for parent in list(model.modules()):
-        for name, layer in parent.named_children():
-            if type(layer) is nn.Linear and layer.weight.dtype in (torch.float32, torch.float64):
-                inputs = torch.randn(batch, layer.in_features, dtype=layer.weight.dtype)
-                sparse = CsrLinear(layer)
-                dense_seconds, sparse_seconds = seconds_of([layer, sparse], inputs)
-                if sparse_seconds < dense_seconds:
-                    setattr(parent, name, sparse)
+    for parent, name, layer in linear_layers(model):
+        if layer.weight.dtype in _DTYPES:
+            inputs = torch.randn(batch, layer.in_features, dtype=layer.weight.dtype)
+            sparse = CsrLinear(layer)
+            dense_seconds, sparse_seconds = seconds_of([layer, sparse], inputs)
+            if sparse_seconds < dense_seconds:
+                setattr(parent, name, sparse)
     return model
+
+
+def linear_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Yield each linear layer of a net, as the module that it is a child of, its name there, and itself."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is nn.Linear:
+                yield parent, name, layer
 
 
 @torch.inference_mode()

@@ -10,13 +10,13 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..experiments import UsageError, data
-from ..experiments.rundir import environment, read_weights, replace_file
+from ..experiments.environment import environment
+from ..experiments.whole_files import replace_file
 from ..reports.runs import read_run
-from .csr import CsrLinear, seconds_of
+from .csr import CsrLinear, linear_layers, seconds_of
 from .extras import needed
 from .onnx_file import to_onnx
-from .rebuild import build, recipe_of
+from .rebuild import pruned_net
 
 Engines = dict[str, Callable[[Tensor], Any]]  # each from images to logits
 
@@ -43,14 +43,9 @@ def measure_inference(folder: Path) -> list[Latency]:
         UsageError: the run is not over, or onnxruntime is not installed.
         RuntimeError: an engine computes something else.
     """
-    run = read_run(folder)
-    if run.result is None:
-        raise UsageError(f"{folder} is not finished: give its command again to go on")
-    recipe = recipe_of(run.recipe, folder, run.recipe["model"])
-    classes = run.result["layers"][-1]["shape"][0]
-    model = build(recipe, read_weights(folder / "pruned.safetensors"), classes).eval()
-    shape = data.IMAGE_SHAPES[recipe.dataset]
+    model, shape = pruned_net(read_run(folder))
     content = to_onnx(copy.deepcopy(model), shape).content
+    model.eval()
     threads_before = torch.get_num_threads()
     latencies = []
     try:
@@ -70,10 +65,8 @@ def measure_inference(folder: Path) -> list[Latency]:
 
 def in_csr(model: nn.Module) -> nn.Module:
     """Swap all linear layers of a net for sparse ones, in place, and return it."""
-    for parent in list(model.modules()):
-        for name, layer in parent.named_children():
-            if type(layer) is nn.Linear:
-                setattr(parent, name, CsrLinear(layer))
+    for parent, name, layer in linear_layers(model):
+        setattr(parent, name, CsrLinear(layer))
     return model
 
 

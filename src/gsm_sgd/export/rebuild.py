@@ -10,7 +10,9 @@ from ..experiments import UsageError, data, models
 from ..experiments.loop import evaluate
 from ..experiments.models import MODELS, torchvision_name
 from ..experiments.recipes import Recipe
+from ..experiments.rundir import read_weights
 from ..experiments.splits import Dataset
+from ..reports.runs import Run
 
 
 def recipe_of(fields: Mapping[str, Any], source: Path, allowed: str | None = None) -> Recipe:
@@ -58,6 +60,18 @@ def build(recipe: Recipe, tensors: Mapping[str, Tensor], classes: int | None = N
     except RuntimeError as error:
         raise UsageError(f"the weights do not fit {recipe.model}") from error
     return model
+
+
+def pruned_net(run: Run) -> tuple[nn.Module, tuple[int, ...]]:
+    """Return the pruned net of a run, and the shape of an image that it takes.
+
+    Raises:
+        UsageError: the run is not over, or its weights are missing or damaged.
+    """
+    classes = run.finished()["layers"][-1]["shape"][0]
+    recipe = recipe_of(run.recipe, run.path, run.recipe["model"])
+    model = build(recipe, read_weights(run.path / "pruned.safetensors"), classes)
+    return model, data.IMAGE_SHAPES[recipe.dataset]
 
 
 def measure(recipe: Recipe, tensors: Mapping[str, Tensor], data_dir: Path | None) -> float:

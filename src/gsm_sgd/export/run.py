@@ -7,13 +7,13 @@ from typing import Literal, get_args
 from safetensors.torch import save
 from torch import Tensor
 
-from ..experiments import UsageError, data
-from ..experiments.rundir import read_weights
+from ..experiments import UsageError
+from ..experiments.rundir import Record, read_weights
+from ..experiments.whole_files import write_whole
 from ..reports.runs import Run, read_run
-from .container import write_file
 from .hdf5_file import to_hdf5
 from .onnx_file import to_onnx
-from .rebuild import build, measure, recipe_of
+from .rebuild import measure, pruned_net, recipe_of
 from .sparse import Values, rounded, save_sparse
 
 Format = Literal["sparse", "safetensors", "onnx", "hdf5"]
@@ -46,40 +46,37 @@ def export(
     if values != "float32" and kind != "sparse":
         raise UsageError("--values is for --format sparse")
     run = read_run(folder)
-    if run.result is None:
-        raise UsageError(f"{folder} is not finished: give its command again to go on")
+    result = run.finished()
     weights = folder / "pruned.safetensors"
     tensors = read_weights(weights)
     out = out or folder / f"pruned.{ENDINGS[kind]}"
     remark = ""
     match kind:
         case "sparse":
-            _save_sparse(run, tensors, out, values, data_dir)
+            _save_sparse(run, result, tensors, out, values, data_dir)
         case "safetensors":
-            write_file(out, save(tensors))
+            write_whole(out, save(tensors), "--out")
         case "hdf5":
-            write_file(out, to_hdf5(tensors, run.recipe["model"]))
+            write_whole(out, to_hdf5(tensors, run.recipe["model"]), "--out")
         case "onnx":
-            remark = _save_onnx(run, tensors, out)
+            remark = _save_onnx(run, out)
     size, dense = out.stat().st_size, weights.stat().st_size
     return f"{out}: {size:,} bytes; {weights.name}: {dense:,}, {dense / size:.1f} times as many{remark}"
 
 
-def _save_sparse(run: Run, tensors: Mapping[str, Tensor], out: Path, values: Values, data_dir: Path | None) -> None:
-    assert run.result is not None
-    prunable = [layer["name"] for layer in run.result["layers"]]
-    top1 = run.result["top1"]["pruned"]
+def _save_sparse(
+    run: Run, result: Record, tensors: Mapping[str, Tensor], out: Path, values: Values, data_dir: Path | None
+) -> None:
+    prunable = [layer["name"] for layer in result["layers"]]
+    top1 = result["top1"]["pruned"]
     if values != "float32":
         recipe = recipe_of(run.recipe, run.path, run.recipe["model"])
         top1 = measure(recipe, rounded(tensors, prunable, values), data_dir)
     save_sparse(out, tensors, prunable=prunable, values=values, recipe=run.recipe, top1=top1)
 
 
-def _save_onnx(run: Run, tensors: Mapping[str, Tensor], out: Path) -> str:
+def _save_onnx(run: Run, out: Path) -> str:
     """Write a net as ONNX and return how exact it is."""
-    assert run.result is not None
-    recipe = recipe_of(run.recipe, run.path, run.recipe["model"])
-    classes = run.result["layers"][-1]["shape"][0]
-    file = to_onnx(build(recipe, tensors, classes), data.IMAGE_SHAPES[recipe.dataset])
-    write_file(out, file.content)
+    file = to_onnx(*pruned_net(run))
+    write_whole(out, file.content, "--out")
     return f"; onnxruntime's logits of {file.images} random images differ by {file.difference:.1e} at most"

@@ -68,22 +68,21 @@ def save_ticket(folder: Path, method: str = "gsm", out: Path | None = None) -> s
     if method not in TRAINED:
         raise UsageError(f"unknown method {method!r}: choose one of {', '.join(TRAINED)}")
     run = read_run(folder)
-    if run.result is None:
-        raise UsageError(f"{folder} is not finished: give its command again to go on")
-    if run.result["command"] != "lottery":
+    result = run.finished()
+    if result["command"] != "lottery":
         raise UsageError(f"{folder} is no lottery and has no tickets: gsm lottery makes them")
     trained = read_weights(folder / f"{TRAINED[method]}.safetensors")
-    names = [layer["name"] for layer in run.result["layers"]]
+    names = [layer["name"] for layer in result["layers"]]
     process = run.processes[-1] if run.processes else {}
     ticket = Ticket(
-        masks=magnitude_masks({name: trained[name] for name in names}, run.result["compression"]),
+        masks=magnitude_masks({name: trained[name] for name in names}, result["compression"]),
         recipe=run.recipe,
         method=method,
         init=tensors_hash(read_weights(folder / "init.safetensors")),
         trained=tensors_hash(read_weights(folder / f"ticket-{method}.safetensors")),
-        top1=run.result["top1"][f"ticket_{method}"],
+        top1=result["top1"][f"ticket_{method}"],
         threads=process.get("threads", torch.get_num_threads()),
-        machine=f"torch {run.result['torch']}, {process.get('processor', run.result['device'])}",
+        machine=f"torch {result['torch']}, {process.get('processor', result['device'])}",
     )
     out = out or folder / f"ticket-{method}.ticket.safetensors"
     write_ticket(out, ticket)

@@ -10,9 +10,9 @@ from plotly.offline import get_plotlyjs
 from .. import __version__
 from ..experiments import UsageError
 from ..experiments.rundir import Record, dotted
-from ..experiments.sources import write_whole
+from ..experiments.whole_files import write_whole
 from . import accuracy, production, structure
-from .blocks import Block, Group, Picture, Table
+from .blocks import Block, Group, Picture, Table, tried
 from .runs import Run, by_recipe, read_run
 
 _PANELS = {
@@ -67,8 +67,7 @@ def _groups(runs: Sequence[Run], missing: list[str]) -> list[Group]:
     finished = [_comparable(group, missing) for group in by_recipe(runs)]
     groups = [Group(title, group) for title, group in zip(_titles(finished), finished, strict=True)]
     for run in runs:
-        if run.result is None:
-            missing.append(f"{run.path} is not finished: give its command again to go on")
+        if tried(missing, run.finished) is None:
             groups.append(Group(f"{run.title}, seed {run.recipe['seed']}: not finished", [run]))
     return groups
 

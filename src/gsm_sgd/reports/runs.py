@@ -61,6 +61,16 @@ class Run:
     metrics: list[Record]
     result: Record | None
 
+    def finished(self) -> Record:
+        """Return what the run came to.
+
+        Raises:
+            UsageError: it is not over.
+        """
+        if self.result is None:
+            raise UsageError(f"{self.path} is not finished: give its command again to go on")
+        return self.result
+
     def last_ten(self, key: str) -> float | None:
         """Return the mean accuracy of a stage's last ten epochs, in percent, or None if they are not there."""
         records = self.uncut if key == "gsm_before_cut" else self.metrics
@@ -196,7 +206,7 @@ class Outcome(NamedTuple):
 
 def figure(runs: Sequence[Run], key: str) -> Figure:
     """Return a `top1` figure over finished runs; no deviation of one run, no last ten of what is no stage's."""
-    values = [run.result["top1"][key] for run in runs if run.result is not None]
+    values = [run.finished()["top1"][key] for run in runs]
     last_ten = [value for run in runs if (value := run.last_ten(key)) is not None]
     return Figure(fmean(values), stdev(values) if len(values) > 1 else None, fmean(last_ten) if last_ten else None)
 
@@ -206,7 +216,7 @@ def outcomes(runs: Sequence[Run]) -> list[Outcome]:
 
     Where the pruned net is the one after the cut, in all runs, there is one figure for both.
     """
-    results = [run.result for run in runs if run.result is not None]
+    results = [run.finished() for run in runs]
     paper = dict(results[0]["paper"] or {})
     lasting = all(result["top1"].get("gsm_after_cut") == result["top1"].get("pruned") for result in results)
     if lasting and "pruned" in paper:
@@ -225,13 +235,12 @@ def summary(runs: Sequence[Run]) -> Record:
         UsageError: a run is not over, or the recipes differ in more than the seed.
     """
     for run in runs:
-        if run.result is None:
-            raise UsageError(f"{run.path} is not finished: give its command again to go on")
+        run.finished()
     groups = by_recipe(runs)
     if len(groups) > 1:
         raise UsageError(f"{groups[0][0].path} and {groups[1][0].path} differ in more than the seed")
     runs = groups[0]
-    results = [run.result for run in runs if run.result is not None]
+    results = [run.finished() for run in runs]
     top1: dict[str, Any] = {}
     for key in results[0]["top1"]:
         mean, std, last_ten = figure(runs, key)

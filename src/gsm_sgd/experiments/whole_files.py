@@ -1,0 +1,46 @@
+"""Files that are there whole or not at all, whatever happens while they are written."""
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from . import UsageError
+
+
+def replace_file(path: Path, content: bytes | bytearray | Callable[[Any], None], partial: str = "partial") -> None:
+    """Replace a file, so that whatever happens either the old or the new one is there, whole.
+
+    Args:
+        path: the file.
+        content: its bytes, or what writes them to a stream.
+        partial: ending of the file's name until it is whole. A kill leaves that file, and the next try replaces it.
+    """
+    unfinished = path.with_name(f"{path.name}.{partial}")
+    try:
+        with unfinished.open("wb") as stream:
+            if callable(content):
+                content(stream)
+            else:
+                stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: Path, content: bytes | bytearray, option: str) -> None:
+    """Write a file where a user wants it, and its folder; other processes may be writing the same one.
+
+    Raises:
+        UsageError: it cannot be written; `option` is what chooses its place.
+    """
+    try:
+        with suppress(FileExistsError):  # if it is no folder, opening the file says so
+            path.parent.mkdir(parents=True)
+        replace_file(path, content, f"{os.getpid()}.partial")
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}; choose another {option}") from error
