@@ -23,6 +23,8 @@ RUNS = {
     "lenet5-x125-fast": PRUNE,
     "lenet5-x300-fast": PRUNE,
     "lenet5-x280-fast": PRUNE,
+    "lenet5-x500-fast": PRUNE,
+    "lenet5-x1000-fast": PRUNE,
     "lenet5-x125-fast-24": PRUNE,
     "lenet5-x300-fast-24": PRUNE,
     "lenet300-x100-fast": PRUNE,
