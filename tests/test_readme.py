@@ -1,12 +1,14 @@
 """The README's figures are those under results/."""
 
 import json
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 
 from gsm_sgd.experiments.recipes import find_recipe
+from gsm_sgd.export.inference import ONNX, SPARSE, THREADS
 
 ROOT = Path(__file__).parent.parent
 LOTTERY = ("base", "gsm_before_cut", "gsm_after_cut", "pruned", "ticket_gsm", "ticket_magnitude")
@@ -140,3 +142,34 @@ def test_the_profile_of_a_step_stands_in_the_readme():
     for profile in profiles.values():
         assert f"{profile['pass: update']:.2f}" in readme
         assert f"{profile['find the threshold, its passes included']:.2f}" in readme
+
+
+def test_sizes_and_inference_stand_in_the_readme():
+    record = json.loads((ROOT / "results" / "ship.json").read_text())
+    assert not record["environment"]["commit"].endswith("-dirty")
+    readme = (ROOT / "README.md").read_text()
+    for row in record["rows"]:
+        assert row["float16"]["top1"] == row["float32"]["top1"] == row["top1"], "the README says so"
+        shown = [f"{row['top1']:.2f}", f"{row['dense_bytes']:,}", f"{row['xz_bytes']:,}"]
+        for values in ("float32", "float16"):
+            size = row[values]["bytes"]
+            shown += [f"{size:,}", f"1/{row['dense_bytes'] / size:.0f}"]
+        assert f"| {' | '.join(shown)} |" in readme
+        for threads in THREADS:
+            ratios = [
+                f"{latency['ratio']:.2f}"
+                for engine in (SPARSE, ONNX)
+                for latency in row["inference"]
+                if (latency["engine"], latency["threads"]) == (engine, threads)
+            ]
+            assert f", {threads} thread{'s' if threads > 1 else ''} | {' | '.join(ratios)} |" in readme
+
+
+def test_what_several_processes_send_stands_in_the_readme():
+    record = json.loads((ROOT / "results" / "sharded.json").read_text())
+    assert not record["environment"]["commit"].endswith("-dirty")
+    readme = (ROOT / "README.md").read_text()
+    for weights, rows in groupby(record["rows"], lambda row: row["weights"]):
+        shown = [f"{row['bytes'] / 1000:.1f} KB" + (f", {row['ratio']:.1f}" if "ratio" in row else "") for row in rows]
+        assert f"| {weights:,} | {' | '.join(shown)} |" in readme
+    assert {row["calls"] for row in record["rows"]} == {3, 4}, "the README says so"
