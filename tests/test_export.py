@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save
+from torch.nn.utils import prune
 
 import reference_sparse
 from gsm_sgd import magnitude_masks, prunable_parameters
@@ -164,7 +165,7 @@ def test_that_reader_agrees_on_a_pruned_net(tmp_path, values):
 
 
 def test_odd_numbers_come_back(tmp_path):
-    """Negative zero is not the zero that is left out; NaNs keep their payload."""
+    """NaNs keep their payload; a pruned weight that is -0, as multiplying by a mask leaves it, becomes 0."""
     odd = torch.zeros(40, 40)
     odd.view(torch.int32)[3, :5] = torch.tensor([-(2**31), 0x7FC00001, 0x7F800001, -1, 1], dtype=torch.int32)
     named = {
@@ -174,9 +175,47 @@ def test_odd_numbers_come_back(tmp_path):
         "zero": torch.zeros(9, 9),
         "full": torch.ones(9, 9),
     }
+    named["b"] = torch.tensor([-0.0])
+    save_sparse(str(tmp_path / "x"), named)
+    odd[3, 0] = 0.0
+    assert_same(load_sparse(str(tmp_path / "x")), named)
+    assert verify(tmp_path / "x").certificate.kept == (4, 0, 0, 81)
+
+
+def test_a_net_pruned_by_multiplying_with_masks_is_small(tmp_path):
+    layer = torch.nn.Linear(784, 300)
+    prune.l1_unstructured(layer, "weight", amount=0.99)
+    prune.remove(layer, "weight")
+    state = layer.state_dict()
+    assert (state["weight"].signbit() & (state["weight"] == 0)).any()
+    kept = int(state["weight"].count_nonzero())
+    assert save_sparse(tmp_path / "x", state) <= largest_size(state, kept) < 20_000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prunable": ["typo"]}, "there is no tensor 'typo' to be prunable: there are w"),
+        ({"recipe": {"clip": math.inf}}, "would not be readable"),
+        ({"recipe": {"clip": {1, 2}}}, "would not be readable"),
+        ({"top1": math.nan}, "would not be readable: its certificate is damaged"),
+    ],
+)
+def test_what_could_not_be_read_is_not_written(tmp_path, options, message):
+    with pytest.raises(UsageError, match=message):
+        save_sparse(tmp_path / "x", {"w": torch.ones(4, 4)}, **options)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_name_that_stands_twice_counts_once(tmp_path):
+    save_sparse(tmp_path / "x", {"w": torch.ones(4, 4)}, prunable=["w", "w"])
+    assert verify(tmp_path / "x").certificate.prunable == 16
+
+
+def test_a_file_of_many_tensors_comes_back(tmp_path):
+    named = {f"model.layers.{i}.mlp.experts.{j}.up.weight": torch.ones(1, 1) for i in range(48) for j in range(256)}
     save_sparse(tmp_path / "x", named)
-    assert_same(load_sparse(tmp_path / "x"), named)
-    assert verify(tmp_path / "x").certificate.kept == (4, 0, 0, 81)  # -0.0 is no non-zero
+    assert load_sparse(tmp_path / "x").keys() == named.keys()
 
 
 def test_memory_layout_does_not_matter(tmp_path):

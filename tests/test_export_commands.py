@@ -19,7 +19,7 @@ from gsm_sgd.experiments.rundir import read_weights
 from gsm_sgd.export import hdf5_file, load_sparse, onnx_file, save_sparse
 from gsm_sgd.export.files import read_tensors
 from gsm_sgd.export.hdf5_file import published_name, read_hdf5, to_hdf5
-from gsm_sgd.export.ticket import read_ticket
+from gsm_sgd.export.ticket import read_ticket, write_ticket
 from test_cli import SHORT, fails
 from test_export import about_with, metadata_with
 
@@ -143,8 +143,23 @@ def test_a_false_certificate_is_a_failure(own, capsys):
     assert "states nonzeros 13309, but has 13310" in fails(capsys, "verify", path, status=1)
     path.write_bytes(metadata_with(honest, top1="5.0"))
     assert "states an accuracy of 5.00 %, but has" in fails(capsys, "verify", path, "--accuracy", status=1)
+    path.write_bytes(about_with(honest, lambda about: about["recipe"].__setitem__("compression", 60.0)))
+    said = fails(capsys, "verify", path, "--accuracy", status=1)
+    assert "states a compression ratio of 60, but keeps more weights" in said
     path.write_bytes(honest[:-20])
     fails(capsys, "verify", path)
+
+
+def test_a_certificate_of_some_layers_only_is_a_failure(own, capsys):
+    result = json.loads((own / "result.json").read_text())
+    recipe = yaml.safe_load((own / "recipe.yaml").read_text())
+    path = own / "some.safetensors"
+    top1 = result["top1"]["pruned"]
+    save_sparse(path, read_weights(own / "pruned.safetensors"), prunable=["fc1.weight"], recipe=recipe, top1=top1)
+    said = gsm(capsys, "verify", path)
+    assert "not counted, as it is stored as unpruned: fc2.weight, fc3.weight" in said
+    said = fails(capsys, "verify", path, "--accuracy", status=1)
+    assert "certifies other layers than those that are prunable in lenet300: fc2.weight" in said
 
 
 def test_a_file_runs_no_code_that_the_user_has_not_named(own, capsys, tmp_path, monkeypatch):
@@ -172,6 +187,10 @@ def test_a_recipe_that_is_none_is_told(own, capsys):
         lambda recipe: recipe["base"].__setitem__("epochs", "many"),
         lambda recipe: recipe.__setitem__("model", ["lenet300"]),
         lambda recipe: recipe.__setitem__("x", 1),
+        lambda recipe: recipe.__setitem__("compression", "sixty"),
+        lambda recipe: recipe.__setitem__("recipe", "../../elsewhere"),
+        lambda recipe: recipe.__setitem__("preset", "/elsewhere"),
+        lambda recipe: recipe.__setitem__("seed", 1.5),
     ):
         path.write_bytes(about_with(honest, lambda about, change=change: change(about["recipe"])))
         assert "states no recipe of this version" in fails(capsys, "verify", path, "--accuracy")
@@ -211,7 +230,7 @@ def test_a_ticket_trains_to_the_same_bits(run, tmp_path, capsys, method):
     assert said.startswith("identical: ")
     assert said.endswith("and the same weights to the bit\n")
     (again,) = (tmp_path / "runs").iterdir()
-    assert again.name == f"lenet300-replay-{method}-fast-x20-s0"
+    assert again.name.startswith(f"lenet300-replay-{method}-fast-x20-s0-")
     ours, theirs = (read_weights(folder / f"ticket-{method}.safetensors") for folder in (again, run))
     assert same(ours, theirs)
     said = gsm(capsys, "show", again)
@@ -243,6 +262,24 @@ def test_a_replay_that_differs_is_told(run, tmp_path, capsys):
     path.write_bytes(metadata_with(honest, init=64 * "0"))
     said = fails_at_the_end(capsys, "ticket", "replay", path, "--out", tmp_path / "runs")
     assert "the initialisation of seed 0 here is not that of" in said
+
+
+def test_a_ticket_with_another_mask_is_not_taken_for_one_that_was_trained(run, tmp_path, capsys):
+    paths = [tmp_path / "a.ticket", tmp_path / "b.ticket"]
+    gsm(capsys, "ticket", "save", run, "-o", paths[0])
+    ticket = read_ticket(paths[0])
+    ticket.masks["fc1.weight"] = ticket.masks["fc1.weight"].flip(0)
+    write_ticket(paths[1], ticket)
+    for path, verdict in zip(paths, ("identical", "not identical"), strict=True):
+        assert gsm(capsys, "ticket", "replay", path, "--out", tmp_path / "runs").startswith(f"{verdict}: ")
+    ticket.masks["fc1.weight"][:] = True
+    write_ticket(paths[1], ticket)
+    said = fails_at_the_end(capsys, "ticket", "replay", paths[1], "--out", tmp_path / "runs")
+    assert "weights, which is not 20x of its net" in said
+    del ticket.masks["fc1.weight"]
+    write_ticket(paths[1], ticket)
+    said = fails_at_the_end(capsys, "ticket", "replay", paths[1], "--out", tmp_path / "runs")
+    assert "does not fit lenet300: its masks are of other layers" in said
 
 
 def fails_at_the_end(capsys, *words):
@@ -278,7 +315,7 @@ def test_a_ticket_of_another_net(run, tmp_path, capsys):
     gsm(capsys, "ticket", "save", run, "-o", path)
     path.write_bytes(about_with(path.read_bytes(), lambda a: a["prunable"][0].__setitem__(1, [784, 300])))
     said = fails_at_the_end(capsys, "ticket", "replay", path, "--out", tmp_path / "runs")
-    assert "does not fit lenet300: mask 'fc1.weight' has shape (784, 300)" in said
+    assert "does not fit lenet300: its masks are of other layers" in said
 
 
 def test_only_a_lottery_has_tickets(own, capsys):
@@ -332,9 +369,12 @@ def test_hostile_hdf5(tmp_path):
         file["x"] = np.ones(3)
     layout = h5py.VirtualLayout((3,), "f8")
     layout[:] = h5py.VirtualSource(tmp_path / "other.hdf5", "x", (3,))
+    one_chunk = {"maxshape": (None,), "chunks": (2**25,)}
     for number, (write, message) in enumerate([
         (lambda file: file.create_dataset("x", (2**40,), "f4", chunks=(2**10,), fillvalue=0), "has more than 2"),
         (lambda file: file.create_dataset("x", (2**30,), "f4", chunks=(2**10,), fillvalue=0), "claim to hold tensors"),
+        (lambda file: file.create_dataset("x", (1,), "f4", **one_chunk, fillvalue=0), "claim to hold tensors"),
+        (lambda file: file.create_dataset("x", data=[1, 2], chunks=(2,), scaleoffset=3), "compressed by more, or"),
         (lambda file: file.create_group("x"), "'x' is no data set in this file"),
         (lambda file: file.__setitem__("x", h5py.ExternalLink("other.hdf5", "x")), "'x' is no data set in this file"),
         (lambda file: file.create_virtual_dataset("x", layout), "'x' is no data set in this file"),

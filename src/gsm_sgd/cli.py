@@ -24,15 +24,15 @@ from .experiments.observers import ProgressBars, Several, TensorBoard
 from .experiments.pretrained import is_torchvisions
 from .experiments.prune import Job, gsm, prune
 from .experiments.recipes import Recipe, Training
-from .experiments.rundir import Record, RunFolder, refuse_other_recipe
+from .experiments.rundir import Record, RunFolder, refuse_other_recipe, tensors_hash
 from .export.files import read_tensors
 from .export.inference import latency_table, measure_inference, verdict
 from .export.rebuild import load_data, recipe_of
-from .export.run import ENDINGS, export
+from .export.run import export, export_name
 from .export.target import compression_for, parse_size
 from .export.ticket import read_ticket, replay, save_ticket
 from .export.verify import verify, verify_accuracy
-from .masks import LayerSparsity, sparsity_rows
+from .masks import LayerSparsity, is_prunable, sparsity_rows
 from .reports import html, nets, plots, tables
 from .reports.runs import Run, by_recipe, read_run, summary
 
@@ -172,7 +172,7 @@ def _fitting_compression(options: Namespace, recipe: Recipe, seeds: Sequence[int
 def _export_small(folder: Path, target: int, console: Console) -> None:
     """Export a run that was to fit a size."""
     console.print(export(folder, "sparse"), highlight=False, soft_wrap=True)
-    size = (folder / f"pruned.{ENDINGS['sparse']}").stat().st_size
+    size = (folder / export_name("pruned", "sparse")).stat().st_size
     if size > target:
         raise RuntimeError(f"the file of {folder} has {size:,} bytes, more than the {target:,} that were to be enough")
 
@@ -285,10 +285,16 @@ def _verify(options: Namespace, console: Console) -> None:
     text += certificate.sha256
     if options.accuracy:
         found = verify_accuracy(options.file, file, options.data_dir, options.model)
-        text += f"; accuracy measured again: {found:.2f} %"
+        text += f"; accuracy measured again: {found}"
     elif certificate.top1 is not None:
         text += f"; accuracy stated: {certificate.top1:.2f} %, --accuracy measures it"
-    rows = sparsity_rows({name: file.tensors[name] for name in file.prunable})
+    others = [name for name in file.tensors if name not in file.prunable and is_prunable(file.tensors[name])]
+    if others:
+        text += f"; not counted, as it is stored as unpruned: {', '.join(others)}"
+    rows = [
+        LayerSparsity(name, tuple(file.tensors[name].shape), file.tensors[name].numel(), kept)
+        for name, kept in zip(file.prunable, certificate.kept, strict=True)
+    ]
     console.print(tables.layers_table(rows, str(options.file)))
     console.print(text, highlight=False, soft_wrap=True)
 
@@ -303,7 +309,8 @@ def _replay(options: Namespace, console: Console, log: Console) -> None:
         raise UsageError(f"threads must be at least 1, not {threads}")
     torch.set_num_threads(threads)
     dataset = load_data(recipe, options.data_dir).to(device)
-    name = f"{recipe.recipe}-replay-{ticket.method}-{recipe.preset}-x{recipe.compression:g}-s{recipe.seed}"
+    which = tensors_hash(ticket.masks)[:12]  # another ticket of the same recipe and seed is another run
+    name = f"{recipe.recipe}-replay-{ticket.method}-{recipe.preset}-x{recipe.compression:g}-s{recipe.seed}-{which}"
     with RunFolder(options.out / name, recipe) as folder:
         log.print(str(folder.path), highlight=False, soft_wrap=True)
         folder.note_environment(device)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..experiments import UsageError
-from ..experiments.whole_files import write_whole
 
 NUMBER_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
 """The types of safetensors that sections of numbers may have, in the order in which they stand in a file."""
@@ -23,8 +22,8 @@ _RESTS = {f"{kind}.rest": kind for kind, width in NUMBER_BYTES.items() if width 
 _TOPS = {f"{kind}.top": kind for kind in _RESTS.values()}
 _BYTES = (*_RESTS, *_TOPS, "code", "about")
 _PAYS = 128  # bytes that must be gained, since one section more takes up to 110 in the header
-_LONGEST_HEADER = 2**18
-_LONGEST_ABOUT = 2**20  # decompressed; the table of a net of 1,000 layers has some 50,000 bytes
+_LONGEST_HEADER = 2**22
+_LONGEST_ABOUT = 2**24  # decompressed; the table of a net of 1,000 layers has some 50,000 bytes
 
 
 class Container(NamedTuple):
@@ -40,8 +39,12 @@ class FormatError(ValueError):
 
 
 def compressed(about: Mapping[str, Any]) -> bytes:
-    """Return JSON as a file holds it."""
-    return zlib.compress(json.dumps(about, separators=(",", ":")).encode(), 9)
+    """Return JSON as a file holds it.
+
+    Raises:
+        ValueError: a number is infinite or NaN, which JSON does not have.
+    """
+    return zlib.compress(json.dumps(about, separators=(",", ":"), allow_nan=False).encode(), 9)
 
 
 def header(metadata: Mapping[str, str], lengths: Mapping[str, int]) -> bytes:
@@ -58,16 +61,12 @@ def header(metadata: Mapping[str, str], lengths: Mapping[str, int]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write(path: Path, container: Container) -> None:
-    """Write a file, whole or not at all; sections of numbers stand first, the widest first, so that they are aligned.
-
-    Raises:
-        UsageError: the file cannot be written.
-    """
+def to_bytes(container: Container) -> bytes:
+    """Return the bytes of a file; sections of numbers stand first, the widest first, so that they are aligned."""
     content = {**_divided(container.sections), "about": compressed(container.about)}
     ordered = {name: content[name] for name in (*NUMBER_BYTES, *_BYTES) if name in content}
     head = header(container.metadata, {name: len(section) for name, section in ordered.items()})
-    write_whole(path, b"".join([head, *ordered.values()]), "--out")
+    return b"".join([head, *ordered.values()])
 
 
 def format_of(path: Path) -> str | None:
@@ -83,16 +82,24 @@ def format_of(path: Path) -> str | None:
 
 
 def read(path: Path, kind: str) -> Container:
-    """Return a file's content; all that it says of itself is checked against its size before it is believed.
+    """Return a file's content.
 
     Raises:
         UsageError: there is no such file.
         FormatError: it is damaged, or of another format.
     """
     try:
-        content = path.read_bytes()
+        return from_bytes(path.read_bytes(), kind)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
+
+
+def from_bytes(content: bytes, kind: str) -> Container:
+    """Return a file's content; all that it says of itself is checked against its size before it is believed.
+
+    Raises:
+        FormatError: it is damaged, or of another format.
+    """
     length = int.from_bytes(content[:8], "little")
     if length > min(_LONGEST_HEADER, len(content) - 8):
         raise FormatError("its header is longer than the file, or than any such file's")

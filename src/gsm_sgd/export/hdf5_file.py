@@ -71,9 +71,12 @@ def read_hdf5(path: Path) -> dict[str, Tensor]:
     try:
         with h5py.File(path, "r") as file:
             found = {name: _data_set(h5py, file, name) for name in file}
-            # on the device meta nothing is allocated
+            # On the device meta nothing is allocated. A chunk is decompressed as a whole, however much of it is used.
             empty = {
-                name: torch.empty(data.shape, dtype=_torch_type(data), device="meta") for name, data in found.items()
+                name: torch.empty(
+                    tuple(map(max, data.shape, data.chunks or data.shape)), dtype=_torch_type(data), device="meta"
+                )
+                for name, data in found.items()
             }
             check_rows([row_of(name, tensor) for name, tensor in empty.items()], path.stat().st_size)
             return {name.replace("+", "/"): torch.from_numpy(np.asarray(data)) for name, data in found.items()}
@@ -90,7 +93,18 @@ def _data_set(h5py: Any, file: Any, name: str) -> Any:
     data = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
     if not isinstance(data, h5py.Dataset) or data.external is not None or data.is_virtual:
         raise FormatError(f"{name[:40]!r} is no data set in this file")
+    settings = data.id.get_create_plist()
+    filters = {settings.get_filter(index)[0] for index in range(settings.get_nfilters())}
+    # each compression multiplies what the one before it could
+    if len(filters) < settings.get_nfilters() or not any(filters <= allowed for allowed in _filters(h5py)):
+        raise FormatError(f"{name[:40]!r} is compressed by more, or other, than gzip or lzf")
     return data
+
+
+def _filters(h5py: Any) -> list[set[int]]:
+    """Return which filters data may have gone through: one compression, and what leaves sizes as they are."""
+    h5z = h5py.h5z
+    return [{h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32, kind} for kind in (h5z.FILTER_DEFLATE, h5z.FILTER_LZF)]
 
 
 def _torch_type(data: Any) -> torch.dtype:

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor, nn
 
 from ..experiments import UsageError, data, models
 from ..experiments.loop import evaluate
 from ..experiments.models import MODELS, torchvision_name
-from ..experiments.recipes import Recipe
+from ..experiments.recipes import RECIPES, Recipe
 from ..experiments.rundir import read_weights
 from ..experiments.splits import Dataset
 from ..reports.runs import Run
@@ -26,12 +27,14 @@ def recipe_of(fields: Mapping[str, Any], source: Path, allowed: str | None = Non
     Raises:
         UsageError: they are no recipe, or the net is built by code that the user has not named.
     """
+    types = ArgumentParser(exit_on_error=False)
+    types.add_class_arguments(Recipe)
     try:
-        recipe = Recipe.from_dict(fields)
+        recipe = Recipe.from_dict(types.parse_object(dict(fields)).as_dict())
         recipe.check()
-        if not all(isinstance(value, str) for value in (recipe.recipe, recipe.preset, recipe.model, recipe.dataset)):
-            raise TypeError("a name that is no text")
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        if recipe.recipe not in RECIPES:
+            raise ValueError("no recipe's name")
+    except (ArgumentError, TypeError, KeyError, ValueError, AttributeError) as error:
         raise UsageError(f"{source} states no recipe of this version") from error
     ours = recipe.model in MODELS or torchvision_name(recipe.model) is not None
     if not ours and recipe.model != allowed:
@@ -70,7 +73,7 @@ def pruned_net(run: Run) -> tuple[nn.Module, tuple[int, ...]]:
     """
     classes = run.finished()["layers"][-1]["shape"][0]
     recipe = recipe_of(run.recipe, run.path, run.recipe["model"])
-    model = build(recipe, read_weights(run.path / "pruned.safetensors"), classes)
+    model = build(recipe, read_weights(run.path / f"{run.net}.safetensors"), classes)
     return model, data.IMAGE_SHAPES[recipe.dataset]
 
 

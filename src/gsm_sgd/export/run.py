@@ -8,9 +8,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..experiments import UsageError
-from ..experiments.rundir import Record, read_weights
+from ..experiments.rundir import read_weights
 from ..experiments.whole_files import write_whole
-from ..reports.runs import Run, read_run
+from ..reports.runs import WEIGHTS, Run, read_run
 from .hdf5_file import to_hdf5
 from .onnx_file import to_onnx
 from .rebuild import measure, pruned_net, recipe_of
@@ -33,7 +33,8 @@ def export(
     Args:
         folder: the run's.
         kind: the file's format.
-        out: the file; default is pruned.<ending> in the run's folder.
+        out: the file; default is pruned.<ending> in the run's folder, with the values before the ending if they are
+            rounded.
         values: of a sparse file; if they are rounded, accuracy is measured again.
         data_dir: folder of the data for that; default $GSM_DATA.
 
@@ -46,14 +47,15 @@ def export(
     if values != "float32" and kind != "sparse":
         raise UsageError("--values is for --format sparse")
     run = read_run(folder)
-    result = run.finished()
-    weights = folder / "pruned.safetensors"
+    weights = folder / f"{run.net}.safetensors"
     tensors = read_weights(weights)
-    out = out or folder / f"pruned.{ENDINGS[kind]}"
+    out = out or folder / export_name(run.net, kind, values)
+    if out.resolve() in [(folder / f"{name}.safetensors").resolve() for name in WEIGHTS]:
+        raise UsageError(f"{out} is a file of the run itself: choose another --out")
     remark = ""
     match kind:
         case "sparse":
-            _save_sparse(run, result, tensors, out, values, data_dir)
+            _save_sparse(run, tensors, out, values, data_dir)
         case "safetensors":
             write_whole(out, save(tensors), "--out")
         case "hdf5":
@@ -64,11 +66,15 @@ def export(
     return f"{out}: {size:,} bytes; {weights.name}: {dense:,}, {dense / size:.1f} times as many{remark}"
 
 
-def _save_sparse(
-    run: Run, result: Record, tensors: Mapping[str, Tensor], out: Path, values: Values, data_dir: Path | None
-) -> None:
+def export_name(net: str, kind: Format, values: Values = "float32") -> str:
+    """Return the name of the file that a net is exported to by default."""
+    return ".".join([net, *([] if values == "float32" else [values]), ENDINGS[kind]])
+
+
+def _save_sparse(run: Run, tensors: Mapping[str, Tensor], out: Path, values: Values, data_dir: Path | None) -> None:
+    result = run.finished()
     prunable = [layer["name"] for layer in result["layers"]]
-    top1 = result["top1"]["pruned"]
+    top1 = result["top1"][run.net.replace("-", "_")]
     if values != "float32":
         recipe = recipe_of(run.recipe, run.path, run.recipe["model"])
         top1 = measure(recipe, rounded(tensors, prunable, values), data_dir)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..experiments import UsageError
 from ..experiments.rundir import tensors_hash
+from ..experiments.whole_files import write_whole
 from ..masks import is_prunable
 from . import container, indices
 from .container import NUMBER_BYTES, Container, FormatError
@@ -59,7 +60,7 @@ class SparseFile(NamedTuple):
 
 
 def save_sparse(
-    path: Path,
+    path: str | Path,
     tensors: Mapping[str, Tensor],
     *,
     prunable: Iterable[str] | None = None,
@@ -69,19 +70,25 @@ def save_sparse(
 ) -> int:
     """Write tensors to a sparse file, whole or not at all, and return its size in bytes.
 
+    The file is read back before it is written to the disk, so that what is saved can be loaded.
+
     Args:
         path: the file.
-        tensors: a net's state.
+        tensors: a net's state. A -0 of a pruned tensor, as multiplying by a mask leaves them, becomes 0; tensors that
+            share memory are stored each.
         prunable: names of what was pruned; all floating-point tensors of two or more dimensions if None.
         values: what prunable float32 tensors are rounded to; they are float32 again when they are read.
         recipe: of the training, in JSON's types.
         top1: the accuracy, in percent, of these tensors with these values.
 
     Raises:
-        UsageError: a tensor's type has no place in the format, rounding makes a weight zero or infinite, or the file
-            cannot be written.
+        UsageError: a tensor's type has no place in the format, rounding makes a weight zero or infinite, there is no
+            tensor of a name, recipe or accuracy are not what a file can hold, or it cannot be written.
     """
-    names = _prunable_names(tensors) if prunable is None else list(prunable)
+    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    names = _prunable_names(tensors) if prunable is None else list(dict.fromkeys(prunable))
+    if missing := [name for name in names if name not in tensors]:
+        raise UsageError(f"there is no tensor {missing[0]!r} to be prunable: there are {', '.join(tensors)}")
     tensors = rounded(tensors, names, values)
     table, whole = _table(tensors, names)
     stored_as = [_stored_as(row, values) for row in table]
@@ -101,11 +108,18 @@ def save_sparse(
     code = indices.encode(positions, [row.size for row in table], codings)
     sections = {"code": code, **{kind: b"".join(parts) for kind, parts in numbers.items()}}
     metadata = _metadata(certify(tensors, names, top1), codings, values)
-    container.write(path, Container(metadata, _about(table, whole, recipe), sections))
-    return path.stat().st_size
+    try:
+        content = container.to_bytes(Container(metadata, _about(table, whole, recipe), sections))
+        file = _decoded(container.from_bytes(content, FORMAT), len(content), sum(t.nbytes for t in tensors.values()))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{path} would not be readable: {error}") from error
+    if tensors_hash(file.tensors) != file.certificate.sha256:
+        raise UsageError(f"{path} would not be the same when it is read: this is a bug, please report it")
+    write_whole(Path(path), content, "path")
+    return len(content)
 
 
-def load_sparse(path: Path, max_bytes: int | None = None) -> dict[str, Tensor]:
+def load_sparse(path: str | Path, max_bytes: int | None = None) -> dict[str, Tensor]:
     """Return the tensors of a sparse file, prunable ones first; they are dense, and have the bits that were saved.
 
     Args:
@@ -121,8 +135,9 @@ def load_sparse(path: Path, max_bytes: int | None = None) -> dict[str, Tensor]:
     return file.tensors
 
 
-def read_sparse(path: Path, max_bytes: int | None = None) -> SparseFile:
+def read_sparse(path: str | Path, max_bytes: int | None = None) -> SparseFile:
     """Return all of a sparse file, as `load_sparse` does, but without holding its certificate against it."""
+    path = Path(path)
     try:
         return _decoded(container.read(path, FORMAT), path.stat().st_size, max_bytes)
     except FormatError as error:
@@ -166,7 +181,7 @@ def certify(tensors: Mapping[str, Tensor], prunable: Iterable[str], top1: float 
 
 
 def rounded(tensors: Mapping[str, Tensor], prunable: Iterable[str], values: Values) -> dict[str, Tensor]:
-    """Return the tensors with the prunable float32 ones rounded to what `values` can hold, still float32.
+    """Return the tensors with the prunable float32 ones rounded to what `values` can hold, still float32, and no -0.
 
     Raises:
         UsageError: a weight becomes zero or infinite.
@@ -175,7 +190,7 @@ def rounded(tensors: Mapping[str, Tensor], prunable: Iterable[str], values: Valu
         raise UsageError(f"values must be one of {', '.join(get_args(Values))}, not {values!r}")
     result = dict(tensors)
     for name in prunable:
-        weight = tensors[name]
+        weight = result[name] = tensors[name].where(tensors[name] != 0, 0)
         if values == "float32" or weight.dtype != torch.float32:
             continue
         result[name] = weight.to(getattr(torch, values)).float()

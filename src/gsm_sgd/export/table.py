@@ -121,6 +121,6 @@ def check_rows(rows: Iterable[Row], file_bytes: int, max_bytes: int | None = Non
     most = max(_SMALL, _GROWTH * file_bytes) if max_bytes is None else max_bytes
     if size > most:
         raise FormatError(
-            f"its {file_bytes:,} bytes claim to hold tensors of {size:,}, over {most:,}; "
-            "if you trust it, gsm_sgd.export.load_sparse takes max_bytes"
+            f"its {file_bytes:,} bytes claim to hold tensors of {size:,}, over {most:,} "
+            "(of a sparse file that you trust, gsm_sgd.export.load_sparse takes max_bytes)"
         )

@@ -12,8 +12,10 @@ from ..experiments import UsageError, models
 from ..experiments.lottery import TRAINED, retrain_ticket
 from ..experiments.prune import Job, finish, initial_net
 from ..experiments.rundir import read_weights, tensors_hash
-from ..masks import magnitude_masks
+from ..experiments.whole_files import write_whole
+from ..masks import magnitude_masks, prunable_parameters
 from ..reports.runs import read_run
+from ..selection import kept_weights
 from . import container, indices
 from .container import Container, FormatError
 from .table import Row, check_rows, codings_from_text, codings_to_text, rows_from_json, rows_to_json
@@ -107,7 +109,8 @@ def write_ticket(path: Path, ticket: Ticket) -> None:
         "machine": ticket.machine,
     }
     about = {"prunable": rows_to_json(rows), "recipe": ticket.recipe}
-    container.write(path, Container(metadata, about, {"code": indices.encode(positions, sizes, codings)}))
+    sections = {"code": indices.encode(positions, sizes, codings)}
+    write_whole(path, container.to_bytes(Container(metadata, about, sections)), "--out")
 
 
 def read_ticket(path: Path) -> Ticket:
@@ -128,18 +131,20 @@ def replay(job: Job, ticket: Ticket, source: Path) -> Replay:
     """Train a ticket again from its seed, in a run's folder, and compare.
 
     Raises:
-        UsageError: the initialisation of that seed, or the net, is not the ticket's.
+        UsageError: the initialisation of that seed, the net, or the number of weights is not the ticket's.
     """
-    initial_net(job)
+    prunable = prunable_parameters(initial_net(job))
+    kept = sum(int(mask.sum()) for mask in ticket.masks.values())
+    if {name: mask.shape for name, mask in ticket.masks.items()} != {name: p.shape for name, p in prunable.items()}:
+        raise UsageError(f"{source} does not fit {job.recipe.model}: its masks are of other layers")
+    if kept != kept_weights(sum(p.numel() for p in prunable.values()), job.recipe.compression):
+        raise UsageError(f"{source} keeps {kept:,} weights, which is not {job.recipe.compression:g}x of its net")
     if tensors_hash(read_weights(job.run.path / "init.safetensors")) != ticket.init:
         raise UsageError(
             f"the initialisation of seed {job.recipe.seed} here is not that of {source}, made with {ticket.machine}"
         )
     stage = f"ticket-{ticket.method}"
-    try:
-        top1 = retrain_ticket(job, ticket.method, ticket.masks)
-    except ValueError as error:
-        raise UsageError(f"{source} does not fit {job.recipe.model}: {error}") from error
+    top1 = retrain_ticket(job, ticket.method, ticket.masks)
     model = models.build(job.recipe.model, job.recipe.seed, job.data.classes)
     job.run.load_weights(stage, model)
     finish(job, "replay", model, {f"ticket_{ticket.method}": top1})

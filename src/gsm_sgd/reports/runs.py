@@ -32,6 +32,9 @@ STAGES = {
 }
 """The stage whose last evaluation, before a cut if it is `gsm_before_cut`, a `top1` figure is."""
 
+WEIGHTS = ("init", "base", "gsm", "pruned", "ticket-gsm", "ticket-magnitude")
+"""The names of the weight files in a run's folder."""
+
 _NUMBER = (int, float)
 _RECIPE: Record = {
     **{"recipe": str, "preset": str, "compression": _NUMBER, "seed": int, "cut": _NUMBER, "holdout": int},
@@ -60,6 +63,16 @@ class Run:
     processes: list[Record]
     metrics: list[Record]
     result: Record | None
+
+    @property
+    def net(self) -> str:
+        """The name of the file of the net that the run came to: the pruned one, or a ticket's of a replay.
+
+        Raises:
+            UsageError: the run is not over.
+        """
+        top1 = self.finished()["top1"]
+        return "pruned" if "pruned" in top1 else next(iter(top1)).replace("_", "-")
 
     def finished(self) -> Record:
         """Return what the run came to.
