@@ -223,7 +223,7 @@ def test_show_unfinished(runs, tmp_path, capsys):
         (["prune", "resnet20", "--precision", "float16"], "precision"),
         (["prune", "lenet300", "--nonsense", "3"], "unrecognized arguments: --nonsense 3"),
         (["prune"], "recipe"),
-        (["show", "nowhere"], "nowhere is neither a run's folder nor a safetensors file"),
+        (["show", "nowhere"], "nowhere is not a run's folder"),
         (["show"], "runs"),
         (["data", "imagenet"], "unknown data set 'imagenet': there are mnist and cifar10"),
         (["frobnicate"], "frobnicate"),

@@ -109,7 +109,7 @@ def test_export_onnx(own, capsys):
         (["export", "{run}", "--format", "pdf"], "pdf"),
         (["export", "{run}", "--values", "int8"], "values"),
         (["export", "{run}", "--format", "onnx", "--values", "float16"], "--values is for --format sparse"),
-        (["export", "nowhere"], "nowhere is neither a run's folder nor a safetensors file"),
+        (["export", "nowhere"], "nowhere is not a run's folder"),
         (["export", "{run}", "--out", "/dev/null/x"], "cannot write /dev/null/x: Not a directory"),
         (["verify", "nowhere"], "cannot read nowhere: No such file"),
         (["verify", "{run}/pruned.safetensors"], "is not a sparse file, or damaged: its format is 'None'"),

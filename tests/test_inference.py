@@ -110,4 +110,4 @@ def test_bad_usage(capsys, tmp_path):
         "name the folders of the runs to measure: gsm bench inference RUN..."
     )
     assert "there are step and inference" in fails(capsys, "bench", "nothing")
-    assert "is neither a run's folder" in fails(capsys, "bench", "inference", tmp_path)
+    assert "is not a run's folder" in fails(capsys, "bench", "inference", tmp_path)

@@ -251,14 +251,22 @@ def test_sizes_and_latency(lotteries, tmp_path, capsys):
     assert f"Not measured yet: gsm bench inference {lotteries[0][0]} does it." in page.text
     path, _ = make_run(tmp_path / "run")
     (path / "pruned.onnx").write_bytes(bytes(2048))
-    rows = [{"engine": "CSR", "batch": 64, "threads": 2, "milliseconds": 1.25, "ratio": 0.5}]
+    rows = [
+        {"engine": engine, "batch": batch, "threads": threads, "milliseconds": 1.25, "ratio": 0.5}
+        for threads in (1, 2)
+        for engine in ("dense", "CSR", "onnxruntime")
+        for batch in (1, 16, 256)
+    ]
     (path / "inference.json").write_text(json.dumps({"benchmark": "inference", "rows": rows, "environment": {}}))
     page, missing = report(capsys, tmp_path, path)
     assert missing == []
     files = {row[0]: row[1:] for row in page.tables["Files of the pruned net"][0]}
     assert files["pruned.onnx"][:2] == ["1", "2.0"]
     assert float(files["pruned.safetensors"][1].replace(",", "")) > 1000
-    assert page.tables["Inference"][0][1] == ["CSR", "0", "64", "2", "1.25", "0.50"]
+    (shown,) = page.tables["Inference; times as fast as torch's dense net"]
+    assert shown[1 + 5] == ["CSR", "0", "256", "1", "1.25", "0.50"]
+    assert "Latency, 1 thread" in page.text
+    assert "Latency, 2 threads" in page.text
     (path / "inference.json").write_text('{"rows": [{"engine": 3}]}')
     _, missing = report(capsys, tmp_path, path)
     assert missing == [f"missing: {path / 'inference.json'} is damaged: delete it and measure again"]
@@ -272,7 +280,7 @@ def test_least_size_of_a_net(tmp_path):
         - sum(torch.arange(1, k + 1, dtype=torch.float64).log2().tolist())
         for n, k in ((layer["params"], layer["nonzeros"]) for layer in result["layers"])
     )
-    assert nets.smallest_size(read_run(path)) == pytest.approx(4 * (4436 + 410) + ways / 8, rel=1e-6)
+    assert nets.size_by_parts(read_run(path)) == pytest.approx(4 * (4436 + 410) + ways / 8, rel=1e-6)
 
 
 def test_agreement_of_masks():

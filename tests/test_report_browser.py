@@ -17,6 +17,11 @@ FLAGS = [
     *("--disable-sync", "--no-first-run"),
 ]
 _PATIENCE = 300_000  # milliseconds: the machine may be busy with something else
+FITS = """
+    [...document.querySelectorAll(".panel:not([hidden]) .plot[data-drawn]")].every(
+        (plot) => plot.querySelector(".main-svg").clientWidth === plot.clientWidth
+    )
+"""
 PANELS = ["results", "curves", "layers", "weights", "masks", "size", "recipe"]
 
 
@@ -157,6 +162,18 @@ def test_paper_has_every_panel_in_light_colours(visit):
     assert pdf.startswith(b"%PDF")
     page.emulate_media(media="screen", color_scheme="dark")
     assert shown(page) == ["results"]
+    for panel in ("results", "layers"):
+        open_panel(page, panel)
+        page.wait_for_function(FITS)
+
+
+def test_plots_fit_a_window_that_has_changed_while_another_tab_was_open(visit):
+    page = visit(width=700)
+    open_panel(page, "layers")
+    open_panel(page, "results")
+    page.set_viewport_size({"width": 1280, "height": 900})
+    open_panel(page, "layers")
+    page.wait_for_function(FITS)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -90,7 +90,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _complain(error: Exception, status: int) -> int:
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = tables.printable(" ".join(str(error).split())) or type(error).__name__
     if status == 1:
         message = f"{message} ({type(error).__name__}; --debug shows where)"
     who = f"gsm, process {ranks.rank()}" if ranks.rank() else "gsm"
@@ -322,7 +322,7 @@ def _replay(options: Namespace, console: Console, log: Console) -> None:
     same = "the same accuracy" if again.top1 == ticket.top1 else "not identical"
     console.print(
         f"{same}: {again.top1:.2f} % here, {ticket.top1:.2f} % there, with other weights; the bits are those of one "
-        f"machine and number of threads, there {ticket.threads} ({ticket.machine}), here {threads}",
+        f"machine and number of threads, there {ticket.threads} ({tables.printable(ticket.machine)}), here {threads}",
         highlight=False,
         soft_wrap=True,
     )

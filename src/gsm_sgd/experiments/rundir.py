@@ -216,7 +216,7 @@ def refuse_other_recipe(folder: Path, recipe: Recipe) -> None:
         theirs = dotted(yaml.safe_load(path.read_text()))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
         raise UsageError(f"{path} is damaged: delete {folder} or choose another --out") from error
-    theirs = {**_DEFAULTS, **theirs}  # an older version's recipe lacks what has been added since
+    theirs = {**DEFAULTS, **theirs}  # an older version's recipe lacks what has been added since
     ours = dotted(recipe.as_dict())
     other = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
     if other:
@@ -308,4 +308,4 @@ def _json_line(record: Record) -> bytes:
     return (json.dumps(record) + "\n").encode()
 
 
-_DEFAULTS = {**_defaults(Recipe), **_defaults(Training, "base."), **_defaults(Training, "gsm.")}
+DEFAULTS = {**_defaults(Recipe), **_defaults(Training, "base."), **_defaults(Training, "gsm.")}

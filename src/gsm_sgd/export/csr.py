@@ -78,7 +78,7 @@ def sparse_linear(model: nn.Module, batch: int = 1) -> nn.Module:
     their size. The net is then for inference: sparse layers have no parameters.
 
     Args:
-        model: a net on the CPU.
+        model: a net on the CPU; its children are swapped, so that a net that is one linear layer stays as it is.
         batch: how many inputs it will be given at a time.
 
     Returns:
@@ -95,8 +95,13 @@ def sparse_linear(model: nn.Module, batch: int = 1) -> nn.Module:
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Yield each linear layer of a net, as the module that it is a child of, its name there, and itself."""
+    """Yield each linear layer of a net, as the module that it is a child of, its name there, and itself.
+
+    Not those of torch's Transformer layers, whose forward reads the weights without calling the layers.
+    """
     for parent in list(model.modules()):
+        if isinstance(parent, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            continue
         for name, layer in list(parent.named_children()):
             if type(layer) is nn.Linear:
                 yield parent, name, layer

@@ -53,7 +53,9 @@ def prunable_weights(run: Run, name: str) -> dict[str, Tensor]:
 
 
 def methods(run: Run) -> list[str]:
-    """Return which methods have chosen weights to keep: GSM, and magnitude if there is a base net."""
+    """Return which methods have chosen weights to keep: GSM, and magnitude if there is a base net; a replay's one."""
+    if run.net == "ticket-magnitude":
+        return ["magnitude"]
     return ["GSM", *(["magnitude"] if (run.path / "base.safetensors").exists() else [])]
 
 
@@ -64,8 +66,8 @@ def mask(run: Run, method: str) -> dict[str, Tensor]:
         UsageError: the weights that this is to be told from cannot be read.
     """
     assert run.result is not None
-    if method == "GSM":
-        return {name: weight != 0 for name, weight in prunable_weights(run, "pruned").items()}
+    if method == "GSM" or run.net == "ticket-magnitude":
+        return {name: weight != 0 for name, weight in prunable_weights(run, run.net).items()}
     try:
         return magnitude_masks(prunable_weights(run, "base"), run.result["compression"])
     except ValueError as error:
@@ -96,14 +98,16 @@ def histogram(run: Run, name: str) -> Histogram:
     return Histogram([int(count) for count in counts], int((flat == 0).sum()))
 
 
-def smallest_size(run: Run) -> float:
-    """Return the bytes that a pruned net needs at least, in float32.
+def size_by_parts(run: Run) -> float:
+    """Return the bytes of a run's net, in float32, without any header.
 
     That is its kept weights, all that was not prunable as it is, and log2 of the number of ways to choose as many
     weights of each layer: no code for the positions is shorter on average.
     """
-    prunable = prunable_weights(run, "pruned")
-    others = [tensor for name, tensor in read_weights(run.path / "pruned.safetensors").items() if name not in prunable]
+    prunable = prunable_weights(run, run.net)
+    others = [
+        tensor for name, tensor in read_weights(run.path / f"{run.net}.safetensors").items() if name not in prunable
+    ]
     bits = sum(
         _BITS_OF_A_WEIGHT * int(weight.count_nonzero()) + _log2_choices(weight.numel(), int(weight.count_nonzero()))
         for weight in prunable.values()

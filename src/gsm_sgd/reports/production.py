@@ -1,6 +1,7 @@
 """Sections of a report on what a pruned net costs, and on how it was made."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,34 +19,37 @@ _OF_A_PROCESS = (
     *("started", "system"),
 )
 _KIB = 1024
+_BY_PARTS = "values and positions"
 
 
 def size_and_speed(group: Group, missing: list[str]) -> list[Block]:
-    """Return the sizes of the pruned net's files beside the least that it needs, and measured latencies."""
-    return [_sizes(group, missing), _latency(group, missing)]
+    """Return the sizes of the pruned net's files beside what its parts come to, and measured latencies."""
+    return [_sizes(group, missing), *_latency(group, missing)]
 
 
 def _sizes(group: Group, missing: list[str]) -> Block:
-    files: dict[str, list[float]] = {"the least possible": []}
+    net = group.runs[0].net
+    files: dict[str, list[float]] = {_BY_PARTS: []}
     for run in group.runs:
-        least = tried(missing, nets.smallest_size, run)
-        if least is not None:
-            files["the least possible"].append(least)
-        for path in sorted(run.path.glob("pruned.*")):
+        size = tried(missing, nets.size_by_parts, run)
+        if size is not None:
+            files[_BY_PARTS].append(size)
+        for path in sorted(run.path.glob(f"{net}.*")):
             if path.is_file() and path.suffix != ".partial":
                 files.setdefault(path.name, []).append(path.stat().st_size)
     files = {name: sizes for name, sizes in files.items() if sizes}
-    dense = files.get("pruned.safetensors")
+    dense = files.get(f"{net}.safetensors")
     if dense is None:
-        return Block("Size", ["pruned.safetensors is not there."])
+        return Block("Size", [f"{net}.safetensors is not there."])
     means = {name: fmean(sizes) for name, sizes in sorted(files.items(), key=lambda item: -fmean(item[1]))}
     rows = [
         [name, str(len(files[name])), f"{mean / _KIB:,.1f}", f"{fmean(dense) / mean:.2f}"]
         for name, mean in means.items()
     ]
     texts = [
-        "The least possible: kept weights in 32 bits, their positions in as many bits as there are choices, and all "
-        "else as it is. pruned.safetensors has every zero."
+        f"{_BY_PARTS[0].upper()}{_BY_PARTS[1:]}: kept weights in 32 bits, their positions in as many bits as it takes "
+        f"to tell the choices of as many weights of each layer apart, and all else as it is. {net}.safetensors has "
+        "every zero. A sparse file can be smaller where the weights' exponents differ little."
     ]
     if len(files) <= 2:
         texts.append(f"No smaller file of this net has been made yet: gsm export {group.runs[0].path} makes one.")
@@ -56,22 +60,42 @@ def _sizes(group: Group, missing: list[str]) -> Block:
     return Block("Size", texts, picture, [table])
 
 
-def _latency(group: Group, missing: list[str]) -> Block:
+def _latency(group: Group, missing: list[str]) -> list[Block]:
     measured = [
         (str(run.recipe["seed"]), row) for run in group.runs for row in tried(missing, _inference, run.path) or []
     ]
     if not measured:
-        return Block("Latency", [f"Not measured yet: gsm bench inference {group.runs[0].path} does it."])
-    labels = [f"{row['engine']}\nbatch {row['batch']}, seed {seed}" for seed, row in measured]
-    milliseconds = [row["milliseconds"] for _, row in measured]
-    bar = Bar("ms", "blue", milliseconds, [f"{_short(value)} ms" for value in milliseconds])
-    figure = figures.bars(labels, [bar], "milliseconds for a batch", log=True)
+        return [Block("Latency", [f"Not measured yet: gsm bench inference {group.runs[0].path} does it."])]
     rows = [
-        [row["engine"], seed, str(row["batch"]), str(row["threads"]), _short(ms), f"{row['ratio']:.2f}"]
-        for (seed, row), ms in zip(measured, milliseconds, strict=True)
+        [
+            row["engine"],
+            seed,
+            str(row["batch"]),
+            str(row["threads"]),
+            _short(row["milliseconds"]),
+            f"{row['ratio']:.2f}",
+        ]
+        for seed, row in measured
     ]
-    table = Table("Inference", ["engine", "seed", "batch", "threads", "milliseconds", "ratio"], rows)
-    return Block("Latency", (), Picture(figure, "Milliseconds of inference by engine."), [table])
+    columns = ["engine", "seed", "batch", "threads", "milliseconds", "times as fast"]
+    table = Table("Inference; times as fast as torch's dense net", columns, rows)
+    pictures = [
+        Block(f"Latency, {threads} thread{'s' if threads > 1 else ''}", picture=_latencies(measured, threads))
+        for threads in sorted({row["threads"] for _, row in measured})
+    ]
+    return [*pictures, Block("", tables=[table])]
+
+
+def _latencies(measured: Sequence[tuple[str, Record]], threads: int) -> Picture:
+    """Return a picture of what a batch takes with so many threads, means over the seeds."""
+    found: dict[str, list[float]] = {}
+    for _, row in measured:
+        if row["threads"] == threads:
+            found.setdefault(f"{row['engine']}\nbatch {row['batch']}", []).append(row["milliseconds"])
+    means = [fmean(values) for values in found.values()]
+    bar = Bar("ms", "blue", means, [f"{_short(value)} ms" for value in means])
+    figure = figures.bars(list(found), [bar], "milliseconds for a batch", log=True)
+    return Picture(figure, f"Milliseconds of inference by engine and batch, with {threads} of the processor's threads.")
 
 
 def _inference(folder: Path) -> list[Record] | None:

@@ -12,7 +12,7 @@ import yaml
 
 from ..experiments import UsageError
 from ..experiments.recipes import cut_epoch
-from ..experiments.rundir import Record, read_metrics, read_processes
+from ..experiments.rundir import DEFAULTS, Record, dotted, read_metrics, read_processes
 
 TITLES = {
     "base": "base net",
@@ -157,7 +157,7 @@ def read_run(path: Path) -> Run:
         UsageError: it is not a run's folder, or a file in it is damaged.
     """
     if not (path / "recipe.yaml").is_file():
-        raise UsageError(f"{path} is neither a run's folder nor a safetensors file")
+        raise UsageError(f"{path} is not a run's folder: there is no recipe.yaml in it")
     file = path / "recipe.yaml"
     try:
         recipe = yaml.safe_load(file.read_text())
@@ -186,11 +186,15 @@ def _has(record: object, fields: Mapping[str, Any]) -> bool:
 
 
 def by_recipe(runs: Sequence[Run]) -> list[list[Run]]:
-    """Return finished runs in groups that differ in the seed alone, each run once."""
+    """Return finished runs in groups that differ in the seed alone, each run once.
+
+    What an older version's recipe lacks counts as it is by default.
+    """
     groups: dict[str, dict[Path, Run]] = {}
     for run in runs:
         if run.result is not None:
-            key = repr([run.result["command"], {**run.recipe, "seed": None}])
+            settings = sorted({**DEFAULTS, **dotted(run.recipe), "seed": None}.items())
+            key = repr([run.result["command"], settings])
             groups.setdefault(key, {})[run.path.resolve()] = run
     return [list(group.values()) for group in groups.values()]
 
@@ -253,6 +257,9 @@ def summary(runs: Sequence[Run]) -> Record:
     if len(groups) > 1:
         raise UsageError(f"{groups[0][0].path} and {groups[1][0].path} differ in more than the seed")
     runs = groups[0]
+    seeds = [run.recipe["seed"] for run in runs]
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f"there are several runs of one seed among {', '.join(str(run.path) for run in runs)}")
     results = [run.finished() for run in runs]
     top1: dict[str, Any] = {}
     for key in results[0]["top1"]:

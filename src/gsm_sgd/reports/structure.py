@@ -27,8 +27,9 @@ def read_masks(group: Group, missing: list[str]) -> Masks:
 def layers(group: Group, masks: Masks) -> list[Block]:
     """Return what each layer keeps, chosen by GSM and by magnitude."""
     first = group.results[0]["layers"]
-    counts = {"GSM": [[layer["nonzeros"] for layer in result["layers"]] for result in group.results]}
-    if "magnitude" in masks:
+    own = nets.methods(group.runs[0])[0]
+    counts = {own: [[layer["nonzeros"] for layer in result["layers"]] for result in group.results]}
+    if own == "GSM" and "magnitude" in masks:
         counts["magnitude"] = [list(nets.kept(found).values()) for found in masks["magnitude"].values()]
     sizes = [layer["params"] for layer in first]
     bars, columns, cells = [], [], []
@@ -48,9 +49,9 @@ def layers(group: Group, masks: Masks) -> list[Block]:
     names = [[layer["name"], by(layer["shape"]), f"{layer['params']:,}"] for layer in first]
     names.append(["all", "", f"{sum(sizes):,}"])
     rows = [[*lead, *(column[index] for column in cells)] for index, lead in enumerate(names)]
-    texts = [
-        f"Global density: {percent(sum(counts['GSM'][0]), sum(sizes)):.2f} %. GSM has found each layer's by itself."
-    ]
+    texts = [f"Global density: {percent(sum(counts[own][0]), sum(sizes)):.2f} %."]
+    if own == "GSM":
+        texts[0] += " GSM has found each layer's by itself."
     if "magnitude" not in masks:
         texts.append("There is no base net to be read here, and so no choice by magnitude to compare with.")
     labels = [f"{layer['name']}\n{by(layer['shape'])}" for layer in first]
@@ -105,7 +106,9 @@ def weights(group: Group, missing: list[str]) -> list[Block]:
     run = group.runs[0]
     start = "init" if run.recipe.get("start") == "init" else "base"
     titles = {start: f"start of GSM training ({start})", "gsm": "end of GSM training", "pruned": "pruned net"}
-    drawn = {start: ("ink", "circle"), "gsm": ("orange", "diamond"), "pruned": ("blue", "square")}
+    if run.net != "pruned":
+        titles = {"init": "initialisation", run.net: "ticket, retrained"}
+    drawn = dict(zip(titles, (("ink", "circle"), ("orange", "diamond"), ("blue", "square")), strict=False))
     found: dict[str, list[nets.Histogram]] = {}
     for one in group.runs:
         for name in titles:
@@ -113,7 +116,7 @@ def weights(group: Group, missing: list[str]) -> list[Block]:
             if read is not None:
                 found.setdefault(name, []).append(read)
     texts = []
-    if run.cut_epoch < run.recipe["gsm"]["epochs"]:
+    if run.net == "pruned" and run.cut_epoch < run.recipe["gsm"]["epochs"]:
         texts.append(
             f"The cut came on the way, after epoch {run.cut_epoch} of {run.recipe['gsm']['epochs']}, and no file has "
             "the weights as they were before it: gsm.safetensors, the net at the end of training, is cut already."

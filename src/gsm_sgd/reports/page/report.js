@@ -38,6 +38,11 @@
       tab.tabIndex = other === index ? 0 : -1;
       panels[other].hidden = other !== index;
     });
+    fit(panels[index]); // the window may have another width since its plots were drawn
+  }
+
+  function fit(panel) {
+    panel.querySelectorAll(".plot[data-drawn]").forEach((plot) => Plotly.Plots.resize(plot));
   }
 
   function openAddress() {
@@ -99,7 +104,7 @@
   );
   plots.forEach((plot) => inView.observe(plot));
 
-  const redraw = () => plots.filter((plot) => "drawn" in plot.dataset).forEach((plot) => draw(plot));
+  const redraw = () => plots.filter((plot) => "drawn" in plot.dataset).map((plot) => draw(plot));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 
   // --- paper: every panel, every plot, in light colours ---
@@ -108,7 +113,7 @@
     if (root.classList.contains("printing") === begins) return;
     root.classList.toggle("printing", begins);
     if (begins) plots.forEach((plot) => draw(plot, PAPER_WIDTH));
-    else redraw();
+    else Promise.all(redraw()).then(() => panels.filter((panel) => !panel.hidden).forEach(fit));
   }
   addEventListener("beforeprint", () => print(true));
   addEventListener("afterprint", () => print(false));
