@@ -1,3 +1,4 @@
+import copy
 import warnings
 
 import pytest
@@ -281,6 +282,8 @@ def schedule_of_a_rank(step):
     [
         ([{}, {"compression": 1.0}], "processes disagree about compression: it is 1 on one and 10 on another"),
         ([{"lr": 0.25}, {}], "processes disagree about lr: it is 0.05 on one and 0.25 on another"),
+        ([{"cut_step": 5, "total_steps": 9}, {"cut_step": 6, "total_steps": 9}], "cut_step: it is 5 on one and 6 on"),
+        ([{"passive_decay": 1e-3}, {}], "processes disagree about passive_decay"),
         ([{"compression_schedule": schedule_of_a_rank}] * 2, "compression: it is 2 on one and 3 on another"),
     ],
 )
@@ -301,7 +304,8 @@ def test_a_mesh_of_some_processes_is_refused_on_all(ranks):
     errors = ranks(4).errors(use_a_part_of_the_processes)
     assert set(errors) == {
         "ValueError: a device mesh has 2 of 4 processes: GSM chooses among the weights of all of them, "
-        "so each mesh has to cover them all"
+        "so each mesh has to cover them all; distribute such a parameter over the whole mesh (Replicate() does), "
+        'or put it into a group with "prunable": False'
     }
 
 
@@ -342,6 +346,81 @@ def train_without_ddp():
 def test_check_ranks_finds_gradients_that_were_not_reduced(ranks):
     for error in ranks(2).errors(train_without_ddp):
         assert "the gradient of 0.weight is not the same on all processes: is the model wrapped in" in error
+
+
+def train_with_a_gradient_on_one_process(everything):
+    model = Net()
+    optimizer = GSM(model.named_parameters(), **SETTINGS, check_ranks=True)
+    nn.functional.cross_entropy(model(batch_of(0)[0]), batch_of(0)[1]).backward()
+    if dist.get_rank() == 1:
+        for param in model.parameters() if everything else [model[2].weight]:
+            param.grad = None
+    optimizer.step()
+
+
+@pytest.mark.parametrize(("everything", "name"), [(True, "0.weight"), (False, "2.weight")])
+def test_check_ranks_finds_a_gradient_that_only_one_process_has(ranks, everything, name):
+    for error in ranks(2).errors(train_with_a_gradient_on_one_process, everything):
+        assert f"the gradient of {name} is there on some processes only: is the model wrapped in" in error
+
+
+def test_check_ranks_asks_nobody_where_there_is_nobody():
+    model = Net()
+    step(model, GSM(model.named_parameters(), **SETTINGS, check_ranks=True), *batch_of(0))
+
+
+def apply_masks_of_other_layouts():
+    """Apply masks to weights that lie in another way than the masks do."""
+    size = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (size,))
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(6, 4, generator=generator) < 0.5
+    layouts = [None, [Shard(0)], [Shard(1)], [Replicate()]]
+    for of_mask in layouts:
+        for of_weight in layouts:
+            whole = torch.ones(6, 4)
+            weight = whole.clone() if of_weight is None else distribute_tensor(whole, mesh, of_weight)
+            spread = mask if of_mask is None else distribute_tensor(mask, mesh, of_mask)
+            apply_masks_({"w": weight}, {"w": spread})
+            assert torch.equal(full(weight), mask.float()), (of_mask, of_weight)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_masks_meet_weights_that_lie_in_another_way(ranks, size):
+    ranks(size).run(apply_masks_of_other_layouts)
+
+
+def go_on_with_a_whole_state(steps, schedule):
+    """Train whole, load the state into an optimizer of the same weights spread over processes, and train both on."""
+    whole, spread = Net(), sharded_net()
+    optimizers = [GSM(model.named_parameters(), **SETTINGS, **schedule) for model in (whole, spread)]
+    for number in range(steps):
+        step(whole, optimizers[0], *batch_of(number))
+    for ours, theirs in zip(whole.parameters(), spread.parameters(), strict=True):
+        theirs.data.copy_(distribute_tensor(ours.detach(), theirs.device_mesh, theirs.placements))
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for number in range(steps, 16):
+        step(whole, optimizers[0], *batch_of(number))
+        step(spread, optimizers[1], *batch(number)[1])
+        for ours, theirs in zip(whole.parameters(), spread.parameters(), strict=True):
+            torch.testing.assert_close(full(theirs), ours.detach())
+
+
+@pytest.mark.parametrize("steps", [3, 8, 12])
+def test_a_state_of_one_process_goes_on_on_several(ranks, steps):
+    schedule = {"compression_schedule": "cubic", "ramp_steps": 5, "fade_steps": 3, "cut_step": 10, "total_steps": 16}
+    ranks(2).run(go_on_with_a_whole_state, steps, schedule)
+
+
+def test_a_state_of_another_model_is_refused():
+    model = Net()
+    optimizer = GSM(model.named_parameters(), **SETTINGS)
+    step(model, optimizer, *batch_of(0))
+    state = optimizer.state_dict()
+    state["state"][0]["momentum_buffer"] = torch.zeros(33, 19)
+    optimizer.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"a momentum has shape \(33, 19\), its parameter \(33, 20\)"):
+        step(model, optimizer, *batch_of(1))
 
 
 def begin_and_save(folder, steps, schedule):

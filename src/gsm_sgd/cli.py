@@ -49,6 +49,8 @@ def run(argv: Sequence[str]) -> int:
     debug = "--debug" in argv
     try:
         options = parse([word for word in argv if word != "--debug"])
+        if ranks.size() > 1 and options.command not in _COMMANDS:
+            raise UsageError(f"gsm {options.command} takes one process: start it without torchrun")
         match options.command:
             case "list":
                 console.print(tables.recipes_table())

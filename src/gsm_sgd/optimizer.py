@@ -14,6 +14,7 @@ last steps, which then train the kept weights alone.
 """
 
 import warnings
+import zlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, overload
@@ -29,12 +30,23 @@ from .groups import check_hyperparameters, deadline, passive_decay, vanishes
 from .masks import Masks, apply_masks_, is_prunable, magnitude_masks, named_in, prunable_in
 from .rule import EagerRule, Kernel, Part, all_params, laid_out_as
 from .selection import Cut, NotFiniteError, ScoresOf, check_compression, find_cut, kept_weights
-from .sharded import Shards, grad_here, here, is_dtensor, refuse_differing_copies, refuse_disagreement, spread_as
+from .sharded import (
+    Shards,
+    cut_out,
+    grad_here,
+    here,
+    is_dtensor,
+    refuse_differing_copies,
+    refuse_disagreement,
+    several_processes,
+    spread_as,
+)
 
 _OF_THE_MODEL = (
     *("compression", "total_steps", "shrink_to", "compression_schedule", "ramp_steps", "fade_steps", "cut_step"),
     *("steps", "fading", "fixed"),
 )
+_OF_A_GROUP = ("lr", "momentum", "weight_decay", "passive_decay", "nesterov", "prunable")
 
 
 class NonFiniteGradientError(ArithmeticError):
@@ -262,14 +274,14 @@ class GSM(Optimizer):
                 loss = closure()
 
         grads = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
-        if not grads:
-            return loss
         if any(grad.is_sparse for grad in grads):
             raise RuntimeError("GSM does not support sparse gradients")
         governed = [param for group in self.param_groups for param in group["params"] if is_prunable(param, group)]
         chosen_from = [param for param in governed if param.grad is not None]
         shards = self._shards_of(chosen_from)
         self._refuse_disagreement(shards)
+        if not grads:
+            return loss
         check_finite = partial(_refuse_nonfinite_gradients, self, chosen_from, shards)
         self._cut_or_fade_if_due(check_finite)
         num_prunable = sum(param.numel() for param in governed)
@@ -311,7 +323,8 @@ class GSM(Optimizer):
     def finalize(self) -> Masks:
         """Cut: set all prunable weights but the Q largest |W| of the whole model to zero, for good.
 
-        Steps taken afterwards train the kept weights alone. A second call changes nothing.
+        Steps taken afterwards train the kept weights alone. A second call changes nothing. Of several processes that
+        train one model all have to call.
 
         Returns:
             Bool masks, True where a weight is kept, exactly Q in all: keyed by parameter name, or by position
@@ -383,10 +396,10 @@ class GSM(Optimizer):
             group.setdefault("fixed", masked)  # states of before there was this key have masks only then
             for key, default in self.defaults.items():
                 group.setdefault(key, default)
-        for param_state in self.state.values():
+        for param, param_state in self.state.items():
             if "mask" in param_state:
                 if self._fixed:
-                    param_state["mask"] = param_state["mask"].bool()
+                    param_state["mask"] = spread_as(param, cut_out(param, param_state["mask"]).bool())
                 else:
                     del param_state["mask"]
         self._shards, self._agreed = None, False
@@ -427,7 +440,15 @@ class GSM(Optimizer):
     def _momenta(self, params: list[Tensor], parts: list[Tensor]) -> list[Tensor]:
         """Return the momenta of parts of parameters, zeros where there are none yet. The state stays as it is."""
         found = [self.state[p].get("momentum_buffer") if p in self.state else None for p in params]
-        momenta = [torch.zeros_like(p) if z is None else here(z) for p, z in zip(parts, found, strict=True)]
+        momenta = []
+        for param, part, momentum in zip(params, parts, found, strict=True):
+            mine = torch.zeros_like(part) if momentum is None else cut_out(param, momentum)
+            if mine.shape != part.shape:
+                raise ValueError(
+                    f"a momentum has shape {tuple(mine.shape)}, its parameter {tuple(part.shape)}: "
+                    "the state that was loaded is of another model"
+                )
+            momenta.append(mine)
         return laid_out_as(parts, momenta)  # a state from elsewhere may lie in memory in another order
 
     def _remember(self, part: Part) -> None:
@@ -450,15 +471,29 @@ class GSM(Optimizer):
     def _refuse_disagreement(self, shards: Shards | None) -> None:
         """Raise ValueError on every process if they would not do the same in this step, as far as it is looked at."""
         group = self.param_groups[0]
-        if group["check_ranks"] or (shards is not None and not self._agreed):
+        check = group["check_ranks"] and several_processes()
+        params = [param for group in self.param_groups for param in group["params"]]
+        if check or (shards is not None and not self._agreed):
             device = here(group["params"][0]).device if shards is None else shards.device
-            settings = {"the number of prunable weights": self.num_prunable, "compression": self.compression}
-            settings |= {key: group[key] for key in ("steps", "fixed", "lr", "momentum", "weight_decay")}
+            counts = {"parameters": len(params), "parameter groups": len(self.param_groups)}
+            settings = {f"the number of {what}": float(count) for what, count in counts.items()}
+            settings |= {"the number of prunable weights": self.num_prunable, "compression": self.compression}
             refuse_disagreement(settings, device)
+            refuse_disagreement(_settings(self), device)
             self._agreed = group["compression_schedule"] != "custom"
-        if group["check_ranks"]:
-            params = [param for group in self.param_groups for param in group["params"]]
+        if check:
             refuse_differing_copies(named_in(self) or {f"number {i}": param for i, param in enumerate(params)})
+
+
+def _settings(optimizer: Optimizer) -> dict[str, float]:
+    """Return all settings of all groups as numbers, for comparing them."""
+    found = {}
+    for number, group in enumerate(optimizer.param_groups):
+        where = f" of group {number}" if number else ""
+        for key in (*_OF_THE_MODEL, *_OF_A_GROUP):
+            value = zlib.crc32(group[key].encode()) if isinstance(group[key], str) else group[key]
+            found[key + where] = -1.0 if value is None else float(value)
+    return found
 
 
 def _governs(group: dict[str, Any]) -> bool:
@@ -482,6 +517,8 @@ def _refuse_nonfinite_gradients(optimizer: Optimizer, params: list[Tensor], shar
     extremes = [extreme for grad in grads for extreme in (torch.aminmax(grad) if grad.numel() else [grad.sum()] * 2)]
     if not extremes:
         return
+    if len({extreme.device for extreme in extremes}) > 1:
+        extremes = [extreme.cpu() for extreme in extremes]
     finite = torch.stack(extremes).isfinite().view(-1, 2).all(1).tolist()
     if shards is not None:
         finite = shards.all_finite(finite)

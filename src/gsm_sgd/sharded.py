@@ -31,6 +31,11 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SIGMAS = 3.0  # half-width of the guess: a wide one costs little, another one two more calls
 
 
+def several_processes() -> bool:
+    """Return whether there are processes to agree with."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def here(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that this process holds, in the same memory: all of it, unless it is a DTensor."""
     whole: Any = tensor
@@ -64,12 +69,21 @@ def spread_as(param: Tensor, part: Tensor) -> Tensor:
     )
 
 
-def cut_out(param: Tensor, whole: Tensor) -> Tensor:
-    """Return the part of a tensor of a parameter's shape that lies where this process has its part of the parameter."""
-    if is_dtensor(whole) or not is_dtensor(param):
-        return here(whole)
-    offsets = _offsets(param)
-    return whole[tuple(slice(start, start + size) for start, size in zip(offsets, here(param).shape, strict=True))]
+def cut_out(param: Tensor, tensor: Tensor) -> Tensor:
+    """Return the part of a tensor of a parameter's shape that lies where this process has its part of the parameter.
+
+    If the tensor is a DTensor, and spread in another way than the parameter, every process has to call.
+    """
+    like: Any = param
+    if is_dtensor(tensor):
+        spread: Any = tensor
+        if is_dtensor(param) and (spread.device_mesh, spread.placements) == (like.device_mesh, like.placements):
+            return here(tensor)
+        tensor = spread.full_tensor()
+    if not is_dtensor(param):
+        return tensor
+    bounds = zip(_offsets(param), here(param).shape, strict=True)
+    return tensor[tuple(slice(start, start + size) for start, size in bounds)].clone()
 
 
 def refuse_disagreement(settings: Mapping[str, float], device: torch.device) -> None:
@@ -88,23 +102,28 @@ def refuse_disagreement(settings: Mapping[str, float], device: torch.device) -> 
 def refuse_differing_copies(params: Mapping[str, Tensor]) -> None:
     """Raise RuntimeError on every process if a parameter or its gradient has other bits on one of them.
 
-    Of DTensors there are no copies to compare.
+    All have as many parameters. DTensors are not looked at.
     """
     copies = {name: param for name, param in params.items() if not is_dtensor(param)}
-    tensors = {f"parameter {name}": param.detach() for name, param in copies.items()}
-    tensors |= {f"the gradient of {name}": param.grad for name, param in copies.items() if param.grad is not None}
-    if not tensors:
+    if not copies:
         return
-    mine = torch.stack([_digest(tensor) for tensor in tensors.values()])
+    rows = []
+    for param in copies.values():
+        grad = torch.zeros_like(param) if param.grad is None else param.grad
+        present = torch.tensor([param.grad is not None], device=param.device)
+        rows.append(torch.cat([_digest(param.detach()), present, _digest(grad)]))
+    mine = torch.stack(rows)
     everyones = mine.new_empty(dist.get_world_size(), *mine.shape)
     dist.all_gather_into_tensor(everyones.view(-1, mine.shape[1]), mine)
-    differing = (everyones != mine).any(2).any(0).tolist()
-    if any(differing):
-        name = list(tensors)[differing.index(True)]
-        raise RuntimeError(
-            f"{name} is not the same on all processes: is the model wrapped in DistributedDataParallel, "
-            "and loss.backward() called on its output?"
-        )
+    differing = (everyones != mine).any(0).tolist()
+    for name, (*weight, present, low, high) in zip(copies, differing, strict=True):
+        what = f"parameter {name}" if any(weight) else f"the gradient of {name}"
+        how = "is there on some processes only" if present else "is not the same on all processes"
+        if any(weight) or present or low or high:
+            raise RuntimeError(
+                f"{what} {how}: is the model wrapped in DistributedDataParallel, and loss.backward() called on its "
+                "output?"
+            )
 
 
 class Shards:
@@ -127,7 +146,8 @@ class Shards:
             if mesh.size() != self._processes:
                 raise ValueError(
                     f"a device mesh has {mesh.size()} of {self._processes} processes: GSM chooses among the weights "
-                    "of all of them, so each mesh has to cover them all"
+                    "of all of them, so each mesh has to cover them all; distribute such a parameter over the whole "
+                    'mesh (Replicate() does), or put it into a group with "prunable": False'
                 )
         self.device = torch.device(meshes[0].device_type)
         self._counted = [number for number, param in enumerate(params) if _is_first_copy(param)]
@@ -222,22 +242,24 @@ class Shards:
             dist.all_reduce(counts)
             from_top = counts[:-1].flip(0).cumsum(0)
             place = (from_top < k - larger).sum()
-            passed, reached, wrong = torch.stack(
-                [*from_top.gather(0, torch.stack([place - 1, place]).clamp(0, BINS)), counts[-1]]
+            # one transfer from the device for all that is to be decided
+            passed, reached, wrong, bin_number = torch.stack(
+                [*from_top.gather(0, torch.stack([place - 1, place]).clamp(0, BINS)), counts[-1], place]
             ).tolist()
             if wrong:
                 raise NotFiniteError
-            if not 1 <= place <= BINS:
+            if not 1 <= bin_number <= BINS:
                 return None
             larger, inside, above = larger + passed, reached - passed, 0
-            low += (BINS - int(place)) << shift
+            low += (BINS - bin_number) << shift
             high = low + (1 << shift) - 1
             keys = keys[(keys >= low) & (keys <= high)]
             if not shift:
                 return _Found(low, larger, inside)
         found = self._exchanged(keys, inside).topk(inside).values
-        key = int(found[k - larger - 1])
-        return _Found(key, larger + int((found > key).sum()), int((found == key).sum()))
+        key = found[k - larger - 1]
+        value, more, equal = torch.stack([key, (found > key).sum(), (found == key).sum()]).tolist()
+        return _Found(value, larger + more, equal)
 
     def _exchanged(self, keys: Tensor, count: int) -> Tensor:
         """Return all processes' keys, of which there are `count`, and fillings that are smaller."""

@@ -47,6 +47,8 @@ def joined(device: torch.device) -> Iterator[torch.device]:
             raise UsageError(f"process {place} of this machine has no GPU: start {torch.cuda.device_count()} at most")
         device = torch.device("cuda", place)
         torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise UsageError(f"several processes cannot share work on {device.type}: add --device cpu")
     store, number, count = next(rendezvous("env://"))
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         # When torchrun starts the processes of one machine again they share a store with those that ended, and may
@@ -54,7 +56,8 @@ def joined(device: torch.device) -> Iterator[torch.device]:
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(start, store)  # type: ignore[attr-defined]  # torch's stubs do not list it
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=number, world_size=count)
+    place_of_barriers = device if device.type == "cuda" else None
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, device_id=place_of_barriers)
     try:
         yield device
     except RuntimeError as error:

@@ -55,10 +55,12 @@ class RunFolder:
         self.checkpoint_seconds = checkpoint_seconds
         self.writes = ranks.rank() == 0
         self._lock = filelock.FileLock(path / ".lock")
-        refuse_other_recipe(path, recipe)
         if self.writes:
+            refuse_other_recipe(path, recipe)
             self._take(path, recipe)
         ranks.wait()
+        if not self.writes:
+            refuse_other_recipe(path, recipe)
 
     def _take(self, path: Path, recipe: Recipe) -> None:
         """Make the folder this run's own."""
