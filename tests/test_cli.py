@@ -156,6 +156,15 @@ def test_show_file(runs, capsys):
     assert "20.00x" in out
 
 
+def test_show_goes_on_after_what_cannot_be_read(runs, tmp_path, capsys):
+    assert cli.run(["show", str(tmp_path / "nowhere"), str(runs[0])]) == 0
+    said = capsys.readouterr()
+    assert "missing: " in said.err
+    assert "nowhere is not a run's folder" in said.err
+    assert "ticket by GSM" in said.out
+    assert cli.run(["show", str(tmp_path / "nowhere"), str(runs[0]), "--json", str(tmp_path / "x")]) == 2
+
+
 def test_show_json(runs, tmp_path):
     target = tmp_path / "summary.json"
     assert cli.run(["show", *map(str, runs), "--json", str(target)]) == 0

@@ -112,7 +112,7 @@ def test_export_onnx(own, capsys):
         (["export", "nowhere"], "nowhere is not a run's folder"),
         (["export", "{run}", "--out", "/dev/null/x"], "cannot write /dev/null/x: Not a directory"),
         (["verify", "nowhere"], "cannot read nowhere: No such file"),
-        (["verify", "{run}/pruned.safetensors"], "is not a sparse file, or damaged: its format is 'None'"),
+        (["verify", "{run}/pruned.safetensors"], "is not a sparse file, or damaged: it is another safetensors file"),
         (["ticket"], "ticket.action"),
         (["ticket", "save", "{run}", "--method", "chance"], "method"),
         (["ticket", "replay", "nowhere"], "cannot read nowhere: No such file"),

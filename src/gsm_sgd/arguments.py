@@ -112,7 +112,7 @@ def _export_parser() -> ArgumentParser:
     parser = _Parser(description="Write a finished run's pruned net as a file for others.")
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--format", type=Format, default="sparse", help="sparse: small, with a certificate")
-    parser.add_argument("--out", type=Path | None, default=None, help="the file; default pruned.<format> in the folder")
+    parser.add_argument("--out", type=Path | None, default=None, help="the file; default pruned.<ending> in the folder")
     parser.add_argument(
         "--values", type=Values, default="float32", help="what to round the weights of a sparse file to"
     )

@@ -34,6 +34,7 @@ from .export.ticket import read_ticket, replay, save_ticket
 from .export.verify import verify, verify_accuracy
 from .masks import LayerSparsity, is_prunable, sparsity_rows
 from .reports import html, nets, plots, tables
+from .reports.blocks import tried
 from .reports.runs import Run, by_recipe, read_run, summary
 
 _COMMANDS = {"prune": prune, "lottery": lottery}
@@ -59,7 +60,7 @@ def run(argv: Sequence[str]) -> int:
             case "bench":
                 _bench(options, console, log)
             case "show":
-                _show(options.runs, options.json, console)
+                _show(options.runs, options.json, console, log)
             case "report":
                 for missing in html.write_report(options.runs, options.output):
                     log.print(f"missing: {missing}", highlight=False, soft_wrap=True)
@@ -153,7 +154,10 @@ def _plan(command: str, options: Namespace, device: torch.device) -> dict[Path, 
         scaled.check()
     if recipe.weights is not None:
         if command == "lottery":
-            raise UsageError("a lottery trains its base net from the ticket's initialisation: leave out --weights")
+            raise UsageError(
+                "a lottery trains its base net from the ticket's initialisation: leave out --weights, or set it to "
+                "null if the recipe has some"
+            )
         if not is_torchvisions(recipe.weights) and not Path(recipe.weights).is_file():
             raise UsageError(f"weights {recipe.weights} do not exist: give a file, or torchvision")
     _check_optimizer(recipe.scaled(options.epochs_scale))
@@ -239,9 +243,15 @@ def _save_pictures(finished: Run, folder: RunFolder) -> None:
 # --- show ---
 
 
-def _show(paths: Sequence[Path], json_path: Path | None, console: Console) -> None:
+def _show(paths: Sequence[Path], json_path: Path | None, console: Console, log: Console) -> None:
+    """Show what can be read of runs and files, and say what cannot."""
     files = [path for path in paths if path.is_file()]
-    runs = [read_run(path) for path in paths if path not in files]
+    missing: list[str] = []
+    runs = [one for path in paths if path not in files and (one := tried(missing, read_run, path))]
+    if missing and (json_path is not None or not (runs or files)):
+        raise UsageError("; ".join(missing))
+    for reason in missing:
+        log.print(f"missing: {reason}", highlight=False, soft_wrap=True)
     if json_path is not None:
         if files:
             raise UsageError("--json takes run folders, not files")

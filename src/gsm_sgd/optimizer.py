@@ -161,11 +161,9 @@ class GSM(Optimizer):
             if slow[0]["passive_decay"] != "auto":
                 reason = "passive weights never shrink where weight_decay and passive_decay are both 0"
             elif slow[0]["fade_steps"]:
-                reason = "fade_steps are too few for passive weights to shrink at this momentum; take more or lower it"
+                reason = "fade_steps are too few for passive weights to shrink; take more, or a lower momentum"
             else:
-                reason = (
-                    "there are too few steps for passive weights to shrink at this momentum; train longer or lower it"
-                )
+                reason = "there are too few steps for passive weights to shrink; take more, or a lower momentum"
             warnings.warn(f"the cut will remove weights that still matter: {reason}", UserWarning, stacklevel=2)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

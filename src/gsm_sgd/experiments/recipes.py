@@ -175,7 +175,10 @@ class Recipe:
                 f"not ramp {self.ramp}, fade {self.fade} and cut {self.cut}"
             )
         if self.fade and self.cut_epoch == self.gsm.epochs:
-            raise UsageError("a fade needs a cut before the end of GSM training: lower cut, or set fade to 0")
+            raise UsageError(
+                f"a fade needs a cut before the end of GSM training, which a cut at {self.cut} of {self.gsm.epochs} "
+                "epochs is not: train for more epochs, or set fade to 0"
+            )
         if (self.ramp + self.fade) * self.gsm.epochs >= self.cut_epoch:
             raise UsageError(
                 f"a ramp of {self.ramp} and a fade of {self.fade} do not end before the cut, which comes after "

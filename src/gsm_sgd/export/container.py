@@ -107,7 +107,9 @@ def from_bytes(content: bytes, kind: str) -> Container:
     metadata = entries.pop("__metadata__", None)
     if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
         raise FormatError("it has no metadata")
-    if metadata.get("format") != kind:
+    if "format" not in metadata:
+        raise FormatError("it is another safetensors file, gsm export makes one of ours")
+    if metadata["format"] != kind:
         raise FormatError(f"its format is {str(metadata.get('format'))[:40]!r}, not {kind!r}")
     sections = _sections(entries, memoryview(content)[8 + length :])
     about = _json(_decompressed(sections.pop("about", b""), _LONGEST_ABOUT, "about"))
