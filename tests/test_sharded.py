@@ -418,9 +418,9 @@ def test_a_state_of_another_model_is_refused():
     step(model, optimizer, *batch_of(0))
     state = optimizer.state_dict()
     state["state"][0]["momentum_buffer"] = torch.zeros(33, 19)
-    optimizer.load_state_dict(state)
     with pytest.raises(ValueError, match=r"a momentum has shape \(33, 19\), its parameter \(33, 20\)"):
-        step(model, optimizer, *batch_of(1))
+        optimizer.load_state_dict(state)
+    step(model, optimizer, *batch_of(1))
 
 
 def begin_and_save(folder, steps, schedule):

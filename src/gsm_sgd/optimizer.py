@@ -387,17 +387,27 @@ class GSM(Optimizer):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a state; torch casts loaded masks to the parameters' dtype, here they are bool again."""
+        """Restore a state; torch casts loaded masks to the parameters' dtype, here they are bool again.
+
+        What is kept for a parameter is spread over processes as the parameter is, however it was when it was saved.
+
+        Raises:
+            ValueError: it is of another shape, and so the state is another model's. Nothing has changed.
+        """
+        for param, param_state in state["state"].items():
+            for key, what in (("momentum_buffer", "momentum"), ("mask", "mask")):
+                if isinstance(param_state.get(key), Tensor):
+                    param_state[key] = _spread_as(param, param_state[key], what)
         super().__setstate__(state)
         masked = any("mask" in param_state for param_state in self.state.values())
         for group in self.param_groups:
             group.setdefault("fixed", masked)  # states of before there was this key have masks only then
             for key, default in self.defaults.items():
                 group.setdefault(key, default)
-        for param, param_state in self.state.items():
+        for param_state in self.state.values():
             if "mask" in param_state:
                 if self._fixed:
-                    param_state["mask"] = spread_as(param, cut_out(param, param_state["mask"]).bool())
+                    param_state["mask"] = param_state["mask"].bool()
                 else:
                     del param_state["mask"]
         self._shards, self._agreed = None, False
@@ -438,15 +448,7 @@ class GSM(Optimizer):
     def _momenta(self, params: list[Tensor], parts: list[Tensor]) -> list[Tensor]:
         """Return the momenta of parts of parameters, zeros where there are none yet. The state stays as it is."""
         found = [self.state[p].get("momentum_buffer") if p in self.state else None for p in params]
-        momenta = []
-        for param, part, momentum in zip(params, parts, found, strict=True):
-            mine = torch.zeros_like(part) if momentum is None else cut_out(param, momentum)
-            if mine.shape != part.shape:
-                raise ValueError(
-                    f"a momentum has shape {tuple(mine.shape)}, its parameter {tuple(part.shape)}: "
-                    "the state that was loaded is of another model"
-                )
-            momenta.append(mine)
+        momenta = [torch.zeros_like(p) if z is None else here(z) for p, z in zip(parts, found, strict=True)]
         return laid_out_as(parts, momenta)  # a state from elsewhere may lie in memory in another order
 
     def _remember(self, part: Part) -> None:
@@ -470,15 +472,16 @@ class GSM(Optimizer):
         """Raise ValueError on every process if they would not do the same in this step, as far as it is looked at."""
         group = self.param_groups[0]
         check = group["check_ranks"] and several_processes()
+        if not check and (shards is None or self._agreed):
+            return
         params = [param for group in self.param_groups for param in group["params"]]
-        if check or (shards is not None and not self._agreed):
-            device = here(group["params"][0]).device if shards is None else shards.device
-            counts = {"parameters": len(params), "parameter groups": len(self.param_groups)}
-            settings = {f"the number of {what}": float(count) for what, count in counts.items()}
-            settings |= {"the number of prunable weights": self.num_prunable, "compression": self.compression}
-            refuse_disagreement(settings, device)
-            refuse_disagreement(_settings(self), device)
-            self._agreed = group["compression_schedule"] != "custom"
+        device = here(group["params"][0]).device if shards is None else shards.device
+        counts = {"parameters": len(params), "parameter groups": len(self.param_groups)}
+        settings = {f"the number of {what}": float(count) for what, count in counts.items()}
+        settings |= {"the number of prunable weights": self.num_prunable, "compression": self.compression}
+        refuse_disagreement(settings, device)  # first how many there are: else the next call would not fit
+        refuse_disagreement(_settings(self), device)
+        self._agreed = group["compression_schedule"] != "custom"
         if check:
             refuse_differing_copies(named_in(self) or {f"number {i}": param for i, param in enumerate(params)})
 
@@ -492,6 +495,17 @@ def _settings(optimizer: Optimizer) -> dict[str, float]:
             value = zlib.crc32(group[key].encode()) if isinstance(group[key], str) else group[key]
             found[key + where] = -1.0 if value is None else float(value)
     return found
+
+
+def _spread_as(param: Tensor, tensor: Tensor, what: str) -> Tensor:
+    """Return a tensor that a state has for a parameter, spread over processes as the parameter is."""
+    part, shape = cut_out(param, tensor), here(param).shape
+    if part.shape != shape:
+        raise ValueError(
+            f"a {what} has shape {tuple(part.shape)}, its parameter {tuple(shape)}: "
+            "the state that was loaded is of another model"
+        )
+    return spread_as(param, part)
 
 
 def _governs(group: dict[str, Any]) -> bool:

@@ -110,7 +110,7 @@ def from_bytes(content: bytes, kind: str) -> Container:
     if "format" not in metadata:
         raise FormatError("it is another safetensors file, gsm export makes one of ours")
     if metadata["format"] != kind:
-        raise FormatError(f"its format is {str(metadata.get('format'))[:40]!r}, not {kind!r}")
+        raise FormatError(f"its format is {metadata['format'][:40]!r}, not {kind!r}")
     sections = _sections(entries, memoryview(content)[8 + length :])
     about = _json(_decompressed(sections.pop("about", b""), _LONGEST_ABOUT, "about"))
     return Container(metadata, about, _joined(sections))

@@ -66,7 +66,7 @@ def mask(run: Run, method: str) -> dict[str, Tensor]:
         UsageError: the weights that this is to be told from cannot be read.
     """
     assert run.result is not None
-    if method == "GSM" or run.net == "ticket-magnitude":
+    if method == methods(run)[0]:  # what the run's own net keeps
         return {name: weight != 0 for name, weight in prunable_weights(run, run.net).items()}
     try:
         return magnitude_masks(prunable_weights(run, "base"), run.result["compression"])
