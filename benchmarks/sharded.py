@@ -83,19 +83,22 @@ class Drawn:
 
     def between(self, low: Tensor, high: Tensor) -> tuple[int, Tensor]:
         """Draw all of them."""
-        above, values = 0, []
+        reached, values = 0, []
         for chunk in self._chunks(self._numel):
-            above += int((chunk > high).sum())
-            values.append(chunk[(chunk >= low) & (chunk <= high)])
-        return above, torch.cat(values)
+            reached += int((chunk >= high).sum())
+            values.append(chunk[(chunk > low) & (chunk < high)])
+        return reached, torch.cat(values)
 
-    def ties(self, value: Tensor) -> Iterator[Tensor]:
+    def count(self, value: Tensor) -> list[int]:
+        """Draw all of them again."""
+        return [sum(int((chunk == value).sum()) for chunk in self._chunks(self._numel))]
+
+    def ties(self, number: int, value: Tensor) -> Tensor:
         """Draw all of them again."""
         places = [
-            (chunk == value).nonzero().squeeze(1) + number * _CHUNK
-            for number, chunk in enumerate(self._chunks(self._numel))
+            (chunk == value).nonzero().squeeze(1) + i * _CHUNK for i, chunk in enumerate(self._chunks(self._numel))
         ]
-        yield torch.cat(places)
+        return torch.cat(places)
 
 
 def measure_steps(numel: int, repeats: int) -> dict[str, float]:

@@ -134,6 +134,37 @@ def test_choice_among_many_where_one_sample_misleads(kind, share, monkeypatch):
             assert torch.equal(active, expected)
 
 
+@pytest.mark.parametrize("k", [1_000, 29_990, 30_000, 30_010, 150_000, 299_000])
+def test_importances_that_are_zero_are_counted_and_not_gathered(k, monkeypatch):
+    monkeypatch.setattr(fused, "_SMALL", 0)
+    weights = [torch.rand(1500, 100, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    grads = [torch.rand(1500, 100, generator=torch.Generator().manual_seed(i)) ** 9 for i in (2, 3)]
+    for grad in grads:
+        grad[:, 10:] = 0
+    gathered = []
+    between = fused._ComputedScores.between
+    monkeypatch.setattr(fused._ComputedScores, "between", lambda *args: gathered.append(between(*args)) or gathered[-1])
+    with torch.compiler.set_stance("force_eager"):
+        check_choice(weights, grads, k)
+    assert max(len(values) for _, values in gathered) < 10_000
+
+
+@pytest.mark.usefixtures("either_pass")
+def test_zero_gradients_where_denormal_numbers_are_flushed_to_zero():
+    """Nothing lies between zero and the smallest normal number then, and exactly Q weights are active all the same."""
+    params = [nn.Parameter(torch.ones(40, 30)) for _ in range(3)]
+    optimizer = GSM(params, 0.5, compression=2, momentum=0.0, weight_decay=0.25, passive_decay=0.5, fused=True)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    torch.set_flush_denormal(True)
+    try:
+        optimizer.step()
+    finally:
+        torch.set_flush_denormal(False)
+    moved = torch.cat([p.detach().reshape(-1) for p in params])
+    assert torch.equal(moved, torch.where(torch.arange(3600) < 1800, 1 - 0.5 * 0.25, 1 - 0.5 * 0.5))
+
+
 @pytest.mark.usefixtures("either_pass")
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_compiled_steps_in_lockstep_with_the_naive_twin(nesterov):

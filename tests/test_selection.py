@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gsm_sgd.selection import importance, kept_weights, select_top
+from gsm_sgd.selection import StoredScores, find_cut, importance, kept_weights, select_top
 from reference_gsm import naive_top
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -95,6 +95,21 @@ def test_scores_are_neither_concatenated_nor_sorted():
     with Largest() as largest:
         select_top(scores, 310_000 // 60)
     assert max(largest.sizes.get(name, 0) for name in ("cat", "sort", "topk", "kthvalue")) < 310_000 / 10
+
+
+@pytest.mark.parametrize("k", [1_000, 29_990, 30_000, 30_010, 150_000, 299_000])
+def test_scores_that_are_zero_are_counted_and_not_gathered(k):
+    """Most gradients are zero behind dead units and inputs; a step with such costs no more than others."""
+    scores = [torch.rand(300, 500, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    for score in scores:
+        score[:, 50:] = 0
+    found = StoredScores([score.view(-1) for score in scores])
+    gathered = []
+    between = found.between
+    found.between = lambda low, high: gathered.append(between(low, high)) or gathered[-1]
+    masks = find_cut(found, k).masks([score.view(-1) for score in scores])
+    assert torch.equal(torch.cat(masks), torch.cat([naive.view(-1) for naive in naive_top(scores, k)]))
+    assert max(len(values) for _, values in gathered) < 30_000
 
 
 def test_ties_go_to_the_lower_index_across_tensors():

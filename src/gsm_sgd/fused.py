@@ -20,6 +20,7 @@ from .passes import (
     Kinds,
     Tensors,
     count_all,
+    count_equal,
     count_sample,
     count_stored,
     decoded,
@@ -45,6 +46,7 @@ from .selection import (
 
 _SMALL = 2**22  # importances; so few are stored, as it takes time to look at some of each tensor
 _GRID = (-2.0, -0.5, -0.125, -0.03, 0.0, 0.03, 0.125, 0.5, 2.0)  # log2 of where to look, from the last threshold
+_CHUNK = 2**20  # importances that are computed at a time where a few are looked for
 _FINE = 1.1  # ratio of two values between which importances are taken to lie evenly
 
 
@@ -54,7 +56,8 @@ class FusedRule:
     def __init__(self) -> None:
         self._importances = Compiled(importances)
         self._count_stored = Compiled(count_stored)
-        self._passes = _Passes(Compiled(count_sample), Compiled(count_all), Compiled(decoded))
+        passes = (Compiled(function) for function in (count_sample, count_all, decoded, count_equal))
+        self._passes = _Passes(*passes)
         self._update = Compiled(update_)
         self._update_masked = Compiled(update_masked_)
         self._hints = _Hints()
@@ -71,7 +74,8 @@ class FusedRule:
             return EagerRule(Kernel(None, None)).update_(parts, find, check_finite)
         self._hints.threshold = cut.value
         thresholds = cut.value.repeat(len(weights))
-        thresholds[cut.tensor + 1 :] = torch.nextafter(cut.value, cut.value.new_tensor(math.inf))
+        if cut.tensor + 1 < len(weights):
+            thresholds[cut.tensor + 1 :] = _next_larger(cut.value)
         passive = _passive_values(parts, cut)
         self._update(*lists, thresholds, *_settings(parts))
         for tensor, values in passive:
@@ -108,9 +112,9 @@ class _StoredScores(StoredScores):
 
     def between(self, low: Tensor, high: Tensor) -> tuple[int, Tensor]:
         """Take the importances of rows with one in the bracket from the pass; gather the rows that have more."""
-        above, _, several, values = _singles(*self._count(self._rows, low, high))
+        reached, _, several, values = _singles(*self._count(self._rows, low, high))
         near = self._rows.index_select(0, several).view(-1)
-        return above, torch.cat([values, within(near, low, high)])
+        return reached, torch.cat([values, within(near, low, high)])
 
 
 class _Passes(NamedTuple):
@@ -119,6 +123,7 @@ class _Passes(NamedTuple):
     sample: Callable[[Tensors, Tensors, Tensor], Tensor]
     rows: Callable[[Tensors, Tensors, Tensor, Tensor], tuple[Tensor, Tensor]]
     decode: Callable[[Tensor], tuple[Tensor, Tensor]]
+    equal: Callable[[Tensors, Tensors, Tensor], Tensor]
 
 
 class _Hints:
@@ -159,44 +164,53 @@ class _ComputedScores:
         last = 0.0 if self._hints.threshold is None else float(self._hints.threshold)
         everything = _geometric(finfo.tiny, finfo.max, len(_GRID))
         grid = [last * 2**step for step in _GRID] if last > finfo.tiny else everything
+        nonzero = math.inf
         while True:
             *counts, sampled = self._sample(grid)
+            if grid is everything:
+                nonzero = counts[0]
             margin = sigmas * caution * math.sqrt(sampled * share * (1 - share)) + 1
-            most, least = sampled * share + margin, sampled * share - margin
+            most, least = min(sampled * share + margin, nonzero), sampled * share - margin
             left = sum(number >= most for number in counts) - 1  # counts fall along the grid
             right = len(grid) - sum(number <= least for number in counts)
-            if left < 0 or right == len(grid):
-                if grid is not everything:
-                    grid = everything
-                    continue
-                ends = grid[left] if left >= 0 else 0.0, grid[right] if right < len(grid) else math.inf
-                return self._tensor(ends[0]), self._tensor(ends[1])
+            if (left < 0 or right == len(grid)) and grid is not everything:
+                grid = everything
+                continue
+            floor = 0.0 if most == nonzero else grid[left]  # below all that are not zero, if it may be zero
+            if right == 0 or right == len(grid):
+                return self._tensor(floor), self._tensor(grid[0] if right == 0 else math.inf)
             no_finer = (left, right) == (0, len(grid) - 1)
             if no_finer or grid[right] < grid[left] * _FINE:
                 low, high = (_between(grid, counts, left, right, wanted) for wanted in (most, least))
-                return self._tensor(low), self._tensor(high)
+                return self._tensor(low if floor else 0.0), self._tensor(high)
             grid = _geometric(grid[left], grid[right], len(grid))
 
     def between(self, low: Tensor, high: Tensor) -> tuple[int, Tensor]:
         """Take the importances of rows with one in the bracket from the pass; gather the rows that have more."""
         coded, top = self._passes.rows(self._weights, self._grads, low, high)
-        above, self._single, several, self._values = _singles(top, *self._passes.decode(coded))
+        reached, self._single, several, self._values = _singles(top, *self._passes.decode(coded))
         self._several, self._near = self._gathered(several)
-        return above, torch.cat([self._values, within(self._near, low, high)])
+        self._bracket = low, high
+        return reached, torch.cat([self._values, within(self._near, low, high)])
 
-    def ties(self, value: Tensor) -> Iterator[Tensor]:
-        """Look where `between` found such a value."""
-        rows = [self._single[self._values == value]]
-        for number, mine, near in _pieces(self._several, self._near):
-            rows.append(mine[(near == value).any(1)] + self._ends[number])
-        found = {number: (mine, near) for number, mine, near in _pieces(*self._gathered(torch.cat(rows).unique()))}
-        for number, weight in enumerate(self._weights):
-            positions = rows[0].new_empty(0)
-            if number in found:
-                mine, near = found[number]
-                row, column = (near == value).nonzero(as_tuple=True)
-                positions = by_index(mine[row] * near.shape[1] + column, weight)
-            yield positions
+    def count(self, value: Tensor) -> list[int]:
+        """Look where `between` found such a value; if it is an end of the bracket, in a pass over all importances."""
+        low, high = self._bracket
+        if not low < value < high:
+            return [int(count) for count in self._passes.equal(self._weights, self._grads, value).tolist()]
+        tensors = torch.tensor(self._ends[1:], device=value.device)
+        rows_with = torch.searchsorted(tensors, self._single[self._values == value], right=True)
+        counts = rows_with.bincount(minlength=len(self))
+        for number, _, near in _pieces(self._several, self._near):
+            counts[number] += (near == value).count_nonzero()
+        return counts.tolist()
+
+    def ties(self, number: int, value: Tensor) -> Tensor:
+        """Compute the importances of the tensor, some at a time."""
+        weight = self._weights[number]
+        pairs = zip(*(flattened(t, weight).split(_CHUNK) for t in (weight, self._grads[number])), strict=True)
+        found = [(importance(w, g) == value).nonzero().squeeze(1) + i * _CHUNK for i, (w, g) in enumerate(pairs)]
+        return by_index(torch.cat(found), weight)
 
     def _sample(self, grid: Sequence[float]) -> list[float]:
         return self._passes.sample(self._weights, self._grads, self._tensor(grid)).tolist()
@@ -233,14 +247,14 @@ def _pieces(several: list[tuple[int, Tensor, int]], gathered: Tensor) -> Iterato
 
 
 def _singles(top: Tensor, inside: Tensor, total: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
-    """Return the number of importances above the bracket, the rows with one in it and with several, and the ones."""
-    above = total.item()
-    if math.isnan(above):
+    """Return how many importances reach the bracket's end, the rows with one in it and with several, and the ones."""
+    reached = total.item()
+    if math.isnan(reached):
         raise NotFiniteError
     rows = (inside > 0).nonzero().squeeze(1)
     more = inside.take(rows) > 1
     single, several = rows[~more], rows[more]
-    return int(above), single, several, top.take(single)
+    return int(reached), single, several, top.take(single)
 
 
 # --- helpers ---
@@ -262,6 +276,12 @@ def _passive_values(parts: Sequence[Part], cut: Cut) -> list[tuple[Tensor, Tenso
         values.append((flat_momentum, moved))
         direction = direction + moved * part.momentum if part.nesterov else moved
     return [*values, (flat, weight - direction * part.lr)]
+
+
+def _next_larger(value: Tensor) -> Tensor:
+    """Return the next number that compares as larger: after zero not a denormal one if these count as zero."""
+    following = torch.nextafter(value, value.new_tensor(math.inf))
+    return following if following > value else torch.full_like(value, torch.finfo(value.dtype).tiny)
 
 
 def _lists(parts: Sequence[Part]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

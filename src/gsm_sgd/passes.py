@@ -56,18 +56,27 @@ def importances(weights: Tensors, grads: Tensors) -> Tensor:
 
 
 def count_stored(rows: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
-    """Return for each row the largest importance that is not above the bracket, and the counts as `decoded` does."""
-    return torch.where(rows > high, -1.0, rows).amax(1), *decoded(_coded(rows, low, high))
+    """Return for each row the largest importance below the bracket's end, and the counts as `decoded` does."""
+    return torch.where(rows >= high, -1.0, rows).amax(1), *decoded(_coded(rows, low, high))
 
 
 def count_all(weights: Tensors, grads: Tensors, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for each row the counts as one number, and the largest importance that is not above the bracket."""
+    """Return for each row the counts as one number, and the largest importance below the bracket's end."""
     coded, top = [], []
     for w, g in zip(weights, grads, strict=True):
         rows = importance(rows_of(w, w), rows_of(g, w)).to(low.dtype)
         coded.append(_coded(rows, low, high))
-        top.append(torch.where(rows > high, -1.0, rows).amax(1))
+        top.append(torch.where(rows >= high, -1.0, rows).amax(1))
     return torch.cat(coded), torch.cat(top)
+
+
+def count_equal(weights: Tensors, grads: Tensors, value: Tensor) -> Tensor:
+    """Return how many importances of each tensor equal a value."""
+    counts = []
+    for w, g in zip(weights, grads, strict=True):
+        equal = importance(rows_of(w, w), rows_of(g, w)).to(value.dtype) == value
+        counts.append(torch.where(equal, 1.0, 0.0).sum(1).sum(dtype=torch.float64))
+    return torch.stack(counts)
 
 
 def count_sample(weights: Tensors, grads: Tensors, grid: Tensor) -> Tensor:
@@ -91,14 +100,17 @@ def _sampled(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _coded(rows: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Return for each row a number with the counts of scores in the bracket and above it, NaN if one is not finite."""
-    return (torch.where(rows > high, _BASE, torch.where(rows >= low, 1.0, 0.0)) + rows * 0).sum(1)
+    """Return for each row a number with the counts of scores between the two values and of those that reach `high`.
+
+    It is NaN if one is not finite.
+    """
+    return (torch.where(rows >= high, _BASE, torch.where(rows > low, 1.0, 0.0)) + rows * 0).sum(1)
 
 
 def decoded(coded: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how many scores each row has in the bracket, and how many are above it in all."""
-    above = torch.floor(coded / _BASE)
-    return coded - above * _BASE, above.sum(dtype=torch.float64)
+    """Return how many scores each row has in the bracket, and how many reach its end in all."""
+    reached = torch.floor(coded / _BASE)
+    return coded - reached * _BASE, reached.sum(dtype=torch.float64)
 
 
 def update_(

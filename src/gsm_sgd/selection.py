@@ -6,15 +6,17 @@ N number of prunable weights, C compression ratio, Q number of weights kept.
 The selection needs one number, the Q-th largest importance. Nothing is sorted to find it:
 
 1. A strided sample of the importances gives two values that very likely enclose it.
-2. One pass counts, row by row, the importances above the two values and those between them.
+2. One pass counts, row by row, the importances that reach the higher value and those between the two.
 3. The few between are gathered, and the one whose rank is Q is found among them.
 
-The counts of step 2 are exact, so they show if the sample misled: then the two values move apart, and step 2 is
-repeated. Of several importances equal to the Q-th largest those at lower indices are active, in parameter order.
+The counts of step 2 are exact, so they show if the Q-th largest is not between. Then it is one of the two values, as
+zero is where many gradients are zero: the importances equal to it are counted, however many they are, and none is
+gathered. Or the sample misled: then the two values move apart, and step 2 is repeated. Of several importances equal to
+the Q-th largest those at lower indices are active, in parameter order.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import NamedTuple, Protocol
 
@@ -119,17 +121,17 @@ class Scores(Protocol):
         """Guess two values that enclose the k-th largest score, `sigmas` standard deviations to either side."""
 
     def between(self, low: Tensor, high: Tensor) -> tuple[int, Tensor]:
-        """Return how many scores exceed `high`, and all scores from `low` to `high`, in any order.
+        """Return how many scores are at least `high`, and all that are less and exceed `low`, in any order.
 
         Raises:
             NotFiniteError: some scores raise it here if one of them is not finite.
         """
 
-    def ties(self, value: Tensor) -> Iterator[Tensor]:
-        """Yield the flat positions of the scores equal to `value`, tensor by tensor, by ascending index.
+    def count(self, value: Tensor) -> list[int]:
+        """Return how many scores of each tensor equal `value`, which lies in the last bracket or at an end of it."""
 
-        The value is one that the last `between` has returned.
-        """
+    def ties(self, number: int, value: Tensor) -> Tensor:
+        """Return the flat positions, by ascending index, of the scores of one tensor that equal `value`."""
 
     def __len__(self) -> int:
         """Return the number of tensors."""
@@ -144,20 +146,33 @@ def find_cut(scores: Scores, k: int) -> Cut:
     sigmas = _SIGMAS
     while True:
         low, high = scores.bracket(k, sigmas)
-        above, values = scores.between(low, high)
-        if above < k <= above + len(values):
+        reached, values = scores.between(low, high)
+        if reached < k <= reached + len(values):
+            value = values.topk(k - reached, sorted=False).values.amin()
+            more, equal = torch.stack([(values > value).sum(), (values == value).sum()]).tolist()
+            larger, counts = reached + more, None
+            break
+        value = high if k <= reached else low
+        counts = scores.count(value)
+        equal = sum(counts)
+        larger = reached - equal if k <= reached else reached + len(values)
+        if larger < k <= larger + equal:
             break
         sigmas *= 2  # the sample misled
-    value = values.topk(k - above, sorted=False).values.amin()
-    larger, equal = torch.stack([(values > value).sum(), (values == value).sum()]).tolist()
-    room = k - above - larger
+    room = k - larger
     if room == equal:
         return Cut(value, len(scores) - 1, values.new_empty(0, dtype=torch.int64))
-    for tensor, positions in enumerate(scores.ties(value)):
-        if len(positions) >= room:
-            return Cut(value, tensor, positions[room:])
-        room -= len(positions)
-    raise AssertionError("fewer ties than were counted")
+    tensor, room = tensor_with(room, scores.count(value) if counts is None else counts)
+    return Cut(value, tensor, scores.ties(tensor, value)[room:])
+
+
+def tensor_with(place: int, counts: Sequence[int]) -> tuple[int, int]:
+    """Return in which tensor something is, and as the how manieth there, given how many each tensor has."""
+    for tensor, count in enumerate(counts):
+        if place <= count:
+            return tensor, place
+        place -= count
+    raise AssertionError("there are fewer in all")
 
 
 def guess_bracket(sample: Tensor, share: float, sigmas: float) -> tuple[Tensor, Tensor]:
@@ -185,17 +200,18 @@ def count_rows(parts: Sequence[Tensor], low: Tensor, high: Tensor) -> tuple[Tens
         low, high: the bracket.
 
     Returns:
-        For each row of all matrices how many scores lie from `low` to `high`, and the number above `high` in all.
+        For each row of all matrices how many scores lie between `low` and `high`, not more than zero if `low` is
+        `high`; and the number of those that are at least `high` in all.
     """
-    inside, above = [], []
+    inside, reached = [], []
     for rows in parts:
         size = _CHUNK if rows.is_cpu else len(rows)
         mark = rows.new_empty(min(len(rows), size), rows.shape[1])
         for chunk in rows.split(size):
             # On a CPU comparing into floats and adding these is several times as fast as comparing into bools.
-            above.append(torch.gt(chunk, high, out=mark[: len(chunk)]).sum(1))
-            inside.append(torch.ge(chunk, low, out=mark[: len(chunk)]).sum(1) - above[-1])
-    return torch.cat(inside), torch.cat(above).sum(dtype=torch.float64)
+            reached.append(torch.ge(chunk, high, out=mark[: len(chunk)]).sum(1))
+            inside.append(torch.gt(chunk, low, out=mark[: len(chunk)]).sum(1) - reached[-1])
+    return torch.cat(inside), torch.cat(reached).sum(dtype=torch.float64)
 
 
 class StoredScores:
@@ -232,24 +248,27 @@ class StoredScores:
     def between(self, low: Tensor, high: Tensor) -> tuple[int, Tensor]:
         """Count all rows and gather those with any score in the bracket."""
         parts = [part.view(-1, row_width(len(part), ROW)) for part in self._parts if len(part)]
-        inside, above = count_rows(parts, low, high)
+        inside, reached = count_rows(parts, low, high)
         values = []
         for rows, hits in zip(parts, inside.split([len(rows) for rows in parts]), strict=True):
-            near = rows.index_select(0, hits.nonzero().squeeze(1)).view(-1)
+            near = rows.index_select(0, (hits > 0).nonzero().squeeze(1)).view(-1)
             values.append(within(near, low, high))
-        return int(above), torch.cat(values)
+        return int(reached), torch.cat(values)
 
-    def ties(self, value: Tensor) -> Iterator[Tensor]:
-        """Compare one tensor after the other."""
-        for number, score in enumerate(self._scores):
-            positions = (score == value).nonzero().squeeze(1)
-            yield by_index(positions, self._like[number]) if self._like else positions
+    def count(self, value: Tensor) -> list[int]:
+        """Compare all scores."""
+        return torch.stack([(score == value).count_nonzero() for score in self._scores]).tolist()
+
+    def ties(self, number: int, value: Tensor) -> Tensor:
+        """Compare the scores of the tensor."""
+        positions = (self._scores[number] == value).nonzero().squeeze(1)
+        return by_index(positions, self._like[number]) if self._like else positions
 
 
 def within(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Return the values that lie from `low` to `high`."""
-    values = values[values >= low]
-    return values[values <= high]
+    """Return the values that lie between `low` and `high`."""
+    values = values[values > low]
+    return values[values < high]
 
 
 def by_index(positions: Tensor, like: Tensor) -> Tensor:

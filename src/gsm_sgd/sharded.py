@@ -5,9 +5,11 @@ The one quantity that concerns the whole model is the Q-th largest importance. I
 1. From a sample of its own importances each process guesses two values, the share Q / N of them above the one and below
    the other. The lowest and the highest guess of all processes very likely enclose the threshold.
 2. Each process looks at its importances once, for those between, and counts them in 2,048 bins. The counts are summed
-   over all processes, so they show if the samples misled, and in which bin rank Q is.
+   over all processes, so they show in which bin rank Q is, or that it is not between. Then it is one of the two values,
+   as counting those equal to it shows, or the samples misled.
 3. If few importances are in that bin, all processes exchange them; if many are, it is divided into bins in turn.
-4. If several equal the Q-th largest and not all can be active, steps 2 and 3 follow with their positions in the model.
+4. If several equal the Q-th largest and not all can be active, they are counted weight by weight. In the weight where
+   the room for them ends steps 2 and 3 follow with their positions in it.
 
 What is sent is counts and a few numbers, whatever the size of the model, and the result does not depend on how the
 weights are spread.
@@ -15,14 +17,13 @@ weights are spread.
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .selection import Cut, NotFiniteError, Scores, ScoresOf, index_order, score_dtype
+from .selection import Cut, NotFiniteError, Scores, ScoresOf, index_order, score_dtype, tensor_with
 
 BINS = 2**11  # counts that are summed at a time: 16 KiB
 EXCHANGED = 2**11  # numbers, 16 KiB, that a process receives at most when they are exchanged instead of counted
@@ -153,11 +154,11 @@ class Shards:
         self._counted = [number for number, param in enumerate(params) if _is_first_copy(param)]
         self._size = sum(self._parts[number].numel() for number in self._counted)
         self._dtype, self._place = score_dtype(params), self._parts[0].device
-        self._starts = list(accumulate((param.numel() for param in params), initial=0))
+        self._total = sum(param.numel() for param in params)
 
     def __len__(self) -> int:
         """Return the number of weights in the whole model."""
-        return self._starts[-1]
+        return self._total
 
     def are_of(self, params: Sequence[Tensor]) -> bool:
         """Return whether these are the weights."""
@@ -178,16 +179,25 @@ class Shards:
         sigmas = _SIGMAS
         while True:
             low, high = self._bracket(scores, k, sigmas)
-            above, values, suspect = _between(scores, low, high, suspect)
-            found = self._kth_largest(_keys(values), k, (int(_keys(low)), int(_keys(high))), above, suspect)
-            if found is not None:
+            reached, values, suspect = _between(scores, low, high, suspect)
+            span = int(_keys(low)) + 1, int(_keys(high)) - 1
+            found = self._kth_largest(_keys(values), k, span, reached, suspect)
+            if isinstance(found, _Found):
+                value, larger, equal, counts = _value(found.key, values), found.larger, found.equal, None
+                break
+            value = high if k <= found else low
+            counts = self._count(scores, value)
+            equal = sum(counts)
+            larger = found - equal if k <= found else found
+            if larger < k <= larger + equal:
                 break
             sigmas *= 2  # the samples misled
-        value = _value(found.key, values)
-        room = k - found.larger
-        if room == found.equal:
+        room = k - larger
+        if room == equal:
             return Cut(value, len(self.params) - 1, values.new_empty(0, dtype=torch.int64))
-        return self._cut_ties(scores, scores_of, value, room, found.equal)
+        counts = self._count(scores, value) if counts is None else counts
+        tensor, room = tensor_with(room, counts)
+        return Cut(value, tensor, self._surplus(scores_of, tensor, value, room, counts[tensor]))
 
     def all_finite(self, finite: Sequence[bool]) -> list[bool]:
         """Return for each of several things whether it is finite on all processes."""
@@ -197,7 +207,9 @@ class Shards:
 
     def totals(self, counts: Sequence[int]) -> list[int]:
         """Return a count for each weight, of the part here, summed over all processes; copies count once."""
-        mine = [count if number in set(self._counted) else 0 for number, count in enumerate(counts)]
+        mine = [0] * len(self.params)
+        for number in self._counted:
+            mine[number] = counts[number]
         summed = torch.tensor(mine, dtype=torch.int64, device=self.device)
         dist.all_reduce(summed)
         return [int(total) for total in summed.tolist()]
@@ -213,7 +225,12 @@ class Shards:
             low, high = scores.bracket(k * self._size / len(self), sigmas)
             ends = torch.stack([-low, high]).to(self.device)
         dist.all_reduce(ends, dist.ReduceOp.MAX)
-        return -ends[0].to(self._place), ends[1].to(self._place)
+        return -ends[0].to(self._place).clamp(max=1.0), ends[1].to(self._place)  # no score is below -1
+
+    def _count(self, scores: Scores | None, value: Tensor) -> list[int]:
+        """Return how many scores of each weight equal a value, on all processes together."""
+        mine = dict(zip(self._counted, () if scores is None else scores.count(value), strict=False))
+        return self.totals([mine.get(number, 0) for number in range(len(self.params))])
 
     def _kth_largest(
         self,
@@ -223,8 +240,11 @@ class Shards:
         above: int = 0,
         suspect: bool = False,
         inside: int | None = None,
-    ) -> "_Found | None":
-        """Return the k-th largest of all processes' keys, or None if it does not lie in the span.
+    ) -> "_Found | int":
+        """Return the k-th largest of all processes' keys.
+
+        If it does not lie in the span, return how many lie above the span if k is among these, else how many lie above
+        it and in it.
 
         Args:
             keys: int64, those of this process that lie in the span.
@@ -249,7 +269,7 @@ class Shards:
             if wrong:
                 raise NotFiniteError
             if not 1 <= bin_number <= BINS:
-                return None
+                return int(reached)
             larger, inside, above = larger + passed, reached - passed, 0
             low += (BINS - bin_number) << shift
             high = low + (1 << shift) - 1
@@ -269,27 +289,23 @@ class Shards:
         dist.all_gather_into_tensor(everyones, mine)
         return everyones
 
-    def _cut_ties(self, scores: Scores | None, scores_of: ScoresOf, value: Tensor, room: int, equal: int) -> Cut:
-        """Return the cut where of so many scores equal to a value there is room for some, the first in the model."""
-        ties = {} if scores is None else dict(zip(self._counted, scores.ties(value), strict=True))
-        places = [-self._places(number, positions) for number, positions in ties.items()]
-        keys = torch.cat([value.new_empty(0, dtype=torch.int64), *places])
-        last = self._kth_largest(keys, room, (-len(self), 0), inside=equal)
-        assert last is not None, "fewer ties than were counted"
-        tensor = next(number for number, end in enumerate(self._starts[1:]) if -last.key < end)
-        positions = ties.get(tensor, keys.new_empty(0))
-        if tensor not in ties and self._parts[tensor].numel():  # a copy, and another process has counted the first one
-            copy = scores_of([tensor])
-            copy.between(value, value)
-            positions = next(iter(copy.ties(value)))
-        return Cut(value, tensor, positions[self._places(tensor, positions) > -last.key])
+    def _surplus(self, scores_of: ScoresOf, tensor: int, value: Tensor, room: int, equal: int) -> Tensor:
+        """Return where in the part here of a weight scores equal a value that has room for the first few of so many."""
+        positions = torch.empty(0, dtype=torch.int64, device=self._place)
+        if self._parts[tensor].numel():
+            positions = scores_of([tensor]).ties(0, value)
+        places = self._places(tensor, positions)
+        counted = -places if tensor in self._counted else places[:0]
+        last = self._kth_largest(counted, room, (1 - self.params[tensor].numel(), 0), inside=equal)
+        assert isinstance(last, _Found), "fewer ties than were counted"
+        return positions[places > -last.key]
 
     def _places(self, number: int, positions: Tensor) -> Tensor:
-        """Return where in the model positions in the memory of a weight's part are."""
+        """Return where in the index order of a weight positions in the memory of its part here are."""
         param = self.params[number]
         part = torch.empty_like(self._parts[number], device="meta")  # dense, as scores are
         rest = index_order(positions, part)
-        place = torch.full_like(rest, self._starts[number])
+        place = torch.zeros_like(rest)
         for axis, start in enumerate(_offsets(param)):
             below = math.prod(part.shape[axis + 1 :])
             place += (rest.div(below, rounding_mode="floor") + start) * math.prod(param.shape[axis + 1 :])
@@ -306,7 +322,7 @@ class _Found(NamedTuple):
 
 
 def _between(scores: Scores | None, low: Tensor, high: Tensor, suspect: bool) -> tuple[int, Tensor, bool]:
-    """Return how many scores exceed `high`, those from `low` to `high`, and whether any is not finite."""
+    """Return how many scores are at least `high`, those between the two, and whether any is not finite."""
     nothing = low.new_empty(0)
     if scores is None:
         return 0, nothing, suspect
