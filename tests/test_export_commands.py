@@ -17,7 +17,6 @@ from gsm_sgd import apply_masks_, cli, magnitude_masks, prunable_parameters
 from gsm_sgd.experiments import UsageError, models
 from gsm_sgd.experiments.rundir import read_weights
 from gsm_sgd.export import hdf5_file, load_sparse, onnx_file, save_sparse
-from gsm_sgd.export.files import read_tensors
 from gsm_sgd.export.hdf5_file import published_name, read_hdf5, to_hdf5
 from gsm_sgd.export.ticket import read_ticket, write_ticket
 from test_cli import SHORT, fails
@@ -158,6 +157,9 @@ def test_a_certificate_of_some_layers_only_is_a_failure(own, capsys):
     save_sparse(path, read_weights(own / "pruned.safetensors"), prunable=["fc1.weight"], recipe=recipe, top1=top1)
     said = gsm(capsys, "verify", path)
     assert "not counted, as it is stored as unpruned: fc2.weight, fc3.weight" in said
+    said = gsm(capsys, "show", path)
+    assert "fc1.weight" in said
+    assert "fc2.weight" not in said
     said = fails(capsys, "verify", path, "--accuracy", status=1)
     assert "certifies other layers than those that are prunable in lenet300: fc2.weight" in said
 
@@ -345,7 +347,7 @@ def test_published_names():
 def test_hdf5_holds_every_tensor_once(tmp_path, name):
     state = models.build(name, 0).state_dict()
     (tmp_path / "x.hdf5").write_bytes(to_hdf5(state, name))
-    found = read_tensors(tmp_path / "x.hdf5")
+    found = read_hdf5(tmp_path / "x.hdf5")
     assert len(found) == len(state)
     for key, tensor in state.items():
         theirs = found[published_name(key, name)]

@@ -25,7 +25,7 @@ from .experiments.pretrained import is_torchvisions
 from .experiments.prune import Job, gsm, prune
 from .experiments.recipes import Recipe, Training
 from .experiments.rundir import Record, RunFolder, refuse_other_recipe, tensors_hash
-from .export.files import read_tensors
+from .export.files import layers_in
 from .export.inference import latency_table, measure_inference, verdict
 from .export.rebuild import load_data, recipe_of
 from .export.run import export, export_name
@@ -261,7 +261,7 @@ def _show(paths: Sequence[Path], json_path: Path | None, console: Console, log: 
         except OSError as error:
             raise UsageError(f"cannot write {json_path}: {error.strerror}") from error
     for path in files:
-        console.print(tables.layers_table(sparsity_rows(read_tensors(path)), str(path)))
+        console.print(tables.layers_table(layers_in(path), str(path)))
     unfinished = [one for one in runs if one.result is None]
     for one in unfinished:
         console.print(tables.progress_table(one))
@@ -303,11 +303,7 @@ def _verify(options: Namespace, console: Console) -> None:
     others = [name for name in file.tensors if name not in file.prunable and is_prunable(file.tensors[name])]
     if others:
         text += f"; not counted, as it is stored as unpruned: {', '.join(others)}"
-    rows = [
-        LayerSparsity(name, tuple(file.tensors[name].shape), file.tensors[name].numel(), kept)
-        for name, kept in zip(file.prunable, certificate.kept, strict=True)
-    ]
-    console.print(tables.layers_table(rows, str(options.file)))
+    console.print(tables.layers_table(sparsity_rows(file.pruned), str(options.file)))
     console.print(text, highlight=False, soft_wrap=True)
 
 

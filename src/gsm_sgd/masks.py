@@ -135,17 +135,16 @@ def sparsity_table(model: nn.Module) -> list[LayerSparsity]:
 
 
 def sparsity_rows(weights: Mapping[str, Tensor]) -> list[LayerSparsity]:
-    """Return the rows of a sparsity table for the prunable ones of named tensors, in their order.
+    """Return the rows of a sparsity table for named tensors, in their order.
 
     If any is a DTensor, every process has to call, and gets the rows of the whole model.
     """
-    prunable = {name: weight.detach() for name, weight in weights.items() if is_prunable(weight)}
-    counts = [int(here(weight).count_nonzero()) for weight in prunable.values()]
-    if any(is_dtensor(weight) for weight in prunable.values()):
-        counts = Shards(list(prunable.values())).totals(counts)
+    counts = [int(here(weight.detach()).count_nonzero()) for weight in weights.values()]
+    if any(is_dtensor(weight) for weight in weights.values()):
+        counts = Shards(list(weights.values())).totals(counts)
     return [
         LayerSparsity(name, tuple(weight.shape), weight.numel(), count)
-        for (name, weight), count in zip(prunable.items(), counts, strict=True)
+        for (name, weight), count in zip(weights.items(), counts, strict=True)
     ]
 
 

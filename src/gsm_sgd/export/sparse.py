@@ -58,6 +58,11 @@ class SparseFile(NamedTuple):
     certificate: Certificate
     recipe: dict[str, Any] | None
 
+    @property
+    def pruned(self) -> dict[str, Tensor]:
+        """The prunable tensors."""
+        return {name: self.tensors[name] for name in self.prunable}
+
 
 def save_sparse(
     path: str | Path,
