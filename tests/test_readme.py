@@ -67,6 +67,16 @@ def test_speeds_stand_in_the_readme(name):
     assert f"{rows['ours (channels_last, float32)']['ratio']:.1f}" in readme
 
 
+def test_the_speed_of_deep_nets_stands_in_the_readme():
+    record = json.loads((ROOT / "results" / "train-resnet20.json").read_text())
+    assert not record["environment"]["commit"].endswith("-dirty")
+    rows = record["rows"]
+    names = ("plain loop", "ours (channels_last, float32)", "ours, contiguous", "ours, bfloat16")
+    readme = (ROOT / "README.md").read_text()
+    assert f"| images per second | {' | '.join(str(rows[name]['images_per_second']) for name in names)} |" in readme
+    assert f"That is {rows[names[1]]['ratio']:.2f} times the plain loop" in readme
+
+
 def test_what_the_fade_costs_stands_in_the_theory():
     rows = json.loads((ROOT / "results" / "fade.json").read_text())["rows"]
     theory = (ROOT / "docs" / "theory.md").read_text()
