@@ -231,18 +231,29 @@ def test_show_unfinished(runs, tmp_path, capsys):
         ),
         (["prune", "resnet20", "--precision", "float16"], "precision"),
         (["prune", "lenet300", "--nonsense", "3"], "unrecognized arguments: --nonsense 3"),
-        (["prune"], "recipe"),
+        (["prune"], "the following arguments are required: recipe; gsm prune --help shows what there is"),
+        (["bench"], "the following arguments are required: subject, names"),
+        (["prune", "lenet300", "--preset", "best"], "preset takes fast or paper or repo, not 'best'"),
+        (["prune", "lenet300", "--gsm.epochs", "few"], "gsm.epochs takes a whole number, not 'few'"),
+        (["prune", "lenet300", "--passive-decay", "x"], "passive_decay takes a number or auto or null, not 'x'"),
+        (["prune", "lenet300", "--config", "no.yaml"], "config: File does not exist: "),
         (["show", "nowhere"], "nowhere is not a run's folder"),
         (["show"], "runs"),
         (["data", "imagenet"], "unknown data set 'imagenet': there are mnist and cifar10"),
         (["frobnicate"], "frobnicate"),
-        ([], "command"),
     ],
 )
 def test_bad_usage(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert message in fails(capsys, *words)
     assert not list(tmp_path.iterdir())
+
+
+def test_without_arguments_the_help_is_shown(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.run([])
+    assert exit_.value.code == 0
+    assert "lottery" in capsys.readouterr().out
 
 
 def test_other_recipe_in_the_folder(runs, capsys):

@@ -1,6 +1,7 @@
 """The options of the command `gsm`: its subcommands, their parsers, and the fields of a recipe as options."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -19,13 +20,49 @@ _RUNS = {
     "prune": "train, train with GSM, cut; accuracy before and after",
     "lottery": "winning tickets found by GSM and by magnitude, retrained from one initialisation",
 }
+_TYPES = {
+    "float": "a number",
+    "int": "a whole number",
+    "bool": "true or false",
+    "str": "text",
+    "tuple": "a list like [40, 80]",
+    "NoneType": "null",
+}
+"""What jsonargparse's errors expect, in words."""
 
 
 def parse(argv: Sequence[str]) -> Namespace:
-    """Return the options of the subcommand, with its name as `command`.
+    """Return the options of the subcommand, with its name as `command`; without any, show the help.
 
     The defaults of the recipe's fields are those of the recipe and preset named, so these are looked up first.
+
+    Raises:
+        UsageError: they are not those of a command.
     """
+    try:
+        return _parsed(argv or ["--help"])
+    except argparse.ArgumentError as error:
+        raise UsageError(_plainly(str(error), argv)) from error
+
+
+def _plainly(error: str, argv: Sequence[str]) -> str:
+    """Return what is wrong in the words of a user, who knows none of the parser's types and keys."""
+    error = " ".join(error.split()).rstrip(".")
+    wrong = re.fullmatch(r'Parser key "(\S+)": .*(?:Got|Given) value: (.*)', error)
+    kinds = re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", error)
+    if wrong and kinds:
+        key, value = wrong.groups()
+        expected = [choices.replace(", ", " or ").replace("'", "") or _TYPES.get(kind, kind) for kind, choices in kinds]
+        return f"{key} takes {' or '.join(expected)}, not {value!r}"
+    command = "" if not argv or argv[0].startswith("-") or "choice" in error else f"{argv[0]} "
+    if "required:" in error:
+        error = re.sub(r"(\w+\.)+", "", error)  # the names of the commands that the arguments are of
+    error = re.sub(r'Parser key "(\S+)"', r"\1", error)
+    return f"{error}; gsm {command}--help shows what there is"
+
+
+def _parsed(argv: Sequence[str]) -> Namespace:
+    """Return what `parse` does, but raise argparse's errors."""
     names = {field.name for field in fields(Recipe)}
     words = [_underscored(word, names) for word in argv]
     recipe = find_recipe("lenet300")

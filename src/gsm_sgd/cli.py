@@ -1,6 +1,5 @@
 """The command `gsm`: recipes, pruning and lottery runs, what they came to, and the data."""
 
-import argparse
 import json
 import logging
 import math
@@ -81,7 +80,7 @@ def run(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         log.print("interrupted: give the same command again to go on where it was")
         return 130
-    except (UsageError, argparse.ArgumentError) as error:
+    except UsageError as error:
         if debug:
             raise
         return _complain(error, 2)
