@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import cycle
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def values(kind, size, seed):
 @st.composite
 def problems(draw):
     kind = draw(st.sampled_from(KINDS))
-    dtype = draw(st.sampled_from(DTYPES))
+    dtypes = draw(st.lists(st.sampled_from(DTYPES), min_size=1, max_size=2))
     shapes = draw(st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=4), min_size=1, max_size=5))
     if kind == "huge_and_tiny":
         shapes = [[2], [181, 97], [3, 1]]
@@ -81,7 +82,7 @@ def problems(draw):
     flat = values(kind, total, draw(st.integers(0, 2**31)))
     layouts = [draw(st.permutations(range(len(shape)))) for shape in shapes]
     weights, grads = [], []
-    for part, shape, layout in zip(flat.split(sizes), shapes, layouts, strict=True):
+    for part, shape, layout, dtype in zip(flat.split(sizes), shapes, layouts, cycle(dtypes), strict=False):
         laid_out = [shape[axis] for axis in layout]
         back = [layout.index(axis) for axis in range(len(shape))]
         weights.append(part.sqrt().to(dtype).view(laid_out).permute(back))
@@ -93,6 +94,7 @@ def check_choice(weights, grads, k):
     scores = [importance(w, g) for w, g in zip(weights, grads, strict=True)]
     cut = find_cut(fused.FusedRule()._scores(weights, grads), k)
     for number, (score, expected) in enumerate(zip(scores, naive_top(scores, k), strict=True)):
+        score = score.to(cut.value.dtype)
         active = score >= cut.value if number <= cut.tensor else score > cut.value
         if number == cut.tensor:
             flattened(active, weights[number])[cut.surplus] = False

@@ -209,7 +209,8 @@ class _ComputedScores:
         """Compute the importances of the tensor, some at a time."""
         weight = self._weights[number]
         pairs = zip(*(flattened(t, weight).split(_CHUNK) for t in (weight, self._grads[number])), strict=True)
-        found = [(importance(w, g) == value).nonzero().squeeze(1) + i * _CHUNK for i, (w, g) in enumerate(pairs)]
+        equal = [importance(w, g).to(value.dtype) == value for w, g in pairs]
+        found = [places.nonzero().squeeze(1) + i * _CHUNK for i, places in enumerate(equal)]
         return by_index(torch.cat(found), weight)
 
     def _sample(self, grid: Sequence[float]) -> list[float]:
