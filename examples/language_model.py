@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gsm_sgd import GSM
+from gsm_sgd.budget import cubic_compression
 
 WIDTH, HEADS, LAYERS, LENGTH, BATCH = 64, 4, 2, 64, 32
 
@@ -44,11 +45,15 @@ def train(text: Tensor, steps: int, compression: float) -> tuple[Transformer, GS
     model = Transformer()
     blocks = [(name, p) for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
     others = [(name, p) for name, p in model.named_parameters() if not (name.startswith("blocks.") and p.ndim == 2)]
+
+    def rising(step):
+        """Return the compression ratio of a step: 1 until the net has learned to attend, which takes it long."""
+        return cubic_compression(compression, max(0, step - round(0.35 * steps)), round(0.25 * steps))
+
     optimizer = GSM(
         [{"params": blocks}, {"params": others, "prunable": False, "weight_decay": 0.0}],
-        lr=0.1, momentum=0.95, weight_decay=1e-4, compression=compression, passive_decay="auto", total_steps=steps,
-        compression_schedule="cubic", ramp_steps=round(0.3 * steps), fade_steps=round(0.1 * steps),
-        cut_step=round(0.6 * steps),
+        lr=0.3, momentum=0.95, weight_decay=1e-4, compression=compression, passive_decay="auto", total_steps=steps,
+        compression_schedule=rising, fade_steps=round(0.1 * steps), cut_step=round(0.75 * steps),
     )  # fmt: skip
 
     def factor(step):
