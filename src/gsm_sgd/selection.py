@@ -150,20 +150,42 @@ def find_cut(scores: Scores, k: int) -> Cut:
         if reached < k <= reached + len(values):
             value = values.topk(k - reached, sorted=False).values.amin()
             more, equal = torch.stack([(values > value).sum(), (values == value).sum()]).tolist()
-            larger, counts = reached + more, None
-            break
-        value = high if k <= reached else low
-        counts = scores.count(value)
-        equal = sum(counts)
-        larger = reached - equal if k <= reached else reached + len(values)
-        if larger < k <= larger + equal:
+            found: Found | None = Found(value, reached + more, equal)
+        else:
+            found = at_end(k, reached if k <= reached else reached + len(values), low, high, scores.count)
+        if found is not None:
             break
         sigmas *= 2  # the sample misled
-    room = k - larger
-    if room == equal:
-        return Cut(value, len(scores) - 1, values.new_empty(0, dtype=torch.int64))
-    tensor, room = tensor_with(room, scores.count(value) if counts is None else counts)
-    return Cut(value, tensor, scores.ties(tensor, value)[room:])
+    room = k - found.larger
+    if room == found.equal:
+        return Cut(found.value, len(scores) - 1, values.new_empty(0, dtype=torch.int64))
+    tensor, room = tensor_with(room, found.counts or scores.count(found.value))
+    return Cut(found.value, tensor, scores.ties(tensor, found.value)[room:])
+
+
+class Found(NamedTuple):
+    """The k-th largest score, how many are larger, how many equal it, and how many of each tensor if that is known."""
+
+    value: Tensor
+    larger: int
+    equal: int
+    counts: list[int] | None = None
+
+
+def at_end(k: int, reached: int, low: Tensor, high: Tensor, count: Callable[[Tensor], list[int]]) -> Found | None:
+    """Return the k-th largest score if it is an end of a bracket that it does not lie between, else None.
+
+    Args:
+        k: which.
+        reached: how many scores are at least `high` if k is among these, else how many exceed `low`.
+        low, high: the bracket.
+        count: given a value, how many scores of each tensor equal it.
+    """
+    value = high if k <= reached else low
+    counts = count(value)
+    equal = sum(counts)
+    larger = reached - equal if k <= reached else reached
+    return Found(value, larger, equal, counts) if larger < k <= larger + equal else None
 
 
 def tensor_with(place: int, counts: Sequence[int]) -> tuple[int, int]:

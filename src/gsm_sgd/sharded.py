@@ -17,13 +17,14 @@ weights are spread.
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .selection import Cut, NotFiniteError, Scores, ScoresOf, index_order, score_dtype, tensor_with
+from .selection import Cut, Found, NotFiniteError, Scores, ScoresOf, at_end, index_order, score_dtype, tensor_with
 
 BINS = 2**11  # counts that are summed at a time: 16 KiB
 EXCHANGED = 2**11  # numbers, 16 KiB, that a process receives at most when they are exchanged instead of counted
@@ -176,28 +177,26 @@ class Shards:
             NotFiniteError: a score on any process is not finite.
         """
         scores = scores_of(self._counted) if self._size else None
+        count = partial(self._count, scores)
         sigmas = _SIGMAS
         while True:
             low, high = self._bracket(scores, k, sigmas)
             reached, values, suspect = _between(scores, low, high, suspect)
             span = int(_keys(low)) + 1, int(_keys(high)) - 1
-            found = self._kth_largest(_keys(values), k, span, reached, suspect)
-            if isinstance(found, _Found):
-                value, larger, equal, counts = _value(found.key, values), found.larger, found.equal, None
-                break
-            value = high if k <= found else low
-            counts = self._count(scores, value)
-            equal = sum(counts)
-            larger = found - equal if k <= found else found
-            if larger < k <= larger + equal:
+            key = self._kth_largest(_keys(values), k, span, reached, suspect)
+            if isinstance(key, _Key):
+                found: Found | None = Found(_value(key.key, values), key.larger, key.equal)
+            else:
+                found = at_end(k, key, low, high, count)
+            if found is not None:
                 break
             sigmas *= 2  # the samples misled
-        room = k - larger
-        if room == equal:
-            return Cut(value, len(self.params) - 1, values.new_empty(0, dtype=torch.int64))
-        counts = self._count(scores, value) if counts is None else counts
+        room = k - found.larger
+        if room == found.equal:
+            return Cut(found.value, len(self.params) - 1, values.new_empty(0, dtype=torch.int64))
+        counts = found.counts or count(found.value)
         tensor, room = tensor_with(room, counts)
-        return Cut(value, tensor, self._surplus(scores_of, tensor, value, room, counts[tensor]))
+        return Cut(found.value, tensor, self._surplus(scores_of, tensor, found.value, room, counts[tensor]))
 
     def all_finite(self, finite: Sequence[bool]) -> list[bool]:
         """Return for each of several things whether it is finite on all processes."""
@@ -240,7 +239,7 @@ class Shards:
         above: int = 0,
         suspect: bool = False,
         inside: int | None = None,
-    ) -> "_Found | int":
+    ) -> "_Key | int":
         """Return the k-th largest of all processes' keys.
 
         If it does not lie in the span, return how many lie above the span if k is among these, else how many lie above
@@ -275,11 +274,11 @@ class Shards:
             high = low + (1 << shift) - 1
             keys = keys[(keys >= low) & (keys <= high)]
             if not shift:
-                return _Found(low, larger, inside)
+                return _Key(low, larger, inside)
         found = self._exchanged(keys, inside).topk(inside).values
         key = found[k - larger - 1]
         value, more, equal = torch.stack([key, (found > key).sum(), (found == key).sum()]).tolist()
-        return _Found(value, larger + more, equal)
+        return _Key(value, larger + more, equal)
 
     def _exchanged(self, keys: Tensor, count: int) -> Tensor:
         """Return all processes' keys, of which there are `count`, and fillings that are smaller."""
@@ -297,7 +296,7 @@ class Shards:
         places = self._places(tensor, positions)
         counted = -places if tensor in self._counted else places[:0]
         last = self._kth_largest(counted, room, (1 - self.params[tensor].numel(), 0), inside=equal)
-        assert isinstance(last, _Found), "fewer ties than were counted"
+        assert isinstance(last, _Key), "fewer ties than were counted"
         return positions[places > -last.key]
 
     def _places(self, number: int, positions: Tensor) -> Tensor:
@@ -313,7 +312,7 @@ class Shards:
         return place
 
 
-class _Found(NamedTuple):
+class _Key(NamedTuple):
     """A key, how many of all are larger, and how many are equal."""
 
     key: int
