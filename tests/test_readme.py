@@ -183,3 +183,9 @@ def test_what_several_processes_send_stands_in_the_readme():
         shown = [f"{row['bytes'] / 1000:.1f} KB" + (f", {row['ratio']:.1f}" if "ratio" in row else "") for row in rows]
         assert f"| {weights:,} | {' | '.join(shown)} |" in readme
     assert {row["calls"] for row in record["rows"]} == {3, 5}, "the README says so"
+
+
+def test_the_language_model_stands_in_the_readme():
+    record = json.loads((ROOT / "results" / "language-model.json").read_text())
+    dense, sparse = (row["bits_per_byte"] for row in record["rows"])
+    assert f"in {dense} bits per byte, or in {sparse} with" in (ROOT / "README.md").read_text()
