@@ -11,7 +11,8 @@ import yaml
 from safetensors.torch import save_file
 
 from gsm_sgd import __version__, cli
-from gsm_sgd.experiments.rundir import read_weights
+from gsm_sgd.experiments.recipes import Recipe
+from gsm_sgd.experiments.rundir import RunFolder, read_weights
 
 SHORT = [
     "--dataset", "synthetic", "--base.epochs", "2", "--gsm.epochs=2", "--compression", "20",
@@ -184,6 +185,27 @@ def test_show_unfinished(runs, tmp_path, capsys):
     assert "not finished" in out
     assert "2/2" in out
     assert "not finished" in fails(capsys, "show", tmp_path, "--json", tmp_path / "x.json")
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_show_says_that_a_run_is_going_on(runs, tmp_path, capsys):
+    for name in ("recipe.yaml", "metrics.jsonl"):
+        (tmp_path / name).write_bytes((runs[0] / name).read_bytes())
+    with RunFolder(tmp_path, Recipe.from_dict(yaml.safe_load((tmp_path / "recipe.yaml").read_text()))):
+        assert cli.run(["show", str(tmp_path)]) == 0
+        assert "still running" in capsys.readouterr().out
+        assert fails(capsys, "export", tmp_path) == f"{tmp_path} is still running: wait for it"
+    assert cli.run(["show", str(tmp_path)]) == 0
+    assert "not finished" in capsys.readouterr().out
+
+
+def test_show_does_not_write_where_a_link_leads(runs, tmp_path):
+    for name in ("recipe.yaml", "metrics.jsonl"):
+        (tmp_path / name).write_bytes((runs[0] / name).read_bytes())
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / ".lock").symlink_to(tmp_path / "mine")
+    assert cli.run(["show", str(tmp_path)]) == 0
+    assert (tmp_path / "mine").read_text() == "precious"
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,20 @@ class Stage:
             self._checkpoint.unlink(missing_ok=True)
 
 
+def in_use(folder: Path) -> bool:
+    """Return whether a process has a run's folder at this moment; of a folder that cannot be written nobody knows."""
+    path = folder / ".lock"
+    try:
+        if path.is_file() and not path.is_symlink():  # asking makes a file, or empties what a link leads to
+            with filelock.FileLock(path, timeout=0):
+                pass
+    except filelock.Timeout:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 def refuse_other_recipe(folder: Path, recipe: Recipe) -> None:
     """Raise UsageError if a folder holds anything but a run of this recipe; nothing is written."""
     path = folder / "recipe.yaml"

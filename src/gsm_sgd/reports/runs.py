@@ -12,7 +12,7 @@ import yaml
 
 from ..experiments import UsageError
 from ..experiments.recipes import cut_epoch
-from ..experiments.rundir import DEFAULTS, Record, dotted, read_metrics, read_processes
+from ..experiments.rundir import DEFAULTS, Record, dotted, in_use, read_metrics, read_processes
 
 TITLES = {
     "base": "base net",
@@ -81,8 +81,13 @@ class Run:
             UsageError: it is not over.
         """
         if self.result is None:
-            raise UsageError(f"{self.path} is not finished: give its command again to go on")
+            raise UsageError(f"{self.path} is {self.unfinished}")
         return self.result
+
+    @property
+    def unfinished(self) -> str:
+        """Why a run has no result, and what to do for one."""
+        return "still running: wait for it" if in_use(self.path) else "not finished: give its command again to go on"
 
     def last_ten(self, key: str) -> float | None:
         """Return the mean accuracy of a stage's last ten epochs, in percent, or None if they are not there."""

@@ -49,7 +49,7 @@ def cut_line(runs: Sequence[Run]) -> str:
 
 def progress_table(run: Run) -> Table:
     """Return how far each stage of an unfinished run has come."""
-    table = Table(title=f"{run.path.name}: not finished, give its command again to go on")
+    table = Table(title=f"{run.path.name}, {run.unfinished}")
     for column in ("stage", "epoch", "loss", "top-1 %", "seconds"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for row in run.progress:
