@@ -283,6 +283,12 @@ def test_other_recipe_in_the_folder(runs, capsys):
     assert "was made by another recipe (gsm.lr 0.1 there, 0.5 here): choose another --out" in said
 
 
+def test_weights_that_do_not_fit_leave_no_folder_behind(runs, tmp_path, capsys):
+    words = ("prune", "lenet5", *SHORT, "--weights", runs[0] / "init.safetensors", "--out", tmp_path / "out")
+    assert "init.safetensors do not fit lenet5: give others" in fails(capsys, *words)
+    assert not (tmp_path / "out").exists()
+
+
 def test_file_that_is_not_safetensors(tmp_path, capsys):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(b"\xff" * 64)

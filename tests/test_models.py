@@ -2,6 +2,7 @@ import sys
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
@@ -65,6 +66,20 @@ def test_torchvisions_networks():
     state = torch.random.get_rng_state()
     models.build("torchvision:squeezenet1_1", 5)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_networks_with_classifiers_for_training_alone(name, tmp_path):
+    model = models.build(f"torchvision:{name}", 5, classes=7)
+    assert model.training
+    assert model(torch.zeros(2, 3, 96, 96)).shape == (2, 7)
+    theirs = torchvision.models.get_model(name, weights=None, num_classes=7, init_weights=False)
+    assert set(theirs.state_dict()) > set(model.state_dict())
+    torch.save(theirs.state_dict(), tmp_path / "net.pt")
+    load_pretrained(model, f"torchvision:{name}", str(tmp_path / "net.pt"))
+    images = torch.rand(2, 3, 96, 96)
+    theirs.transform_input = True  # as torchvision itself sets it with its weights
+    assert torch.equal(model.eval()(images), theirs.eval()(images))
 
 
 def test_the_users_own_network(tmp_path, monkeypatch):

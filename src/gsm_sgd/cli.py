@@ -5,7 +5,7 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import fields, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from .experiments import UsageError, bench, data, models, ranks
 from .experiments.loop import Observer, fitting_precision
 from .experiments.lottery import lottery
 from .experiments.observers import ProgressBars, Several, TensorBoard
-from .experiments.pretrained import is_torchvisions
+from .experiments.pretrained import is_torchvisions, load_pretrained
 from .experiments.prune import Job, gsm, prune
 from .experiments.recipes import Recipe, Training
 from .experiments.rundir import Record, RunFolder, refuse_other_recipe, tensors_hash
@@ -110,6 +110,7 @@ def _run(command: str, options: Namespace, console: Console, log: Console) -> No
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     dataset = load_data(next(iter(planned.values())), options.data_dir).share(ranks.rank(), ranks.size())
+    _check_weights(planned, dataset.classes)
 
     with ranks.joined(device) as device:
         for path, recipe in planned.items():
@@ -191,6 +192,13 @@ def _check_optimizer(recipe: Recipe) -> None:
             gsm(model, recipe, steps_per_epoch=1_000)
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def _check_weights(planned: Mapping[Path, Recipe], classes: int) -> None:
+    """Raise UsageError for weights that a run would refuse, before its folder is made and belongs to their recipe."""
+    recipe = next(iter(planned.values()))
+    if recipe.weights is not None and not all((path / "base.safetensors").exists() for path in planned):
+        load_pretrained(models.build(recipe.model, recipe.seed, classes), recipe.model, recipe.weights)
 
 
 def _recipe(options: Namespace) -> Recipe:

@@ -29,6 +29,8 @@ def load_pretrained(model: nn.Module, name: str, source: str) -> None:
     state = _torchvision(name, source) if is_torchvisions(source) else _read(Path(source))
     if all(key.startswith(_PREFIX) for key in state):
         state = {key.removeprefix(_PREFIX): value for key, value in state.items()}
+    # torchvision's classifiers that are for training alone are None in ours
+    state = {key: value for key, value in state.items() if getattr(model, key.partition(".")[0], "") is not None}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

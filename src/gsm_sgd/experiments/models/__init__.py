@@ -25,6 +25,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "densenet40": partial(DenseNet, 40, 12),
 }
 _TORCHVISION = "torchvision"
+_INCEPTION: dict[str, bool | int] = {"aux_logits": False, "transform_input": True}
+"""Without the classifiers that are for training alone, with the pixels that torchvision's weights are for."""
 
 
 def build(name: str, seed: int, classes: int | None = None) -> nn.Module:
@@ -79,7 +81,10 @@ def _maker(name: str, classes: int | None) -> Callable[[], nn.Module]:
 
         if theirs not in models.list_models(module=models):
             raise UsageError(f"torchvision has no classifier {theirs!r}: torchvision.models.list_models() names them")
-        return partial(models.get_model, theirs, weights=None, **({} if classes is None else {"num_classes": classes}))
+        options = _INCEPTION if theirs in ("googlenet", "inception_v3") else {}
+        if classes is not None:
+            options = {**options, "num_classes": classes}
+        return partial(models.get_model, theirs, weights=None, **options)
     module_name, colon, function = name.partition(":")
     if not colon:
         known = ", ".join([*MODELS, "resnet50"])
