@@ -5,7 +5,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from .runs import Run
 
@@ -71,6 +71,7 @@ def curves_figure(run: Run) -> Figure:
     for axes in (loss, error):
         axes.set_yscale("log")
         axes.set_xlabel("epoch of the stage")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25, which="both", linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
     formatter = FuncFormatter(lambda value, _: f"{value:g}")
