@@ -4,7 +4,7 @@
 
 The base net of each run is cut to the run's compression ratio by magnitude, all layers together, and measured; then it
 is trained on with the mask, for as many epochs as GSM took and with its learning rates. What is finished is found again
-beside each run, in RUN-one-shot, so an interrupted run goes on. CIFAR-10 is looked for in $GSM_DATA.
+in each run's folder, in RUN/one-shot, so an interrupted run goes on. CIFAR-10 is looked for in $GSM_DATA.
 """
 
 import argparse
@@ -40,9 +40,9 @@ def dataset_of(name: str, holdout: int) -> Dataset:
 
 def one_shot(path: Path, recipe: Recipe, dataset: Dataset) -> dict[str, float]:
     """Return the accuracies, in percent, of a run's base net after the cut and after training on with the mask."""
-    with RunFolder(path.with_name(f"{path.name}-one-shot"), recipe) as folder:
+    with RunFolder(path / "one-shot", recipe) as folder:
         if not folder.finished:
-            model = models.build(recipe.model, recipe.seed)
+            model = models.build(recipe.model, recipe.seed, dataset.classes)
             model.load_state_dict(read_weights(path / "base.safetensors"))
             prunable = prunable_parameters(model)
             masks = magnitude_masks(prunable, recipe.compression)
@@ -73,7 +73,8 @@ def main() -> None:
         recipe = Recipe.from_dict(run.recipe)
         top1 = run.result["top1"] | one_shot(path, recipe, dataset_of(recipe.dataset, recipe.holdout))
         for name, value in top1.items():
-            figures[f"{recipe.model} {recipe.compression:g}x"][name].append(value)
+            epochs = f"{recipe.base.epochs} + {recipe.gsm.epochs} epochs"
+            figures[f"{recipe.model} {recipe.compression:g}x, {epochs}"][name].append(value)
     cells = {key: {name: over_seeds(values) for name, values in row.items()} for key, row in figures.items()}
     for key, row in cells.items():
         print(key, *(f"{name} {cell['mean']:.2f} ± {cell['std'] or 0:.2f}" for name, cell in row.items()), sep="  ")

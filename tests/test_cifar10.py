@@ -1,4 +1,5 @@
 import io
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -100,6 +101,21 @@ def test_a_damaged_folder_of_torchvisions_is_named_and_not_unpickled(tmp_path, n
     (folder / "data_batch_1").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     with pytest.raises(UsageError, match="cifar-10-batches-py is damaged"):
         cifar10.load(tmp_path)
+
+
+def test_a_download_is_there_as_a_whole_or_not_at_all(tmp_path, no_network, monkeypatch):
+    fetched = []
+
+    def broken(folder, **_):
+        fetched.append(Path(folder) / "cifar-10-batches-py")
+        fetched[-1].mkdir()
+        raise OSError("no space left")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", broken)
+    with pytest.raises(UsageError, match=r"cannot be downloaded.*The cause: no space left"):
+        cifar10.load(tmp_path)
+    assert fetched[0].parent.parent == tmp_path
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
 def test_another_data_sets_parquet_is_not_taken(tmp_path, no_network):

@@ -1,6 +1,7 @@
 """The command line, in this process; what it trains is made-up data, and short."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import yaml
 from safetensors.torch import save_file
 
 from gsm_sgd import __version__, cli
+from gsm_sgd.experiments import observers
 from gsm_sgd.experiments.recipes import Recipe
 from gsm_sgd.experiments.rundir import RunFolder, read_weights
 
@@ -367,7 +369,9 @@ def test_the_precision_chosen_for_this_machine_stands_in_the_recipe(tmp_path, mo
         assert all(weight.dtype == torch.float32 for weight in weights.values())
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: {"bf16": not flags}, raising=False)
         capsys.readouterr()
-        assert f"(precision {precision} there" in fails(capsys, *words)
+        said = fails(capsys, *words)
+        assert f"(precision {precision} there" in said
+        assert said.endswith(f": add --precision {precision}")
         shutil.rmtree(path)
 
 
@@ -381,6 +385,29 @@ def test_a_net_trained_elsewhere_is_pruned_without_a_base_training(runs, tmp_pat
     assert result["top1"] == {key: value for key, value in theirs["top1"].items() if "ticket" not in key}
     assert "base net" in capsys.readouterr().out
     assert (run / "density.png").exists()
+
+
+def test_weights_are_needed_once(runs, tmp_path):
+    base = tmp_path / "base.safetensors"
+    shutil.copy(runs[0] / "base.safetensors", base)
+    words = ["prune", "lenet300", *SHORT, "--weights", str(base), "--out", str(tmp_path / "out")]
+    assert cli.run(words) == 0
+    base.unlink()
+    assert cli.run(words) == 0
+
+
+def test_a_net_for_other_images_leaves_no_folder_behind(tmp_path, capsys):
+    words = ("prune", "lenet300", *SHORT, "--model", "resnet20", "--out", tmp_path / "out")
+    assert "resnet20 does not take the 1x28x28 images of synthetic: choose another --model" in fails(capsys, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_long_epoch_says_how_far_it_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(observers, "_LONG_EPOCH_SECONDS", 0.0)
+    assert cli.run(["prune", "lenet300", *SHORT, "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert any(re.fullmatch(r"base: epoch 2/2, step 3/4  [\d.]+ steps/s  \d+:\d\d:\d\d left", line) for line in lines)
+    assert any(re.fullmatch(r"gsm: epoch 2/2  .* top-1 .*  if cut now .*  0:00:00 left", line) for line in lines)
 
 
 def test_python_m_is_the_same_command():

@@ -15,7 +15,7 @@ import yaml
 from torch import nn
 
 from gsm_sgd import magnitude_masks, prunable_parameters
-from gsm_sgd.experiments import UsageError, data, mnist, models
+from gsm_sgd.experiments import UsageError, data, loop, mnist, models
 from gsm_sgd.experiments.cutnow import CutNow
 from gsm_sgd.experiments.loop import TrainingDivergedError, evaluate, train
 from gsm_sgd.experiments.lottery import lottery
@@ -37,8 +37,8 @@ WEIGHTS = ("init", "base", "gsm", "pruned", "ticket-gsm", "ticket-magnitude")
 
 
 class Silent:
-    def start(self, stage, epochs, steps_per_epoch, first_step):
-        self.first_step = first_step
+    def start(self, stage, epochs, steps_per_epoch, epoch, step):
+        self.first_step = epoch * steps_per_epoch + step
 
     def step(self):
         pass
@@ -193,6 +193,33 @@ def test_interrupted_in_every_stage_ends_in_the_same_bits(straight, synthetic, t
     assert stops >= 9  # 65 steps in all, at least six of each seven are kept
     assert_same_weights(weights_of(path), weights_of(straight))
     assert without_seconds(path) == without_seconds(straight)
+
+
+def test_interrupted_while_measuring_goes_on_with_that(straight, synthetic, tmp_path, monkeypatch):
+    calls = []
+
+    def interrupting(model, split):
+        calls.append(split)
+        if len(calls) % 2:
+            raise KeyboardInterrupt
+        return evaluate(model, split)
+
+    path = tmp_path / "interrupted"
+    monkeypatch.setattr(loop, "evaluate", interrupting)
+    steps, stops = [], 0
+    observer = Silent()
+    observer.step = lambda: steps.append(None)
+    while True:
+        try:
+            run(prune, path, synthetic, observer=observer)
+            break
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops == RECIPE.base.epochs + RECIPE.gsm.epochs
+    assert len(steps) == 5 * stops  # none was taken twice
+    for name in ("base", "gsm", "pruned"):
+        ours, theirs = (read_weights(p / f"{name}.safetensors") for p in (path, straight))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 KILLER = """

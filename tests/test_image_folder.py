@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,8 @@ from PIL import Image
 
 from gsm_sgd.experiments import UsageError, image_folder
 from gsm_sgd.experiments.image_folder import Folder
+from gsm_sgd.experiments.recipes import find_recipe
+from gsm_sgd.experiments.rundir import RunFolder
 
 
 @pytest.fixture(autouse=True)
@@ -80,5 +84,35 @@ def test_bad_folders(folder, tmp_path, no_network):
 def test_a_damaged_image_is_named(tmp_path):
     path = tmp_path / "0.jpg"
     path.write_bytes(b"noise")
-    with pytest.raises(UsageError, match=r"0\.jpg is damaged or no image: replace or delete it"):
+    with pytest.raises(UsageError, match=r"0\.jpg is damaged, no image, or far too slim: replace it"):
         list(Folder([(str(path), 0)], training=False).batches(1))  # though a worker meets it
+
+
+def test_an_image_that_would_become_huge_is_named(tmp_path):
+    path = tmp_path / "0.png"
+    Image.new("RGB", (60_000, 1)).save(path)  # 13 GB once its shorter side is scaled to 256
+    with pytest.raises(UsageError, match=r"0\.png is damaged, no image, or far too slim"):
+        list(Folder([(str(path), 0)], training=False).batches(1))
+
+
+def test_workers_leave_the_terminal_alone(tmp_path, capfd):
+    path = tmp_path / "0.png"
+    Image.new("P", (40, 40)).save(path, transparency=b"\0" * 256)
+    Image.open(path).convert("RGB")  # warns in later versions of Pillow
+    list(Folder([(str(path), 0)], training=False).batches(1))
+    assert capfd.readouterr().err == ""
+
+
+def test_a_run_goes_on_with_the_images_that_it_began_with(folder, tmp_path):
+    assert image_folder.load(folder).identity == image_folder.load(folder).hold_out(4).identity
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    assert image_folder.load(other).identity == image_folder.load(folder).identity  # wherever they are
+    (other / "train" / "dark" / "9.png").write_bytes((other / "train" / "dark" / "0.png").read_bytes())
+    recipe = find_recipe("resnet50")
+    for _ in range(2):
+        with RunFolder(tmp_path / "run", recipe) as run:
+            run.refuse_other_data(image_folder.load(folder).identity)
+    other_images = pytest.raises(UsageError, match="has been trained on other images than these: choose another --out")
+    with RunFolder(tmp_path / "run", recipe) as run, other_images:
+        run.refuse_other_data(image_folder.load(other).identity)

@@ -108,6 +108,34 @@ def test_unknown_models():
         models.build("resnet20", 0, classes=100)
 
 
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(12, 12)
+        self.two = nn.Linear(12, 12)
+        self.two.weight = self.one.weight
+
+
+def test_what_a_recipe_cannot_train_is_refused():
+    def check(model, shape=(3, 2, 2), classes=10):
+        models.check_fits(model, "my:net", "pictures", shape, classes)
+
+    fitting = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(12, 10))
+    state = torch.random.get_rng_state()
+    check(fitting)
+    assert fitting.training
+    assert torch.equal(torch.random.get_rng_state(), state)
+    with pytest.raises(UsageError, match="my:net does not take the 3x4x4 images of pictures: choose another --model"):
+        check(fitting, (3, 4, 4))
+    with pytest.raises(UsageError, match=r"something of shape \(2, 10\), not a tensor of \(2, 7\)"):
+        check(fitting, classes=7)
+    with pytest.raises(UsageError, match="my:net has a weight under two names"):
+        check(Tied())
+    fitting[2].weight.requires_grad_(False)
+    with pytest.raises(UsageError, match=r"my:net has frozen weights, 2\.weight"):
+        check(fitting)
+
+
 # --- weights from elsewhere ---
 
 

@@ -5,7 +5,7 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import fields, replace
 from pathlib import Path
@@ -110,12 +110,13 @@ def _run(command: str, options: Namespace, console: Console, log: Console) -> No
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     dataset = load_data(next(iter(planned.values())), options.data_dir).share(ranks.rank(), ranks.size())
-    _check_weights(planned, dataset.classes)
+    _check_net(planned, dataset.classes)
 
     with ranks.joined(device) as device:
         for path, recipe in planned.items():
             with RunFolder(path, recipe, options.checkpoint_seconds) as folder:
                 log.print(str(path), highlight=False, soft_wrap=True)
+                folder.refuse_other_data(dataset.identity)
                 if not folder.finished:
                     folder.note_environment(device)
                     with ProgressBars(log) as bars, ExitStack() as at_end:
@@ -158,7 +159,8 @@ def _plan(command: str, options: Namespace, device: torch.device) -> dict[Path, 
                 "a lottery trains its base net from the ticket's initialisation: leave out --weights, or set it to "
                 "null if the recipe has some"
             )
-        if not is_torchvisions(recipe.weights) and not Path(recipe.weights).is_file():
+        given = is_torchvisions(recipe.weights) or Path(recipe.weights).is_file()
+        if not given and not _have_base_nets(planned):
             raise UsageError(f"weights {recipe.weights} do not exist: give a file, or torchvision")
     _check_optimizer(recipe.scaled(options.epochs_scale))
     for path, seeded in planned.items():
@@ -194,11 +196,17 @@ def _check_optimizer(recipe: Recipe) -> None:
         raise UsageError(str(error)) from error
 
 
-def _check_weights(planned: Mapping[Path, Recipe], classes: int) -> None:
-    """Raise UsageError for weights that a run would refuse, before its folder is made and belongs to their recipe."""
+def _check_net(planned: Mapping[Path, Recipe], classes: int) -> None:
+    """Raise UsageError for a net or weights that a run would refuse, before its folder is made and belongs to them."""
     recipe = next(iter(planned.values()))
-    if recipe.weights is not None and not all((path / "base.safetensors").exists() for path in planned):
-        load_pretrained(models.build(recipe.model, recipe.seed, classes), recipe.model, recipe.weights)
+    model = models.build(recipe.model, recipe.seed, classes)
+    models.check_fits(model, recipe.model, recipe.dataset, data.IMAGE_SHAPES[recipe.dataset], classes)
+    if recipe.weights is not None and not _have_base_nets(planned):
+        load_pretrained(model, recipe.model, recipe.weights)
+
+
+def _have_base_nets(planned: Iterable[Path]) -> bool:
+    return all((path / "base.safetensors").exists() for path in planned)
 
 
 def _recipe(options: Namespace) -> Recipe:

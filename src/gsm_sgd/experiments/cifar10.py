@@ -8,8 +8,10 @@ import contextlib
 import hashlib
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+import filelock
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -62,7 +64,7 @@ def find(data_dir: Path | None = None) -> tuple[Path, Pixels]:
     """
     folders, store = folders_of(data_dir)
     for folder in folders:
-        for place in (folder, folder / "cifar10", folder / "CIFAR10"):
+        for place in (folder, folder / "cifar10", folder / "cifar10" / "plain_text", folder / "CIFAR10"):
             if (place / _TORCHVISION).is_dir():
                 return place / _TORCHVISION, _read_torchvision(place)
             if (parquet := _read_parquet(place)) is not None:
@@ -137,16 +139,20 @@ def _hash(pixels: Pixels) -> str:
 
 
 def _download(folder: Path) -> None:
-    """Let torchvision put CIFAR-10 into a folder."""
+    """Let torchvision put CIFAR-10 into a folder: as a whole, and once if several processes ask for it."""
     from torchvision.datasets import CIFAR10
 
     try:
-        CIFAR10(folder, download=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / ".cifar10.lock"), TemporaryDirectory(dir=folder, prefix=".partial.") as partial:
+            if not (folder / _TORCHVISION).is_dir():
+                CIFAR10(partial, download=True)
+                (Path(partial) / _TORCHVISION).replace(folder / _TORCHVISION)
     except Exception as error:  # whatever the network, the disk and an archive can do
         raise UsageError(
             "CIFAR-10 is not on this machine and cannot be downloaded. Two ways to get it: connect to the network and "
             f"run `gsm data cifar10`; or put torchvision's folder {_TORCHVISION}, or Hugging Face's parquet files, "
-            "into a folder FOLDER and pass --data-dir FOLDER (or set GSM_DATA)"
+            f"into a folder FOLDER and pass --data-dir FOLDER (or set GSM_DATA). The cause: {error}"
         ) from error
 
 

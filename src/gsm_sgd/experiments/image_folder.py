@@ -1,6 +1,10 @@
 """ImageNet, or any images in folders by class: too many for memory, so workers decode them as they are needed."""
 
+import hashlib
+import json
+import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +19,10 @@ from .sources import folders_of
 from .splits import Batches, Dataset, epoch_generator, share
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_WORKERS = min(8, os.cpu_count() or 1)
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+_WORKERS = max(1, min(8, _CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))  # of each process on this machine
+_SLIMMEST = 50  # of the sides' ratios; the shorter one is scaled to a fixed length, whatever becomes of the other
+_LOOKED_AT = 1_000  # files, at most, whose sizes tell data sets apart
 _CPU = torch.device("cpu")
 Sample = tuple[str, int]  # a file and its class
 
@@ -75,6 +82,7 @@ class Folder:
             _Decoded(self.samples, self.size, seed if self.training else None),
             batch_sampler=batches,
             num_workers=min(_WORKERS, len(batches)),
+            worker_init_fn=_say_nothing,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else it draws a number from the one that dropout draws from
         )
@@ -86,7 +94,7 @@ class Folder:
         for images, labels in batches:
             if labels.min() < 0:
                 path, _ = self.samples[-1 - int(labels.min())]
-                raise UsageError(f"{path} is damaged or no image: replace or delete it")
+                raise UsageError(f"{path} is damaged, no image, or far too slim: replace it")
             pixels = images.to(self.device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
             yield pixels.contiguous(memory_format=torch.channels_last), labels.to(self.device, non_blocking=True)
 
@@ -112,12 +120,19 @@ class _Decoded(TorchDataset[tuple[Tensor, int]]):
         path, label = self._samples[index]
         try:
             image = default_loader(path)
+            if max(image.size) > _SLIMMEST * min(image.size):
+                raise ValueError("too slim")
+            with torch.random.fork_rng(devices=[], enabled=self._seed is not None):
+                if self._seed is not None:
+                    torch.manual_seed((self._seed + index) % 2**63)
+                return self._transform(image), label
         except Exception:  # a damaged file can fail in any way, and what a worker raises loses its message
             return torch.zeros(3, self._size, self._size, dtype=torch.uint8), -1 - index
-        with torch.random.fork_rng(devices=[], enabled=self._seed is not None):
-            if self._seed is not None:
-                torch.manual_seed((self._seed + index) % 2**63)
-            return self._transform(image), label
+
+
+def _say_nothing(_worker: int) -> None:
+    """Keep a worker's warnings, as of an image's metadata, from the terminal on which another process draws bars."""
+    warnings.simplefilter("ignore")
 
 
 def load(data_dir: Path | None = None) -> Dataset:
@@ -144,4 +159,12 @@ def load(data_dir: Path | None = None) -> Dataset:
         raise UsageError(f"{places[0]} does not have images in folders by class: {error}") from error
     if train.classes != val.classes:
         raise UsageError(f"{places[0]}: train and val differ in their folders, and so in their classes")
-    return Dataset(Folder(train.samples, training=True), Folder(val.samples, training=False), len(train.classes))
+    identity = _identity(places[0], train.classes, [*train.samples, *val.samples])
+    return Dataset(Folder(train.samples, True), Folder(val.samples, False), len(train.classes), identity)
+
+
+def _identity(place: Path, classes: list[str], samples: list[Sample]) -> str:
+    """Return a hash of the classes, the files' names, and the sizes of some."""
+    names = [os.path.relpath(path, place) for path, _ in samples]
+    sizes = [Path(path).stat().st_size for path, _ in samples[:: math.ceil(len(samples) / _LOOKED_AT)]]
+    return hashlib.sha256(json.dumps([classes, names, sizes]).encode()).hexdigest()

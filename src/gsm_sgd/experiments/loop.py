@@ -39,8 +39,8 @@ class Probe(Protocol):
 class Observer(Protocol):
     """Somebody who watches a run."""
 
-    def start(self, stage: str, epochs: int, steps_per_epoch: int, first_step: int) -> None:
-        """Tell that a stage begins, or goes on at step `first_step` of the whole stage."""
+    def start(self, stage: str, epochs: int, steps_per_epoch: int, epoch: int, step: int) -> None:
+        """Tell that a stage begins, or goes on in an epoch after some of its steps, both counted from 0."""
 
     def step(self) -> None:
         """Tell that an optimizer step has been taken."""
@@ -83,14 +83,18 @@ def train(
 
     net = ranks.replicated(model)
     began = time.perf_counter() - seconds
-    observer.start(stage.name, training.epochs, steps, first_epoch * steps + first_step)
+
+    def save(epoch: int, step: int) -> None:
+        position = {"epoch": epoch, "step": step, "seconds": time.perf_counter() - began}
+        stage.save({**_snapshot(parts, device), "loss_sum": loss_sum, **position})
+
+    observer.start(stage.name, training.epochs, steps, first_epoch, first_step)
     for epoch in range(first_epoch, training.epochs):
         model.train()
         batches = data.train.shuffled(recipe.batch_size, recipe.seed, epoch, first_step)
         for step, (images, labels) in enumerate(batches, first_step):
             if stage.due():
-                position = {"epoch": epoch, "step": step, "seconds": time.perf_counter() - began}
-                stage.save({**_snapshot(parts, device), "loss_sum": loss_sum, **position})
+                save(epoch, step)
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                 loss = F.cross_entropy(net(images), labels, label_smoothing=training.label_smoothing)
             whole = min(recipe.batch_size, len(data.train) - step * recipe.batch_size)
@@ -103,6 +107,8 @@ def train(
             loss_sum += loss.detach() * whole / ranks.size()
             observer.step()
         first_step = 0
+        if stage.due():  # measuring takes a while too
+            save(epoch, steps)
 
         mean_loss = ranks.total(loss_sum).item() / len(data.train)
         loss_sum.zero_()

@@ -59,7 +59,7 @@ def _torchvision(name: str, source: str) -> dict[str, Tensor]:
     except Exception as error:  # whatever the network and the disk can do
         raise UsageError(
             f"torchvision's weights of {theirs} cannot be downloaded, or their file in {torch.hub.get_dir()} is "
-            "damaged: connect to the network, delete that file, or give another"
+            f"damaged: connect to the network, delete that file, or give another ({error})"
         ) from error
     return state
 

@@ -93,6 +93,16 @@ class RunFolder:
         processes = [*read_processes(self.path), environment(device)]
         replace_file(self.path / "environment.json", _json({"processes": processes}))
 
+    def refuse_other_data(self, identity: str) -> None:
+        """Raise UsageError if the run has trained on other data than `Dataset.identity` is of; else note them."""
+        path = self.path / "data.json"
+        if not (self.writes and identity):
+            return
+        if not path.exists():
+            replace_file(path, _json({"sha256": identity}))
+        elif path.read_bytes() != _json({"sha256": identity}):
+            raise UsageError(f"{self.path} has been trained on other images than these: choose another --out")
+
     @property
     def finished(self) -> bool:
         """Whether the run is over: result.json is there."""
@@ -237,7 +247,8 @@ def refuse_other_recipe(folder: Path, recipe: Recipe) -> None:
     other = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
     if other:
         difference = ", ".join(f"{key} {theirs.get(key)} there, {ours.get(key)} here" for key in other[:3])
-        raise UsageError(f"{folder} was made by another recipe ({difference}): choose another --out")
+        hint = f"add --precision {theirs['precision']}" if other == ["precision"] else "choose another --out"
+        raise UsageError(f"{folder} was made by another recipe ({difference}): {hint}")
 
 
 def read_metrics(folder: Path) -> list[Record]:

@@ -127,11 +127,15 @@ class Images:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What is trained on and what accuracy is measured on, of how many classes."""
+    """What is trained on and what accuracy is measured on, of how many classes.
+
+    `identity` tells data sets of one name apart; that of verified ones, which are always the same, is empty.
+    """
 
     train: Split
     test: Split
     classes: int = 10
+    identity: str = ""
 
     def to(self, device: torch.device) -> "Dataset":
         """Return the same data on a device."""

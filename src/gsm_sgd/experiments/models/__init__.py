@@ -3,13 +3,14 @@
 import importlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ...masks import is_prunable
 from .. import UsageError
 from .densenet_cifar import DenseNet
 from .lenet import LeNet5, LeNet300
@@ -63,6 +64,30 @@ def build(name: str, seed: int, classes: int | None = None) -> nn.Module:
         if not isinstance(model, nn.Module):
             raise UsageError(f"{name} returned {type(model).__name__}, not a torch.nn.Module")
     return model.to(memory_format=torch.channels_last)
+
+
+def check_fits(model: nn.Module, name: str, dataset: str, shape: Sequence[int], classes: int) -> None:
+    """Raise UsageError unless a network can be trained on images of a shape, all of it, to tell classes apart."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for parameter, weight in parameters.items():
+        if is_prunable(weight) and not weight.requires_grad:
+            raise UsageError(f"{name} has frozen weights, {parameter}: recipes train and prune all, use GSM directly")
+    if len({id(weight) for weight in parameters.values()}) < len(parameters):
+        raise UsageError(f"{name} has a weight under two names, which a recipe cannot save: use GSM directly")
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            found = model.eval()(torch.zeros(2, *shape))
+    except Exception as error:  # a network of anybody's can fail in any way
+        images = f"the {'x'.join(map(str, shape))} images of {dataset}"
+        raise UsageError(f"{name} does not take {images}: choose another --model ({error})") from error
+    finally:
+        model.train()
+    if not (isinstance(found, Tensor) and found.shape == (2, classes)):
+        what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"type {type(found).__name__}"
+        raise UsageError(
+            f"{name} makes of 2 images of {dataset} something of {what}, not a tensor of (2, {classes}), a logit for "
+            "each class: choose another --model"
+        )
 
 
 def torchvision_name(name: str) -> str | None:
