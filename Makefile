@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test lint clean
 
-demo: .venv/installed  ## winning tickets of LeNet-300-100 at 60x on real MNIST, and a report of them
+demo: .venv/demo  ## lottery tickets of LeNet-300-100 at 60x on real MNIST, and a report of them
 	$(BIN)/gsm lottery lenet300
 	$(BIN)/gsm report runs/lenet300-lottery-fast-x60-s0 -o runs/lenet300-lottery-fast-x60-s0/report.html
 
@@ -16,9 +16,12 @@ lint: .venv/installed
 	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
 
-.venv/installed: pyproject.toml
+# the demo does without what only the tests need
+.venv/demo: EXTRA := experiments
+.venv/installed: EXTRA := dev
+.venv/demo .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$(EXTRA)]'
 	touch $@
 
 clean:
