@@ -13,6 +13,7 @@ from gsm_sgd.export.inference import ONNX, SPARSE, THREADS
 ROOT = Path(__file__).parent.parent
 LOTTERY = ("base", "gsm_before_cut", "gsm_after_cut", "pruned", "ticket_gsm", "ticket_magnitude")
 DEEP = ("base", "gsm_before_cut", "gsm_after_cut", "pruned")
+ONE_SHOT = ("base", "pruned", "one_shot", "retrained")
 PRUNE = ("gsm_before_cut", "gsm_after_cut", "pruned")
 RUNS = {
     "lenet300-x60-paper": LOTTERY,
@@ -107,6 +108,18 @@ def test_the_frontier_stands_in_the_readme():
     for cells_of in record["methods"].values():
         shown = " | ".join(f"{cell['mean']:.2f} ± {cell['std']:.2f}" for cell in cells_of.values())
         assert f"| {shown} |" in (ROOT / "README.md").read_text()
+
+
+def test_one_shot_pruning_stands_in_the_readme():
+    """A row for each net and ratio, whose base and pruned nets are those of the runs' own results."""
+    record = json.loads((ROOT / "results" / "one-shot.json").read_text())
+    assert not record["environment"]["commit"].endswith("-dirty")
+    for key, row in record["rows"].items():
+        model, compression = key.split(",")[0].split()
+        shown = " | ".join(f"{row[name]['mean']:.2f} ± {row[name]['std']:.2f}" for name in ONE_SHOT)
+        assert f"| {model.replace('resnet', 'ResNet-')}, {compression} | {shown} |" in (ROOT / "README.md").read_text()
+        run = json.loads((ROOT / "results" / f"{model}-x{compression[:-1]}-fast.json").read_text())
+        assert all(row[name]["mean"] == run["top1"][name]["mean"] for name in DEEP)
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if "fast" in name])
