@@ -10,40 +10,31 @@ in each run's folder, in RUN/one-shot, so an interrupted run goes on. CIFAR-10 i
 import argparse
 import json
 from collections import defaultdict
-from functools import cache
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from frontier import over_seeds
-from gsm_sgd.experiments import data, models
 from gsm_sgd.experiments.environment import environment
 from gsm_sgd.experiments.loop import evaluate
 from gsm_sgd.experiments.observers import ProgressBars
 from gsm_sgd.experiments.prune import Job, plain_sgd, train_stage
 from gsm_sgd.experiments.recipes import Recipe
 from gsm_sgd.experiments.rundir import RunFolder, read_weights
-from gsm_sgd.experiments.splits import Dataset
+from gsm_sgd.export.rebuild import build, load_data
 from gsm_sgd.masks import apply_masks_, magnitude_masks, prunable_parameters
 from gsm_sgd.reports.runs import read_run
 
 CPU = torch.device("cpu")
 
 
-@cache
-def dataset_of(name: str, holdout: int) -> Dataset:
-    """Return what a run trained on and measured accuracy on, loaded once for all of them."""
-    dataset = data.load(name)
-    return dataset.hold_out(holdout) if holdout else dataset
-
-
-def one_shot(path: Path, recipe: Recipe, dataset: Dataset) -> dict[str, float]:
+def one_shot(path: Path, recipe: Recipe) -> dict[str, float]:
     """Return the accuracies, in percent, of a run's base net after the cut and after training on with the mask."""
     with RunFolder(path / "one-shot", recipe) as folder:
         if not folder.finished:
-            model = models.build(recipe.model, recipe.seed, dataset.classes)
-            model.load_state_dict(read_weights(path / "base.safetensors"))
+            dataset = load_data(recipe, None)
+            model = build(recipe, read_weights(path / "base.safetensors"), dataset.classes)
             prunable = prunable_parameters(model)
             masks = magnitude_masks(prunable, recipe.compression)
             apply_masks_(prunable, masks)
@@ -71,10 +62,9 @@ def main() -> None:
         if run.result is None or "base" not in run.result["top1"]:
             parser.error(f"{path} is not a finished run with a base net")
         recipe = Recipe.from_dict(run.recipe)
-        top1 = run.result["top1"] | one_shot(path, recipe, dataset_of(recipe.dataset, recipe.holdout))
-        for name, value in top1.items():
-            epochs = f"{recipe.base.epochs} + {recipe.gsm.epochs} epochs"
-            figures[f"{recipe.model} {recipe.compression:g}x, {epochs}"][name].append(value)
+        title = f"{recipe.model} {recipe.compression:g}x, {recipe.base.epochs} + {recipe.gsm.epochs} epochs"
+        for name, value in (run.result["top1"] | one_shot(path, recipe)).items():
+            figures[title][name].append(value)
     cells = {key: {name: over_seeds(values) for name, values in row.items()} for key, row in figures.items()}
     for key, row in cells.items():
         print(key, *(f"{name} {cell['mean']:.2f} ± {cell['std'] or 0:.2f}" for name, cell in row.items()), sep="  ")
