@@ -1,10 +1,11 @@
-"""One-shot magnitude pruning of the base nets of finished runs, beside what GSM made of them.
+"""One-shot magnitude pruning of the base nets of runs, beside what GSM made of them.
 
     python benchmarks/one_shot.py RUN... [--threads N] [--json FILE]
 
 The base net of each run is cut to the run's compression ratio by magnitude, all layers together, and measured; then it
 is trained on with the mask, for as many epochs as GSM took and with its learning rates. What is finished is found again
-in each run's folder, in RUN/one-shot, so an interrupted run goes on. CIFAR-10 is looked for in $GSM_DATA.
+in each run's folder, in RUN/one-shot, so an interrupted run goes on. That needs the base net only, so it may run beside
+`gsm prune`; the figures need the finished run. CIFAR-10 is looked for in $GSM_DATA.
 """
 
 import argparse
@@ -50,20 +51,25 @@ def one_shot(path: Path, recipe: Recipe) -> dict[str, float]:
 def main() -> None:
     """Run what is not there yet, print means over the runs of a compression ratio, and write them down if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished `gsm prune` runs with a base net")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of `gsm prune` runs with a base net")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
+    for path in options.runs:
+        if not (path / "base.safetensors").exists():
+            parser.error(f"{path} has no base net yet")
+    cut = {path: one_shot(path, Recipe.from_dict(read_run(path).recipe)) for path in options.runs}
+
     figures: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for path in options.runs:
         run = read_run(path)
-        if run.result is None or "base" not in run.result["top1"]:
-            parser.error(f"{path} is not a finished run with a base net")
+        if run.result is None:
+            parser.error(f"{path} is not over yet: go on with its `gsm prune`, then give this command again")
         recipe = Recipe.from_dict(run.recipe)
         title = f"{recipe.model} {recipe.compression:g}x, {recipe.base.epochs} + {recipe.gsm.epochs} epochs"
-        for name, value in (run.result["top1"] | one_shot(path, recipe)).items():
+        for name, value in (run.result["top1"] | cut[path]).items():
             figures[title][name].append(value)
     cells = {key: {name: over_seeds(values) for name, values in row.items()} for key, row in figures.items()}
     for key, row in cells.items():
