@@ -26,6 +26,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.platform(),
         "processor": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # AVX2 and AVX512 round differently
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "processes": ranks.size(),

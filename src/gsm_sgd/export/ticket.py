@@ -76,6 +76,7 @@ def save_ticket(folder: Path, method: str = "gsm", out: Path | None = None) -> s
     trained = read_weights(folder / f"{TRAINED[method]}.safetensors")
     names = [layer["name"] for layer in result["layers"]]
     process = run.processes[-1] if run.processes else {}
+    machine = [f"torch {result['torch']}", process.get("processor", result["device"]), process.get("instructions")]
     ticket = Ticket(
         masks=magnitude_masks({name: trained[name] for name in names}, result["compression"]),
         recipe=run.recipe,
@@ -84,7 +85,7 @@ def save_ticket(folder: Path, method: str = "gsm", out: Path | None = None) -> s
         trained=tensors_hash(read_weights(folder / f"ticket-{method}.safetensors")),
         top1=result["top1"][f"ticket_{method}"],
         threads=process.get("threads", torch.get_num_threads()),
-        machine=f"torch {result['torch']}, {process.get('processor', result['device'])}",
+        machine=", ".join(filter(None, machine)),
     )
     out = out or folder / f"ticket-{method}.ticket.safetensors"
     write_ticket(out, ticket)

@@ -15,8 +15,8 @@ from .blocks import Block, Group, Picture, Table, listed, tried
 from .figures import Bar
 
 _OF_A_PROCESS = (
-    *("command", "commit", "version", "torch", "python", "processor", "cores", "threads", "processes", "device"),
-    *("started", "system"),
+    *("command", "commit", "version", "torch", "python", "processor", "instructions", "cores", "threads", "processes"),
+    *("device", "started", "system"),
 )
 _KIB = 1024
 _BY_PARTS = "values and positions"
