@@ -190,7 +190,9 @@ def test_sizes_and_inference_stand_in_the_readme():
     assert not record["environment"]["commit"].endswith("-dirty")
     readme = (ROOT / "README.md").read_text()
     for row in record["rows"]:
-        assert row["float16"]["top1"] == row["float32"]["top1"] == row["top1"], "the README says so"
+        assert row["float32"]["top1"] == row["top1"]
+        images = 1 if row["run"].startswith("resnet56") else 0  # of 10,000, the README says so
+        assert row["top1"] - row["float16"]["top1"] == pytest.approx(images / 100)
         shown = [f"{row['top1']:.2f}", f"{row['dense_bytes']:,}", f"{row['xz_bytes']:,}"]
         for values in ("float32", "float16"):
             size = row[values]["bytes"]
