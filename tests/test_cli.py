@@ -58,7 +58,8 @@ def test_folders_and_pictures(runs):
             assert head.startswith(b"\x89PNG") if name.endswith("png") else b"<svg" in head or b"<?xml" in head
         (process,) = json.loads((run / "environment.json").read_text())["processes"]
         assert process["version"] == __version__
-        assert {"command", "commit", "torch", "processor", "instructions", "threads", "device"} <= set(process)
+        assert {"command", "commit", "torch", "processor", "cores", "threads", "device", "started"} <= set(process)
+        assert process["instructions"] == torch.backends.cpu.get_cpu_capability()
         stages = {path.name for path in (run / "tensorboard").iterdir()}
         assert stages == {"base", "gsm", "ticket-gsm", "ticket-magnitude"}
 
