@@ -68,6 +68,21 @@ def test_results_stand_in_the_readme(name):
             assert {"command", "torch", "processor", "cores", "threads"} <= set(process)
 
 
+def test_that_the_instruction_set_decides_stands_in_the_readme():
+    """The same seeds give the same nets under the same instruction set on another machine, and others under another."""
+
+    names = ("lenet300-x60-fast-24", "instructions-avx2", "instructions-avx512")
+    first, same, other = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
+    assert same["seeds"] == other["seeds"] == first["seeds"][:3] == [0, 1, 2]
+    for there, here, differs in zip(first["runs"][:3], same["runs"], other["runs"], strict=True):
+        assert (here["top1"], here["layers"]) == (there["top1"], there["layers"])
+        assert differs["layers"] != here["layers"]
+    one, two = (cells(record["top1"], ["pruned"]) for record in (other, same))
+    assert f"they end at {one} in place of {two}" in (ROOT / "README.md").read_text()
+    for record, instructions in ((same, "AVX2"), (other, "AVX512")):
+        assert {process["instructions"] for run in record["processes"] for process in run} == {instructions}
+
+
 @pytest.mark.parametrize("name", ["epoch-lenet300", "epoch-lenet5"])
 def test_speeds_stand_in_the_readme(name):
     rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
