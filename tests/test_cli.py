@@ -388,6 +388,19 @@ def test_a_net_trained_elsewhere_is_pruned_without_a_base_training(runs, tmp_pat
     assert (run / "density.png").exists()
 
 
+def test_each_seed_is_pruned_from_its_own_base_net(runs, tmp_path, capsys):
+    out, record = tmp_path / "out", tmp_path / "both.json"
+    words = ["prune", "lenet300", *SHORT, "--seeds", "0,1", "--weights", str(tmp_path / "{seed}.safetensors")]
+    for seed, theirs in enumerate(runs):
+        said = fails(capsys, *words, "--out", out)
+        assert f"weights {tmp_path / str(seed)}.safetensors do not exist" in said
+        shutil.copy(theirs / "base.safetensors", tmp_path / f"{seed}.safetensors")
+    assert cli.run([*words, "--out", str(out)]) == 0
+    assert cli.run(["show", *map(str, sorted(out.iterdir())), "--json", str(record)]) == 0
+    pruned = [run["top1"]["pruned"] for run in json.loads(record.read_text())["runs"]]
+    assert pruned == [json.loads((theirs / "result.json").read_text())["top1"]["pruned"] for theirs in runs]
+
+
 def test_weights_are_needed_once(runs, tmp_path):
     base = tmp_path / "base.safetensors"
     shutil.copy(runs[0] / "base.safetensors", base)

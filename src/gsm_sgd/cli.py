@@ -5,7 +5,7 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import fields, replace
 from pathlib import Path
@@ -159,9 +159,9 @@ def _plan(command: str, options: Namespace, device: torch.device) -> dict[Path, 
                 "a lottery trains its base net from the ticket's initialisation: leave out --weights, or set it to "
                 "null if the recipe has some"
             )
-        given = is_torchvisions(recipe.weights) or Path(recipe.weights).is_file()
-        if not given and not _have_base_nets(planned):
-            raise UsageError(f"weights {recipe.weights} do not exist: give a file, or torchvision")
+        for source in _base_nets_to_load(planned):
+            if not is_torchvisions(source) and not Path(source).is_file():
+                raise UsageError(f"weights {source} do not exist: give a file, or torchvision")
     _check_optimizer(recipe.scaled(options.epochs_scale))
     for path, seeded in planned.items():
         refuse_other_recipe(path, seeded)
@@ -201,12 +201,14 @@ def _check_net(planned: Mapping[Path, Recipe], classes: int) -> None:
     recipe = next(iter(planned.values()))
     model = models.build(recipe.model, recipe.seed, classes)
     models.check_fits(model, recipe.model, recipe.dataset, data.IMAGE_SHAPES[recipe.dataset], classes)
-    if recipe.weights is not None and not _have_base_nets(planned):
-        load_pretrained(model, recipe.model, recipe.weights)
+    for source in _base_nets_to_load(planned):
+        load_pretrained(model, recipe.model, source)
 
 
-def _have_base_nets(planned: Iterable[Path]) -> bool:
-    return all((path / "base.safetensors").exists() for path in planned)
+def _base_nets_to_load(planned: Mapping[Path, Recipe]) -> list[str]:
+    """Return where runs have their base nets from, each place once, without what they have copied already."""
+    missing = (recipe.pretrained for path, recipe in planned.items() if not (path / "base.safetensors").exists())
+    return list(dict.fromkeys(source for source in missing if source is not None))
 
 
 def _recipe(options: Namespace) -> Recipe:

@@ -93,8 +93,8 @@ def initial_net(job: Job) -> nn.Module:
 
 def train_base(job: Job, model: nn.Module) -> float:
     """Train an initial net by plain SGD, or load the weights given, and return its accuracy in percent."""
-    if job.recipe.weights is not None and not job.run.has_weights("base"):
-        load_pretrained(model, job.recipe.model, job.recipe.weights)
+    if job.recipe.pretrained is not None and not job.run.has_weights("base"):
+        load_pretrained(model, job.recipe.model, job.recipe.pretrained)
         job.run.save_weights("base", model)
     train_stage(job, "base", model, job.recipe.base, plain_sgd(model, job.recipe.base))
     return evaluate(model, job.data.test)

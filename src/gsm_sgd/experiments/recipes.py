@@ -85,8 +85,9 @@ class Recipe:
         base: training of the base net, and of a ticket.
         gsm: training with GSM.
         compression: C; of N prunable weights floor(N / C) are kept.
-        weights: file of a base net that was trained elsewhere, safetensors or a state dict that torch has saved; or
-            "torchvision", "torchvision:NAME" for torchvision's of its networks. Then no base net is trained.
+        weights: file of a base net that was trained elsewhere, safetensors or a state dict that torch has saved, where
+            {seed} in its name is the run's seed; or "torchvision", "torchvision:NAME" for torchvision's of its
+            networks. Then no base net is trained.
         start: what GSM training starts from: the base net, or its initialisation, without training a base net.
         ramp: share of GSM training in which the compression ratio rises from 1 to C, by the cubic rule.
         cut: share of GSM training after which passive weights are cut; the rest trains the kept weights alone.
@@ -129,6 +130,11 @@ class Recipe:
         if not (math.isfinite(factor) and factor > 0):
             raise UsageError(f"epochs-scale must be a finite number above 0, not {factor}")
         return replace(self, base=self.base.scaled(factor), gsm=self.gsm.scaled(factor))
+
+    @property
+    def pretrained(self) -> str | None:
+        """Where this seed's base net comes from, if it is not trained here."""
+        return None if self.weights is None else self.weights.replace("{seed}", str(self.seed))
 
     @property
     def cut_epoch(self) -> int:
