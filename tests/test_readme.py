@@ -35,6 +35,7 @@ RUNS = {
     "lenet5-x300-fast-24": PRUNE,
     "lenet300-x100-fast": PRUNE,
     "lenet300-x200-fast": PRUNE,
+    "resnet20-x6.6-fast-12": DEEP,
     "resnet20-x10-fast": DEEP,
     "resnet56-x10-fast-12": DEEP,
 }
