@@ -37,6 +37,7 @@ RUNS = {
     "lenet300-x200-fast": PRUNE,
     "resnet20-x6.6-fast-12": DEEP,
     "resnet20-x10-fast": DEEP,
+    "resnet20-x20-fast-12": DEEP,
     "resnet56-x10-fast-12": DEEP,
 }
 
