@@ -112,6 +112,19 @@ def test_choice_equals_a_stable_sort(small, problem):
             check_choice(*problem)
 
 
+@pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("small", [0, 2**22])
+def test_importances_keep_the_precision_of_their_weights_among_wider_ones(small, narrow, monkeypatch):
+    """Float64 has numbers between an importance in float32 and the product that was rounded to it."""
+    monkeypatch.setattr(fused, "_SMALL", small)
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.rand(size, generator=generator).to(dtype) for size, dtype in ((40, narrow), (9, torch.float64))]
+    grads = [torch.rand(weight.shape, generator=generator).to(weight.dtype) for weight in weights]
+    with torch.compiler.set_stance("force_eager"):
+        for k in range(1, 49):
+            check_choice(weights, grads, k)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("share", [1e-4, 0.02, 0.3, 0.97])
 def test_choice_among_many_where_one_sample_misleads(kind, share, monkeypatch):

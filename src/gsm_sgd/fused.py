@@ -236,7 +236,12 @@ class _ComputedScores:
                     torch.index_select(source, 0, mine, out=place)
                 else:
                     place.copy_(source.index_select(0, mine))
-        return several, weights.mul_(grads).abs_()
+        scores = weights.mul_(grads).abs_()
+        for number, _, place in _pieces(several, scores):
+            own = score_dtype([self._weights[number]])
+            if own != self._dtype:  # an importance is of its own weight's precision; the wide product was exact
+                place.copy_(place.to(own))
+        return several, scores
 
 
 def _pieces(several: list[tuple[int, Tensor, int]], gathered: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
