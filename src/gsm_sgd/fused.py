@@ -237,10 +237,9 @@ class _ComputedScores:
                 else:
                     place.copy_(source.index_select(0, mine))
         scores = weights.mul_(grads).abs_()
-        for number, _, place in _pieces(several, scores):
-            own = score_dtype([self._weights[number]])
-            if own != self._dtype:  # an importance is of its own weight's precision; the wide product was exact
-                place.copy_(place.to(own))
+        if self._dtype != torch.float32:  # others' importances may be float32, to which the exact product is rounded
+            for number, _, place in _pieces(several, scores):
+                place.copy_(place.to(score_dtype([self._weights[number]])))
         return several, scores
 
 
