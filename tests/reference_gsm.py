@@ -9,6 +9,12 @@ import torch
 from torch import Tensor
 
 
+def naive_active(scores: list[Tensor], k: int) -> list[Tensor]:
+    """Return masks of the k largest scores, of which only those above zero count."""
+    masks = naive_top(scores, k)
+    return [mask & (score > 0) for mask, score in zip(masks, scores, strict=True)]
+
+
 def naive_top(scores: list[Tensor], k: int) -> list[Tensor]:
     """Return masks of the k largest scores by a stable sort of all of them."""
     flat = [value for score in scores for value in score.reshape(-1).tolist()]
@@ -35,7 +41,7 @@ class NaiveGSM:
     @torch.no_grad()
     def step(self):
         prunable = [p for p in self.params if p.ndim >= 2]
-        masks = iter(naive_top([(p * p.grad).abs() for p in prunable], self.kept))
+        masks = iter(naive_active([(p * p.grad).abs() for p in prunable], self.kept))
         for w, z in zip(self.params, self.z, strict=True):
             b = next(masks) if w.ndim >= 2 else torch.ones_like(w, dtype=torch.bool)
             eta = torch.full_like(w, self.passive_eta).masked_fill(b, self.eta)

@@ -1,6 +1,8 @@
 import math
+from fractions import Fraction
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -155,13 +157,25 @@ def test_nothing_to_select():
 
 @given(st.integers(1, 10**12), st.floats(1, 1e6))
 def test_kept_weights_is_the_floor(num_weights, compression):
-    if num_weights < compression:
+    exact = Fraction(num_weights) / Fraction(compression)
+    if exact < 1 - Fraction(1, 10**12):
         with pytest.raises(ValueError, match="leaves none"):
             kept_weights(num_weights, compression)
     else:
         kept = kept_weights(num_weights, compression)
-        assert 1 <= kept <= num_weights
-        assert kept == math.floor(num_weights / compression)
+        assert kept in (math.floor(exact), math.floor(exact * (1 + Fraction(1, 10**15))))
+        assert type(kept) is int
+
+
+@given(st.integers(1, 10**12), st.data())
+def test_a_ratio_that_was_divided_out_keeps_what_was_meant(num_weights, data):
+    kept = data.draw(st.integers(1, num_weights))
+    assert kept_weights(num_weights, num_weights / kept) == kept
+
+
+def test_a_ratio_that_was_computed_from_a_sparsity_keeps_what_was_meant():
+    assert kept_weights(1_000, 1 / (1 - 0.9)) == 100
+    assert kept_weights(1_000, np.float32(10)) == 100
 
 
 def test_kept_weights_of_the_paper():

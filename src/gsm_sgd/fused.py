@@ -30,7 +30,7 @@ from .passes import (
     update_,
     update_masked_,
 )
-from .rule import EagerRule, Finder, Kernel, Part, all_params, dense_stride
+from .rule import HALF, EagerRule, Finder, Kernel, Part, all_params, dense_stride, update_half_
 from .selection import (
     ROW,
     Cut,
@@ -47,6 +47,7 @@ from .selection import (
 _SMALL = 2**22  # importances; so few are stored, as it takes time to look at some of each tensor
 _GRID = (-2.0, -0.5, -0.125, -0.03, 0.0, 0.03, 0.125, 0.5, 2.0)  # log2 of where to look, from the last threshold
 _CHUNK = 2**20  # importances that are computed at a time where a few are looked for
+_SETS = 8  # of parameters that have gradients together: so often torch compiles a function anew
 _FINE = 1.1  # ratio of two values between which importances are taken to lie evenly
 
 
@@ -61,30 +62,66 @@ class FusedRule:
         self._update = Compiled(update_)
         self._update_masked = Compiled(update_masked_)
         self._hints = _Hints()
-        self.memory = torch.empty(0)  # nothing is kept from step to step
+        self._eager = EagerRule(Kernel(None, None))  # for what is not compiled
+        self._sets: set[tuple[int, ...]] = set()
+
+    @property
+    def memory(self) -> Tensor:
+        """What is kept from step to step: nothing, unless steps were taken that could not be compiled."""
+        return self._eager.memory
+
+    @memory.setter
+    def memory(self, memory: Tensor) -> None:
+        self._eager.memory = memory
 
     def update_(self, parts: Sequence[Part], find: Finder, check_finite: Callable[[], None]) -> None:
         """Update weights and momenta in place; see `EagerRule.update_`."""
         weights, grads, _ = lists = _lists(parts)
         _refuse_gaps(weights)
+        if not self._compiles_for(parts):
+            return self._eager.update_(parts, find, check_finite)
         try:
             cut = find(partial(self._scores_of, weights, grads), False)
+            self._hints.threshold = cut.value
+            thresholds = cut.value.repeat(len(weights))
+            if cut.tensor + 1 < len(weights):
+                thresholds[cut.tensor + 1 :] = _next_larger(cut.value)
+            if any(weight.dtype in HALF for weight in weights):
+                return self.update_masked_(parts, _masks(weights, grads, thresholds, cut))
+            passive = _passive_values(parts, cut)
+            self._update(*lists, thresholds, *_settings(parts))
         except NotFiniteError:
             check_finite()
-            return EagerRule(Kernel(None, None)).update_(parts, find, check_finite)
-        self._hints.threshold = cut.value
-        thresholds = cut.value.repeat(len(weights))
-        if cut.tensor + 1 < len(weights):
-            thresholds[cut.tensor + 1 :] = _next_larger(cut.value)
-        passive = _passive_values(parts, cut)
-        self._update(*lists, thresholds, *_settings(parts))
+            return self._eager.update_(parts, find, check_finite)
         for tensor, values in passive:
             tensor[cut.surplus] = values
+        return None
 
     def update_masked_(self, parts: Sequence[Part], masks: Sequence[Tensor]) -> None:
         """Update weights and momenta in place, where the active weights are those of bool masks."""
-        weights, grads, momenta = _lists(parts)
-        self._update_masked(weights, grads, momenta, list(masks), *_settings(parts))
+        kept, full_parts = [], []
+        for part in parts:
+            mine, masks = masks[: len(part.params)], masks[len(part.params) :]
+            full, half = part.by_precision()
+            update_half_(part.only(half), [mine[number] for number in half])
+            if full:
+                kept += [mine[number] for number in full]
+                full_parts.append(part.only(full))
+        if full_parts and self._compiles_for(full_parts):
+            self._update_masked(*_lists(full_parts), kept, *_settings(full_parts))
+        else:
+            self._eager.update_masked_(full_parts, kept)
+
+    def decay_(self, part: Part) -> None:
+        """Update parameters of which all weights are passive."""
+        self._eager.decay_(part)
+
+    def _compiles_for(self, parts: Sequence[Part]) -> bool:
+        """Return whether to compile for these parameters: not where too many sets of them take turns."""
+        params = tuple(id(owner) for part in parts for owner in part.owners)
+        if params not in self._sets and len(self._sets) < _SETS:
+            self._sets.add(params)
+        return params in self._sets
 
     def _scores_of(self, weights: Tensors, grads: Tensors, numbers: Sequence[int]) -> Scores:
         """Return the scores of some weights; if they are not all, without compiling anything for them."""
@@ -263,6 +300,17 @@ def _singles(top: Tensor, inside: Tensor, total: Tensor) -> tuple[int, Tensor, T
 
 
 # --- helpers ---
+
+
+def _masks(weights: Tensors, grads: Tensors, thresholds: Tensor, cut: Cut) -> list[Tensor]:
+    """Return which weights are active, as bool tensors."""
+    masks = []
+    for number, (weight, grad, threshold) in enumerate(zip(weights, grads, thresholds.unbind(), strict=True)):
+        mask = torch.empty_like(weight, dtype=torch.bool)  # lies in memory as the weight does
+        masks.append(torch.ge(importance(weight, grad).to(threshold.dtype), threshold, out=mask))
+        if number == cut.tensor:
+            flattened(mask, weight)[cut.surplus] = False
+    return masks
 
 
 def _passive_values(parts: Sequence[Part], cut: Cut) -> list[tuple[Tensor, Tensor]]:

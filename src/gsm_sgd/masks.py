@@ -4,6 +4,7 @@ Masks are bool tensors, True where a weight is kept, in a dict: keyed by paramet
 the prunable parameters where names are not known. Of weights that are DTensors they are DTensors, spread alike.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .selection import NotFiniteError, StoredScores, kept_weights, score_dtype, select_top
+from .selection import StoredScores, kept_weights, score_dtype, select_top
 from .sharded import Shards, cut_out, here, is_dtensor, spread_as
 
 Masks = dict[str, Tensor] | dict[int, Tensor]
@@ -29,9 +30,14 @@ class LayerSparsity(NamedTuple):
 
 
 def is_prunable(parameter: Tensor, group: Mapping[str, Any] | None = None) -> bool:
-    """Return whether the rule governs a parameter: as its group's `prunable` says, else if `ndim >= 2`."""
+    """Return whether a parameter may be pruned: as its group's `prunable` says, else if `ndim >= 2`."""
     chosen = group.get("prunable") if group else None
     return parameter.ndim >= 2 if chosen is None else bool(chosen)
+
+
+def is_governed(parameter: Tensor, group: Mapping[str, Any]) -> bool:
+    """Return whether the rule governs a parameter of a group now: it is prunable, and not frozen."""
+    return parameter.requires_grad and is_prunable(parameter, group)
 
 
 def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -58,10 +64,16 @@ def magnitude_masks(parameters: Mapping[_Key, Tensor], compression: float) -> di
         Bool masks with the keys and shapes of `parameters`, exactly floor(N / C) True in all; DTensors of DTensors.
 
     Raises:
-        ValueError: C is below 1, not finite, or leaves no weight.
+        ValueError: C is below 1, not finite, or leaves no weight; or a parameter contains NaN.
     """
     kept = kept_weights(sum(parameter.numel() for parameter in parameters.values()), compression)
     weights = list(parameters.values())
+    nan = [bool(here(weight).isnan().any()) for weight in weights]
+    if any(is_dtensor(weight) for weight in weights):
+        nan = [total > 0 for total in Shards(weights).totals(nan)]
+    if any(nan):
+        name = list(parameters)[nan.index(True)]
+        raise ValueError(f"parameter {name!r} contains NaN, so nothing can be kept by magnitude: training has diverged")
     if any(is_dtensor(weight) for weight in weights):
         masks = _sharded_masks(weights, kept)
     else:
@@ -77,11 +89,7 @@ def _sharded_masks(weights: list[Tensor], kept: int) -> list[Tensor]:
     if kept == len(shards):
         return [torch.ones_like(weight, dtype=torch.bool) for weight in weights]
     flat = [score.view(-1) for score in scores]
-    suspect = any(bool(score.isnan().any()) for score in flat)
-    try:
-        cut = shards.find_cut(lambda numbers: StoredScores([flat[number] for number in numbers]), kept, suspect)
-    except NotFiniteError as error:
-        raise ValueError("weights contain NaN") from error
+    cut = shards.find_cut(lambda numbers: StoredScores([flat[number] for number in numbers]), kept, suspect=False)
     masks = [mask.view(score.shape) for mask, score in zip(cut.masks(flat), scores, strict=True)]
     return [spread_as(weight, mask) for weight, mask in zip(weights, masks, strict=True)]
 
@@ -95,6 +103,22 @@ def apply_masks_(parameters: Mapping[str, Tensor] | Mapping[int, Tensor], masks:
     """
     for parameter, mask in _matched(parameters, masks):
         here(parameter).masked_fill_(~mask, 0)
+
+
+@torch.no_grad()
+def residual(parameters: Mapping[Any, Tensor], masks: Mapping[Any, Tensor]) -> float:
+    """Return what share of the weights' L2 norm lies outside masks with the same keys: what a cut would take."""
+    weights = list(parameters.values())
+    outside = [here(weight).masked_fill(here(masks[key]), 0) for key, weight in parameters.items()]
+    squares = [
+        float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+        for tensor in (*outside, *(here(weight) for weight in weights))
+    ]
+    lost, whole = squares[: len(weights)], squares[len(weights) :]
+    if any(is_dtensor(weight) for weight in weights):
+        shards = Shards(weights)
+        lost, whole = shards.totals(lost), shards.totals(whole)
+    return math.sqrt(sum(lost) / sum(whole)) if sum(whole) else 0.0
 
 
 def freeze(optimizer: Optimizer, masks: Masks) -> RemovableHandle:
@@ -129,6 +153,32 @@ def freeze(optimizer: Optimizer, masks: Masks) -> RemovableHandle:
     return optimizer.register_step_post_hook(zero_)
 
 
+class _Handles:
+    def __init__(self, handles):
+        self._handles = handles
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def mask_gradients(pairs):
+    """Keep the gradients zero where masks do not keep the weight."""
+
+    def hook_of(mask):
+        @torch.no_grad()
+        def hook(param):
+            grad = param.grad
+            if grad is not None:
+                here(grad).masked_fill_(~mask, 0)
+
+        return hook
+
+    return _Handles(
+        [param.register_post_accumulate_grad_hook(hook_of(mask)) for param, mask in pairs if param.requires_grad]
+    )
+
+
 def sparsity_table(model: nn.Module) -> list[LayerSparsity]:
     """Return a row (name, shape, params, nonzeros) for each prunable parameter, in model order."""
     return sparsity_rows(prunable_parameters(model))
@@ -141,7 +191,7 @@ def sparsity_rows(weights: Mapping[str, Tensor]) -> list[LayerSparsity]:
     """
     counts = [int(here(weight.detach()).count_nonzero()) for weight in weights.values()]
     if any(is_dtensor(weight) for weight in weights.values()):
-        counts = Shards(list(weights.values())).totals(counts)
+        counts = [int(total) for total in Shards(list(weights.values())).totals(counts)]
     return [
         LayerSparsity(name, tuple(weight.shape), weight.numel(), count)
         for (name, weight), count in zip(weights.items(), counts, strict=True)
@@ -178,3 +228,9 @@ def _matched(parameters: Mapping[str, Tensor] | Mapping[int, Tensor], masks: Mas
         if parameter.shape != mask.shape:
             raise ValueError(f"mask {key!r} has shape {tuple(mask.shape)}, its parameter {tuple(parameter.shape)}")
     return [(param, cut_out(param, mask).to(here(param).device, torch.bool)) for _, param, mask in pairs]
+
+
+def bare_name(name: str) -> str:
+    """Return a parameter's name without what torch.compile, DistributedDataParallel and DataParallel put into it."""
+    *modules, last = name.split(".")
+    return ".".join([*(module for module in modules if module not in ("_orig_mod", "module")), last])

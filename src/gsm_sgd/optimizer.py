@@ -13,7 +13,9 @@ before the cut B may stay as it is for some steps, in which the passive weights 
 last steps, which then train the kept weights alone.
 """
 
+import math
 import warnings
+import weakref
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -23,12 +25,23 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
+from torch.utils.hooks import RemovableHandle
 
 from .budget import PassiveWeight, cubic_compression
 from .fused import FusedRule
-from .groups import check_hyperparameters, deadline, passive_decay, vanishes
-from .masks import Masks, apply_masks_, is_prunable, magnitude_masks, named_in, prunable_in
-from .rule import EagerRule, Kernel, Part, all_params, laid_out_as
+from .groups import check_hyperparameters, check_lr, deadline, passive_decay, settle, why_passive_weights_stay
+from .masks import (
+    Masks,
+    apply_masks_,
+    is_governed,
+    magnitude_masks,
+    mask_gradients,
+    named_in,
+    prunable_in,
+    residual,
+    sparsity_rows,
+)
+from .rule import EagerRule, Kernel, Part, laid_out_as
 from .selection import Cut, NotFiniteError, ScoresOf, check_compression, find_cut, kept_weights
 from .sharded import (
     Shards,
@@ -41,12 +54,17 @@ from .sharded import (
     several_processes,
     spread_as,
 )
+from .states import UNSUPPORTED, check_parameters, check_supported, in_order_of, plain
 
-_OF_THE_MODEL = (
-    *("compression", "total_steps", "shrink_to", "compression_schedule", "ramp_steps", "fade_steps", "cut_step"),
-    *("steps", "fading", "fixed"),
-)
+_SCHEDULE = ("compression", "total_steps", "shrink_to", "compression_schedule", "ramp_steps", "fade_steps", "cut_step")
+_OF_THE_MODEL = (*_SCHEDULE, "steps", "fading", "fixed")
 _OF_A_GROUP = ("lr", "momentum", "weight_decay", "passive_decay", "nesterov", "prunable")
+_OF_THE_OBJECT = ("foreach", "fused", "check_ranks")
+_LOSSLESS = 0.01  # share of the weights' norm that a cut may take without a warning
+
+
+class CutWarning(UserWarning):
+    """The cut costs accuracy, or is about to: passive weights have not vanished, a layer keeps nothing, or no cut."""
 
 
 class NonFiniteGradientError(ArithmeticError):
@@ -56,14 +74,18 @@ class NonFiniteGradientError(ArithmeticError):
 class GSM(Optimizer):
     """Train so that all prunable weights but exactly Q = floor(N / C) shrink to nothing.
 
-    A drop-in for `torch.optim.SGD`, which it equals bit for bit at `compression=1`. Call `finalize()` when
-    training is over to cut the passive weights; whatever is trained after that keeps them at exactly zero.
+    Mirrors `torch.optim.SGD`, which it equals bit for bit at `compression=1`. Call `finalize()` when training is over
+    to cut the passive weights; whatever is trained after that keeps them at exactly zero. A `CutWarning` says when a
+    cut costs accuracy.
+
+    A parameter with `requires_grad=False` stays as it is and does not count in N. If parameters are frozen or unfrozen
+    while training, N and Q follow at the next step, until the masks are fixed. A weight is active only if its
+    importance is above zero, even if fewer than Q are.
 
     Args:
         params: parameters, named parameters, or groups of either, as for `torch.optim.SGD`. The group key
             `prunable` says whether the rule applies to a group; by default it applies to each parameter with
-            `ndim >= 2`. The others are trained by plain momentum SGD. Leave frozen parameters out: without a
-            gradient a prunable one is passive, so it decays.
+            `ndim >= 2`. The others are trained by plain momentum SGD.
         lr: learning rate alpha.
         compression: C, one number for the whole model: of N prunable weights floor(N / C) are kept.
         momentum: beta, in [0, 1). The higher, the faster passive weights shrink: a weight that stays passive
@@ -88,11 +110,18 @@ class GSM(Optimizer):
         foreach, fused: which implementation to use; None is the quickest that needs no compiler. `fused=True` is
             compiled at the first step, in up to minutes for a large model, and then needs almost no memory of its
             own; other values are handed on to torch's SGD. None of it changes which weights are active.
-        check_ranks: whether to compare, before each step, weights and gradients over all processes of the default
-            process group, for finding mistakes: under DistributedDataParallel they are the same bits on each.
+        check_ranks: what to compare over all processes of the default process group. By default the settings, once,
+            before the first step. True also compares weights and gradients, before each step, for finding mistakes:
+            under DistributedDataParallel they are the same bits on each. False compares nothing, for processes that
+            train different models.
+
+    A loaded state brings its own schedule, that is everything from `compression` to `cut_step`, with a warning where
+    it is not the one given here; to train longer, set it in `param_groups` after loading. `foreach`, `fused` and
+    `check_ranks` stay as given here. A state is matched by the parameters' names where both sides have them.
 
     Raises:
-        ValueError: a hyperparameter is out of range, nothing is prunable, or a parameter is given twice.
+        ValueError: a hyperparameter is out of range, nothing is prunable, a parameter is given twice, is complex, has
+            no data yet, or is a part of a weight, as weight norm has them.
             With `fused=True` a step raises RuntimeError where nothing can be compiled.
     """
 
@@ -114,9 +143,8 @@ class GSM(Optimizer):
         cut_step: int | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
-        check_ranks: bool = False,
+        check_ranks: bool | None = None,
     ) -> None:
-        check_compression(compression)
         if foreach and fused:
             raise ValueError("foreach and fused cannot both be True")
         if compression_schedule != "cubic":
@@ -126,7 +154,7 @@ class GSM(Optimizer):
         elif ramp_steps is None and total_steps is not None:
             ramp_steps = round(0.4 * (total_steps if cut_step is None else min(total_steps, cut_step)))
         self._schedule = compression_schedule if callable(compression_schedule) else None
-        defaults = {
+        defaults: dict[str, Any] = {
             "lr": lr,
             "compression": compression,
             "momentum": momentum,
@@ -142,29 +170,29 @@ class GSM(Optimizer):
             "steps": 0,
             "fading": False,
             "fixed": False,
+            "base_lr": 0.0,
             "highest_lr": 0.0,
             "passive_weight": tuple(PassiveWeight()),  # one since the ramp's end, or the fade's beginning, 1 then
             "prunable": None,
             "foreach": foreach,
             "fused": fused,
             "check_ranks": check_ranks,
+            **UNSUPPORTED,
         }
+        settle(defaults)
+        check_compression(defaults["compression"])
         self._choose_rule(foreach, fused)
         self._shards: Shards | None = None
         self._agreed = False  # whether all processes are known to go by the same numbers
+        self._hooks: RemovableHandle | None = None  # keep gradients of cut weights at zero
         super().__init__(params, defaults)
         if self.num_prunable == 0:
             raise ValueError("nothing to prune: GSM needs a parameter with ndim >= 2, or a prunable group")
         kept_weights(self.num_prunable, compression)
-        slow = [group for group in self.param_groups if _governs(group) and not vanishes(group)]
-        if compression > 1 and slow:
-            if slow[0]["passive_decay"] != "auto":
-                reason = "passive weights never shrink where weight_decay and passive_decay are both 0"
-            elif slow[0]["fade_steps"]:
-                reason = "fade_steps are too few for passive weights to shrink; take more, or a lower momentum"
-            else:
-                reason = "there are too few steps for passive weights to shrink; take more, or a lower momentum"
-            warnings.warn(f"the cut will remove weights that still matter: {reason}", UserWarning, stacklevel=2)
+        reasons = [why_passive_weights_stay(group) for group in self.param_groups if _governs(group)]
+        if self.param_groups[0]["compression"] > 1 and any(reasons):
+            reason = next(filter(None, reasons))
+            warnings.warn(f"the cut will remove weights that still matter: {reason}", CutWarning, stacklevel=2)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as `torch.optim.SGD` does.
@@ -174,30 +202,36 @@ class GSM(Optimizer):
                 is not the other groups', or the group is prunable and `finalize()` has already chosen what is kept.
         """
         group = {**self.defaults, **param_group}
+        if self.param_groups:  # a loaded state may have brought others than the defaults
+            first = self.param_groups[0]
+            group |= {key: first[key] for key in _OF_THE_MODEL if key not in param_group}
         params = group["params"]
         if not isinstance(params, Tensor | set):  # a set has no order: torch says so
             group["params"] = params = list(params)
             tensors = [param[1] if isinstance(param, tuple) else param for param in params]
             if len({id(tensor) for tensor in tensors}) < len(tensors):
                 raise ValueError("a parameter is given twice")
+        settle(group)
+        check_supported(group)
         check_hyperparameters(group)
-        group["highest_lr"] = float(group["lr"])  # a scheduler that begins lower comes later
+        group["base_lr"] = float(group["lr"])
         if self.param_groups:
-            first = self.param_groups[0]
-            for key in ("steps", "fading", "fixed"):
-                group[key] = first[key]
             other = next((key for key in _OF_THE_MODEL if group[key] != first[key]), None)
             if other:
                 raise ValueError(f"{other} is one for the whole model, groups cannot differ in it")
         super().add_param_group(group)
-        if self._fixed and _governs(self.param_groups[-1]):
+        try:
+            check_parameters(self.param_groups[-1])
+            if self._fixed and _governs(self.param_groups[-1]):
+                raise ValueError("prunable parameters cannot be added once the masks are fixed")
+        except ValueError:
             del self.param_groups[-1]
-            raise ValueError("prunable parameters cannot be added once it is fixed what is kept")
+            raise
 
     @property
     def num_prunable(self) -> int:
-        """N, the number of weights that the rule governs."""
-        return sum(p.numel() for group in self.param_groups for p in group["params"] if is_prunable(p, group))
+        """N, the number of weights that the rule governs: those of prunable parameters that are not frozen."""
+        return sum(param.numel() for param in self._governed())
 
     @property
     def nonzeros(self) -> int:
@@ -243,50 +277,75 @@ class GSM(Optimizer):
     @property
     def masks(self) -> Masks:
         """What is kept, as `finalize()` returns it: fixed when the fade begins, else by the cut; empty before."""
-        prunable: dict[Any, Tensor] = dict(prunable_in(self)) if self._fixed else {}
-        return {key: self.state[param]["mask"].clone() for key, param in prunable.items()}
+        return {key: self.state[param]["mask"].clone() for key, param in self._masked().items()}
+
+    @property
+    def passive_residual(self) -> float:
+        """What share of the L2 norm of all governed weights a cut would take now; reads every weight."""
+        if self._fixed:
+            return residual(self._masked(), self.masks)
+        governed = self._governed_by_key()
+        return residual(governed, magnitude_masks(governed, self.param_groups[0]["compression"]))
 
     @property
     def _fixed(self) -> bool:
         """Whether it is fixed what is kept."""
         return bool(self.param_groups and self.param_groups[0]["fixed"])
 
+    def _governed(self) -> list[Tensor]:
+        """Return the parameters that the rule governs now."""
+        return [param for group in self.param_groups for param in group["params"] if is_governed(param, group)]
+
+    def _governed_by_key(self) -> dict[Any, Tensor]:
+        """Return them by the keys that their masks get."""
+        governed = set(self._governed())
+        return {key: param for key, param in prunable_in(self).items() if param in governed}
+
+    def _masked(self) -> dict[Any, Tensor]:
+        """Return the parameters that have masks, by the keys of these; none before the masks are fixed."""
+        if not self._fixed:
+            return {}
+        return {key: param for key, param in prunable_in(self).items() if "mask" in self.state.get(param, {})}
+
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter once and return what `closure`, if given, returned.
 
         A prunable parameter without a gradient is passive in this step: it only decays; in the fade, as if its
         gradient were zero. Where nothing is passive (compression 1, or after `finalize()`) it stays as it is, as with
-        `torch.optim.SGD`. If no parameter has a gradient, nothing happens.
+        `torch.optim.SGD`. A frozen parameter always stays. If no parameter has a gradient, nothing happens.
 
         Raises:
             NonFiniteGradientError: a prunable parameter's gradient is not finite. Nothing has changed.
+            ValueError: a learning rate, a gradient or a parameter cannot be right any more. Nothing has changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
 
-        grads = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
-        if any(grad.is_sparse for grad in grads):
-            raise RuntimeError("GSM does not support sparse gradients")
-        governed = [param for group in self.param_groups for param in group["params"] if is_prunable(param, group)]
+        governed = self._governed()
         chosen_from = [param for param in governed if param.grad is not None]
         shards = self._shards_of(chosen_from)
         self._refuse_disagreement(shards)
-        if not grads:
+        trained = [param for group in self.param_groups for param in group["params"] if _has_gradient(param)]
+        if not trained or self._is_torchs_initialisation(trained, shards):
             return loss
+        self._check_step(governed)
         check_finite = partial(_refuse_nonfinite_gradients, self, chosen_from, shards)
         self._cut_or_fade_if_due(check_finite)
         num_prunable = sum(param.numel() for param in governed)
         compression = self.compression
-        kept = kept_weights(num_prunable, compression)
+        kept = kept_weights(num_prunable, compression) if governed else 0
         ramp_is_over = compression >= self.param_groups[0]["compression"]
         all_active, fixed, finalized = kept == num_prunable, self._fixed, self.finalized
+        if not self.param_groups[0]["steps"] and not all_active:
+            self._warn_of_zeros()
         decays = [passive_decay(group) for group in self.param_groups]
         plain, ruled, still = self._parts(decays, all_active, fixed, finalized)
         if all_active or fixed:
@@ -295,8 +354,6 @@ class GSM(Optimizer):
             owners = [owner for part in ruled for owner in part.owners]
             self._rule.update_masked_(ruled, [here(self.state[owner]["mask"]) for owner in owners])
         elif ruled:
-            if len({param.device for param in all_params(ruled)}) > 1:
-                raise ValueError("GSM needs all prunable parameters on one device")
             available = sum(param.numel() for param in chosen_from)
             self._rule.update_(ruled, partial(_find_cut, min(kept, available), len(chosen_from), shards), check_finite)
         # Nothing passive: this is torch.optim.SGD, with the implementation that it would choose, to the bit.
@@ -304,25 +361,102 @@ class GSM(Optimizer):
             kernel = self._kernel if all_active else self._kernel.or_quickest(part.params)
             kernel.sgd_(part, part.grads, part.weight_decay)
         for part in still:
-            self._kernel.sgd_(part, part.grads, part.passive_decay)
+            self._rule.decay_(part)
         for part in (*plain, *ruled, *still):
             self._remember(part)
+        self._count_step(decays, count_passive=ramp_is_over and not finalized)
+        return loss
+
+    def _check_step(self, governed: list[Tensor]) -> None:
+        """Raise, before anything moves, if this step cannot be taken."""
+        for group in self.param_groups:
+            check_lr(group["lr"])
+            for param in group["params"]:
+                if _is_sparse(param.grad) and (is_governed(param, group) or group["weight_decay"]):
+                    raise RuntimeError(
+                        f"{self._name_of(param)} has a sparse gradient: put it into a group with "
+                        '"prunable": False and "weight_decay": 0'
+                    )
+        if len({here(param).device for param in governed}) > 1:
+            raise ValueError("GSM needs all prunable parameters on one device")
+        if self._fixed:
+            self._check_frozen(governed)
+
+    def _check_frozen(self, governed: list[Tensor]) -> None:
+        """Raise if parameters have been frozen or unfrozen where the masks do not allow it any more."""
+        new = next((param for param in governed if "mask" not in self.state.get(param, {})), None)
+        if new is not None:
+            raise ValueError(
+                f"{self._name_of(new)} was frozen when the masks were fixed, and no longer is: freeze it again, "
+                'or train it in a group with "prunable": False'
+            )
+        masked = [param for param, param_state in self.state.items() if "mask" in param_state]
+        frozen = next((param for param in masked if not param.requires_grad), None)
+        if frozen is not None and not self.finalized:
+            name = self._name_of(frozen)
+            raise ValueError(f"{name} was frozen during the fade: freeze it before, or after the cut")
+
+    def _is_torchs_initialisation(self, trained: list[Tensor], shards: Shards | None) -> bool:
+        """Return whether torch's distributed checkpoints ask for empty state, by a step without rates and gradients.
+
+        Masks are among it, as only what the state has a place for is loaded.
+        """
+        if self.state or any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        idle = not any(bool(grad_here(param).any()) for param in trained if not _is_sparse(param.grad))
+        if not (idle if shards is None else shards.everywhere([idle])[0]):
+            return False
+        for group in self.param_groups:
+            for param in group["params"]:
+                if _has_gradient(param) and group["momentum"]:
+                    self.state[param]["momentum_buffer"] = torch.zeros_like(param)
+                if is_governed(param, group):
+                    self.state[param]["mask"] = torch.ones_like(param, dtype=torch.bool)
+        return True
+
+    def _warn_of_zeros(self) -> None:
+        """Warn of what can never become active."""
+        zeros = [row.name for row in sparsity_rows(self._governed_by_key()) if row.params and not row.nonzeros]
+        if zeros:
+            warnings.warn(
+                f"every weight of {_quoted(zeros)} is zero, so none has an importance above zero and none will ever "
+                'be active: initialise it otherwise, put it into a group with "prunable": False, or begin with a ramp',
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _count_step(self, decays: list[float], count_passive: bool) -> None:
+        """Take down that a step has been taken."""
+        first = self.param_groups[0]
         for group, decay in zip(self.param_groups, decays, strict=True):
-            if ramp_is_over and not finalized:
+            if count_passive:
                 passive = PassiveWeight(*group["passive_weight"])
                 group["passive_weight"] = tuple(
                     passive.step(float(group["lr"]), decay, group["momentum"], group["nesterov"])
                 )
             group["highest_lr"] = max(group["highest_lr"], float(group["lr"]))
-            group["steps"] += 1
-        return loss
+        steps = first["steps"] + 1
+        for group in self.param_groups:
+            group["steps"] = steps
+        if not self.finalized and first["compression"] > 1 and steps - 1 == first["total_steps"]:
+            warnings.warn(
+                f"total_steps={steps - 1} steps have been taken, and nothing has been cut: call finalize() when "
+                "training ends",
+                CutWarning,
+                stacklevel=4,
+            )
 
     @torch.no_grad()
     def finalize(self) -> Masks:
         """Cut: set all prunable weights but the Q largest |W| of the whole model to zero, for good.
 
-        Steps taken afterwards train the kept weights alone. A second call changes nothing. Of several processes that
-        train one model all have to call.
+        Steps taken afterwards train the kept weights alone, and the gradients of the others are zero as soon as they
+        have been computed, so that clipping does not see them. A second call keeps the same weights, and sets the
+        others to zero again if other weights have been loaded meanwhile. Of several processes that train one model all
+        have to call.
+
+        Warns:
+            CutWarning: what is cut still matters, or a layer keeps nothing.
 
         Returns:
             Bool masks, True where a weight is kept, exactly Q in all: keyed by parameter name, or by position
@@ -330,15 +464,16 @@ class GSM(Optimizer):
         """
         cut_already = self.finalized
         self._fix_what_is_kept()
-        masks = self.masks
         if not cut_already:
-            prunable: dict[Any, Tensor] = dict(prunable_in(self))
-            apply_masks_(prunable, masks)
-            for key, param in prunable.items():
-                if "momentum_buffer" in self.state[param]:  # it would push a weight that was cut away from zero
-                    here(self.state[param]["momentum_buffer"]).masked_fill_(~here(masks[key]), 0)
-            for group in self.param_groups:
-                group["fading"] = False
+            self._warn_of_cut()
+        masks, masked = self.masks, self._masked()
+        apply_masks_(masked, masks)
+        for key, param in masked.items():
+            if "momentum_buffer" in self.state[param]:  # it would push a weight that was cut away from zero
+                here(self.state[param]["momentum_buffer"]).masked_fill_(~here(masks[key]), 0)
+        for group in self.param_groups:
+            group["fading"] = False
+        self._mask_gradients()
         return masks
 
     def _cut_or_fade_if_due(self, check_finite: Callable[[], None]) -> None:
@@ -358,13 +493,43 @@ class GSM(Optimizer):
     def _fix_what_is_kept(self) -> None:
         """Put masks of the Q largest |W| into the state, unless they are there."""
         if not self._fixed:
-            prunable: dict[Any, Tensor] = dict(prunable_in(self))
-            masks = magnitude_masks(prunable, self.param_groups[0]["compression"])
-            for key, param in prunable.items():
+            governed = self._governed_by_key()
+            masks = magnitude_masks(governed, self.param_groups[0]["compression"])
+            for key, param in governed.items():
                 self.state[param]["mask"] = masks[key]
             for group in self.param_groups:
                 group["fixed"] = True
             self._rule.memory = torch.empty(0)  # nothing is chosen any more
+
+    def _warn_of_cut(self) -> None:
+        """Warn if the cut that is about to be made takes weights that matter, or all weights of a layer."""
+        left = self.passive_residual
+        if left > _LOSSLESS:
+            reason = why_passive_weights_stay(self.param_groups[0], self.passive_shrinkage)
+            warnings.warn(
+                f"the cut takes {left:.1%} of the weights' norm, so it costs accuracy: {reason}",
+                CutWarning,
+                stacklevel=4,
+            )
+        kept = sparsity_rows({str(key): mask for key, mask in self.masks.items()})
+        if empty := [row.name for row in kept if row.params and not row.nonzeros]:
+            warnings.warn(
+                f"no weight of {_quoted(empty)} is kept, so nothing passes through it: lower the compression, or leave "
+                'it out with "prunable": False',
+                CutWarning,
+                stacklevel=4,
+            )
+
+    def _mask_gradients(self) -> None:
+        """Keep the gradients of what has been cut at zero, as long as this optimizer lives."""
+        if self._hooks is not None:
+            self._hooks.remove()
+            self._hooks = None
+        if self.finalized:
+            self._hooks = mask_gradients(
+                [(param, here(self.state[param]["mask"])) for param in self._masked().values()]
+            )
+            weakref.finalize(self, self._hooks.remove)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs: beside the state, a compression schedule that is a function."""
@@ -373,18 +538,53 @@ class GSM(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state as every optimizer does, with a mask of each prunable parameter that has been updated.
 
-        Until it is fixed what is kept the masks keep everything. They are there because torch's distributed
+        Until the masks are fixed they keep everything. They are there because torch's distributed
         checkpoints load only what the state already has a place for.
+
+        Warns:
+            CutWarning: `total_steps` are over, and nothing has been cut.
         """
         state: dict[str, Any] = super().state_dict()
+        for group in state["param_groups"]:
+            group.update({key: plain(value) for key, value in group.items()})
+        first = self.param_groups[0]
         if not self._fixed:
-            governed = [is_prunable(param, group) for group in self.param_groups for param in group["params"]]
+            governed = [is_governed(param, group) for group in self.param_groups for param in group["params"]]
             params = [param for group in self.param_groups for param in group["params"]]
             for number, (param, by_rule) in enumerate(zip(params, governed, strict=True)):
                 if by_rule and number in state["state"]:
                     mask = torch.ones_like(param, dtype=torch.bool)
                     state["state"][number] = {**state["state"][number], "mask": mask}
+        if not self.finalized and first["compression"] > 1 and first["steps"] >= (first["total_steps"] or math.inf):
+            warnings.warn(
+                "total_steps are over, and the net of this state has not been cut: call finalize() first",
+                CutWarning,
+                stacklevel=2,
+            )
         return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of GSM or of `torch.optim.SGD`; see the class for which settings it brings.
+
+        Raises:
+            ValueError: the state is of other parameters, or asks for what GSM does not support. Nothing has changed.
+        """
+        groups = self.param_groups
+        for group in state_dict["param_groups"]:
+            check_supported(group)
+        super().load_state_dict(in_order_of(groups, state_dict))
+        given = {key: groups[0][key] for key in _SCHEDULE}
+        for old, new in zip(groups, self.param_groups, strict=True):
+            new.update({key: value for key, value in old.items() if key not in new or key in _OF_THE_OBJECT})
+        loaded = {key: self.param_groups[0][key] for key in _SCHEDULE}
+        if changed := [key for key in _SCHEDULE if loaded[key] != given[key]]:
+            brought = ", ".join(f"{key}={loaded[key]!r} (not {given[key]!r})" for key in changed)
+            warnings.warn(
+                f"the loaded state brings {brought}: to go by another schedule, set it in param_groups after loading",
+                UserWarning,
+                stacklevel=2,
+            )
+        self._mask_gradients()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a state; torch casts loaded masks to the parameters' dtype, here they are bool again.
@@ -392,27 +592,39 @@ class GSM(Optimizer):
         What is kept for a parameter is spread over processes as the parameter is, however it was when it was saved.
 
         Raises:
-            ValueError: it is of another shape, and so the state is another model's. Nothing has changed.
+            ValueError: it is of another shape, and so the state is another model's; or masks are missing. Nothing has
+                changed.
         """
-        for param, param_state in state["state"].items():
+        groups: list[dict[str, Any]] = state["param_groups"]
+        states: dict[Tensor, dict[str, Any]] = state["state"]
+        for param, param_state in states.items():
             for key, what in (("momentum_buffer", "momentum"), ("mask", "mask")):
                 if isinstance(param_state.get(key), Tensor):
                     param_state[key] = _spread_as(param, param_state[key], what)
+                elif key in param_state:  # a flattened checkpoint that lacks it has an empty dict
+                    del param_state[key]
+        fixed = groups[0].get("fixed", any("mask" in param_state for param_state in states.values()))
+        governed = [param for group in groups for param in group["params"] if is_governed(param, group)]
+        if fixed and any("mask" not in states.get(param, {}) for param in governed):
+            raise ValueError(
+                "the state lacks the mask of a prunable parameter: load it into an optimizer that has taken no step, "
+                "with the same parameters frozen as when it was saved"
+            )
+        for param_state in states.values():
+            mask = param_state.pop("mask", None)
+            if fixed and mask is not None:
+                param_state["mask"] = mask.bool()
         super().__setstate__(state)
-        masked = any("mask" in param_state for param_state in self.state.values())
         for group in self.param_groups:
-            group.setdefault("fixed", masked)  # states of before there was this key have masks only then
+            group.setdefault("fixed", fixed)
             for key, default in self.defaults.items():
-                group.setdefault(key, default)
-        for param_state in self.state.values():
-            if "mask" in param_state:
-                if self._fixed:
-                    param_state["mask"] = param_state["mask"].bool()
-                else:
-                    del param_state["mask"]
+                if state.get("defaults"):  # a copy, or unpickled
+                    group.setdefault(key, default)
         self._shards, self._agreed = None, False
         if not hasattr(self, "_rule"):  # a copy, or unpickled: none of it is state
             self._choose_rule(self.defaults["foreach"], self.defaults["fused"])
+            self._hooks = None
+            self._mask_gradients()
 
     def _choose_rule(self, foreach: bool | None, fused: bool | None) -> None:
         self._kernel = Kernel(foreach, fused)
@@ -426,8 +638,8 @@ class GSM(Optimizer):
         for group, decay in zip(self.param_groups, decays, strict=True):
             sides: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
             for param in group["params"]:
-                by_rule = is_prunable(param, group) and not all_active
-                if param.grad is not None:
+                by_rule = is_governed(param, group) and not all_active
+                if _has_gradient(param):
                     sides[by_rule].append(param)
                 elif by_rule and not finalized:
                     sides[1 if fixed else 2].append(param)
@@ -442,23 +654,41 @@ class GSM(Optimizer):
         momenta: list[Tensor | None] = [None for _ in params]
         if group["momentum"]:
             momenta = [*self._momenta(params, parts)]
-        settings = (group["lr"], group["momentum"], group["weight_decay"], decay, group["nesterov"])
+        settings = (group["lr"], group["momentum"], group["weight_decay"], decay, group["nesterov"], group["steps"])
         return Part(params, parts, [grad_here(param) for param in params], momenta, *settings)
 
     def _momenta(self, params: list[Tensor], parts: list[Tensor]) -> list[Tensor]:
-        """Return the momenta of parts of parameters, zeros where there are none yet. The state stays as it is."""
-        found = [self.state[p].get("momentum_buffer") if p in self.state else None for p in params]
-        momenta = [torch.zeros_like(p) if z is None else here(z) for p, z in zip(parts, found, strict=True)]
+        """Return the momenta of parts of parameters, zeros where there are none yet. The state stays as it is.
+
+        Raises:
+            ValueError: a parameter has changed its shape.
+        """
+        momenta = []
+        for param, part in zip(params, parts, strict=True):
+            found = self.state[param].get("momentum_buffer") if param in self.state else None
+            momentum = torch.zeros_like(part) if found is None else here(found)
+            if momentum.shape != part.shape:
+                raise ValueError(
+                    f"{self._name_of(param)} has shape {tuple(part.shape)}, its momentum {tuple(momentum.shape)}: "
+                    "build a new optimizer after a parameter has changed its shape"
+                )
+            momenta.append(momentum.to(part))  # the model may have been converted since
         return laid_out_as(parts, momenta)  # a state from elsewhere may lie in memory in another order
 
     def _remember(self, part: Part) -> None:
         """Put the momenta of parameters that have been updated into the state."""
         for owner, momentum in zip(part.owners, part.momenta, strict=True):
+            if momentum is None:
+                continue
             state = self.state[owner]
-            if momentum is not None and (
-                "momentum_buffer" not in state or here(state["momentum_buffer"]) is not momentum
-            ):
+            if "momentum_buffer" not in state or here(state["momentum_buffer"]) is not momentum:
                 state["momentum_buffer"] = spread_as(owner, momentum)
+
+    def _name_of(self, param: Tensor) -> str:
+        """Return what to call a parameter in a message."""
+        names = {id(tensor): name for name, tensor in named_in(self).items()}
+        params = [id(tensor) for group in self.param_groups for tensor in group["params"]]
+        return f"parameter {names[id(param)]!r}" if names else f"parameter number {params.index(id(param))}"
 
     def _shards_of(self, params: list[Tensor]) -> Shards | None:
         """Return which parts of parameters this process holds, or None if it holds all of them."""
@@ -471,8 +701,8 @@ class GSM(Optimizer):
     def _refuse_disagreement(self, shards: Shards | None) -> None:
         """Raise ValueError on every process if they would not do the same in this step, as far as it is looked at."""
         group = self.param_groups[0]
-        check = group["check_ranks"] and several_processes()
-        if not check and (shards is None or self._agreed):
+        check = bool(group["check_ranks"])
+        if not several_processes() or group["check_ranks"] is False or (self._agreed and not check):
             return
         params = [param for group in self.param_groups for param in group["params"]]
         device = here(group["params"][0]).device if shards is None else shards.device
@@ -510,16 +740,30 @@ def _spread_as(param: Tensor, tensor: Tensor, what: str) -> Tensor:
 
 def _governs(group: dict[str, Any]) -> bool:
     """Return whether the rule governs any parameter of a group."""
-    return any(is_prunable(param, group) for param in group["params"])
+    return any(is_governed(param, group) for param in group["params"])
+
+
+def _has_gradient(param: Tensor) -> bool:
+    """Return whether a parameter is trained in this step: a frozen one is not, whatever gradient is left there."""
+    return param.requires_grad and param.grad is not None
+
+
+def _is_sparse(grad: Tensor | None) -> bool:
+    return grad is not None and grad.is_sparse
+
+
+def _quoted(names: list[str]) -> str:
+    """Return names as a list to read, a long one shortened."""
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _find_cut(kept: int, tensors: int, shards: Shards | None, scores_of: ScoresOf, suspect: bool) -> Cut:
     """Return where the `kept` largest scores of so many tensors end, on this process or on all of them."""
     if shards is not None:
-        return shards.find_cut(scores_of, kept, suspect)
+        return shards.find_cut(scores_of, kept, suspect, positive=True)
     if suspect:
         raise NotFiniteError
-    return find_cut(scores_of(range(tensors)), kept)
+    return find_cut(scores_of(range(tensors)), kept, positive=True)
 
 
 def _refuse_nonfinite_gradients(optimizer: Optimizer, params: list[Tensor], shards: Shards | None) -> None:
@@ -533,7 +777,7 @@ def _refuse_nonfinite_gradients(optimizer: Optimizer, params: list[Tensor], shar
         extremes = [extreme.cpu() for extreme in extremes]
     finite = torch.stack(extremes).isfinite().view(-1, 2).all(1).tolist()
     if shards is not None:
-        finite = shards.all_finite(finite)
+        finite = shards.everywhere(finite)
     if not all(finite):
         keys = {param: key for key, param in prunable_in(optimizer).items()}
         key = keys[params[finite.index(False)]]

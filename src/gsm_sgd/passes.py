@@ -41,7 +41,7 @@ class Compiled:
         """
         try:
             return self._function(*args)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             raise RuntimeError(
                 "fused=True cannot compile its passes: it needs a C++ compiler on a CPU, Triton on a GPU; "
                 f"without it GSM runs as well, more slowly ({error})"

@@ -16,6 +16,7 @@ the Q-th largest those at lower indices are active, in parameter order.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import NamedTuple, Protocol
@@ -27,6 +28,7 @@ from torch import Tensor
 _SIGMAS = 2.0
 ROW = 32  # scores at most: shorter rows take longer to count, in longer ones more is gathered than is needed
 _CHUNK = 2**14  # rows: what is compared at a time stays in the cache
+_ROUNDING = 4 * sys.float_info.epsilon
 
 
 def check_compression(compression: float) -> None:
@@ -42,7 +44,10 @@ def kept_weights(num_weights: int, compression: float) -> int:
         ValueError: C is not finite, is below 1, or is so high that nothing would be left.
     """
     check_compression(compression)
-    kept = math.floor(num_weights / compression)
+    quotient = num_weights / float(compression)
+    whole = round(quotient)
+    # C = N / Q is a rounded number, so N / C may fall just short of the whole number that is meant
+    kept = whole if math.isclose(quotient, whole, rel_tol=_ROUNDING) else math.floor(quotient)
     if kept == 0:
         raise ValueError(f"compression {compression:g} leaves none of {num_weights} weights; use at most {num_weights}")
     return kept
@@ -96,7 +101,7 @@ class Cut(NamedTuple):
     """Where the k largest scores end: all above `value` are among them, and as many equal ones as there is room for.
 
     Scores equal to `value` are among them in tensors up to number `tensor`, but not at the flat positions `surplus`
-    of that tensor, and not in tensors after it.
+    of that tensor, and not in tensors after it; number -1 means in none.
     """
 
     value: Tensor
@@ -108,6 +113,11 @@ class Cut(NamedTuple):
         masks = [score >= self.value if i <= self.tensor else score > self.value for i, score in enumerate(scores)]
         masks[self.tensor][self.surplus] = False
         return masks
+
+    @classmethod
+    def above(cls, value: Tensor) -> "Cut":
+        """Return the cut that keeps only scores larger than a value."""
+        return cls(value, -1, value.new_empty(0, dtype=torch.int64))
 
 
 class NotFiniteError(ArithmeticError):
@@ -141,8 +151,11 @@ ScoresOf = Callable[[Sequence[int]], Scores]
 """Given numbers of tensors, their scores."""
 
 
-def find_cut(scores: Scores, k: int) -> Cut:
-    """Return where the k largest of all scores end, for 0 < k < their number. None may be NaN."""
+def find_cut(scores: Scores, k: int, positive: bool = False) -> Cut:
+    """Return where the k largest of all scores end, for 0 < k <= their number. None may be NaN.
+
+    With `positive`, only scores above zero are among them, even if these are fewer than k.
+    """
     sigmas = _SIGMAS
     while True:
         low, high = scores.bracket(k, sigmas)
@@ -156,6 +169,8 @@ def find_cut(scores: Scores, k: int) -> Cut:
         if found is not None:
             break
         sigmas *= 2  # the sample misled
+    if positive and found.value <= 0:
+        return Cut.above(torch.zeros_like(found.value))
     room = k - found.larger
     if room == found.equal:
         return Cut(found.value, len(scores) - 1, values.new_empty(0, dtype=torch.int64))

@@ -165,13 +165,14 @@ class Shards:
         """Return whether these are the weights."""
         return len(params) == len(self.params) and all(a is b for a, b in zip(params, self.params, strict=True))
 
-    def find_cut(self, scores_of: ScoresOf, k: int, suspect: bool) -> Cut:
+    def find_cut(self, scores_of: ScoresOf, k: int, suspect: bool, positive: bool = False) -> Cut:
         """Return where the k largest of all scores end, in the parts that this process holds.
 
         Args:
             scores_of: given numbers of weights, what there is of their scores on this process.
             k: how many, on all processes together.
             suspect: whether a score here is not finite.
+            positive: whether only scores above zero are among them, even if these are fewer than k.
 
         Raises:
             NotFiniteError: a score on any process is not finite.
@@ -191,6 +192,8 @@ class Shards:
             if found is not None:
                 break
             sigmas *= 2  # the samples misled
+        if positive and found.value <= 0:
+            return Cut.above(torch.zeros_like(found.value))
         room = k - found.larger
         if room == found.equal:
             return Cut(found.value, len(self.params) - 1, values.new_empty(0, dtype=torch.int64))
@@ -198,20 +201,20 @@ class Shards:
         tensor, room = tensor_with(room, counts)
         return Cut(found.value, tensor, self._surplus(scores_of, tensor, found.value, room, counts[tensor]))
 
-    def all_finite(self, finite: Sequence[bool]) -> list[bool]:
-        """Return for each of several things whether it is finite on all processes."""
-        flags = torch.tensor(finite, dtype=torch.int32, device=self.device)
+    def everywhere(self, holds: Sequence[bool]) -> list[bool]:
+        """Return for each of several things whether it holds on all processes."""
+        flags = torch.tensor(holds, dtype=torch.int32, device=self.device)
         dist.all_reduce(flags, dist.ReduceOp.MIN)
         return [bool(flag) for flag in flags.tolist()]
 
-    def totals(self, counts: Sequence[int]) -> list[int]:
-        """Return a count for each weight, of the part here, summed over all processes; copies count once."""
-        mine = [0] * len(self.params)
+    def totals(self, values: Sequence[float]) -> list[float]:
+        """Return a number for each weight, of the part here, summed over all processes; copies count once."""
+        mine = [0.0] * len(self.params)
         for number in self._counted:
-            mine[number] = counts[number]
-        summed = torch.tensor(mine, dtype=torch.int64, device=self.device)
+            mine[number] = values[number]
+        summed = torch.tensor(mine, dtype=torch.float64, device=self.device)  # exact for counts up to 2^53
         dist.all_reduce(summed)
-        return [int(total) for total in summed.tolist()]
+        return summed.tolist()
 
     def _bracket(self, scores: Scores | None, k: int, sigmas: float) -> tuple[Tensor, Tensor]:
         """Guess two values with the k-th largest score between them.
@@ -229,7 +232,7 @@ class Shards:
     def _count(self, scores: Scores | None, value: Tensor) -> list[int]:
         """Return how many scores of each weight equal a value, on all processes together."""
         mine = dict(zip(self._counted, () if scores is None else scores.count(value), strict=False))
-        return self.totals([mine.get(number, 0) for number in range(len(self.params))])
+        return [int(total) for total in self.totals([mine.get(number, 0) for number in range(len(self.params))])]
 
     def _kth_largest(
         self,
