@@ -566,7 +566,7 @@ def left_of_passive_weights(dtype, fading):
     active = int(weight.argmax()) if fading else 0
     for step in range(3_000):
         if step == (10 if fading else 0):
-            start = weight.detach().double()
+            start = weight.detach().double().clone()
         weight.grad = torch.zeros_like(weight)
         weight.grad.view(-1)[active] = 1e-3
         optimizer.step()
