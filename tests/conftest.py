@@ -43,6 +43,17 @@ def cifar10_folder():
     pytest.skip("needs CIFAR-10: set GSM_DATA to a folder that has it")
 
 
+@pytest.fixture(scope="session")
+def public_nets():
+    """A folder with the trained nets of github.com/akamaster/pytorch_resnet_cifar10: `akamaster`, beside CIFAR-10."""
+    places = [Path(os.environ["GSM_DATA"])] if os.environ.get("GSM_DATA") else []
+    places.append(Path(__file__).parents[2] / "shared" / "data")
+    for place in places:
+        if (place / "akamaster").is_dir():
+            return place / "akamaster"
+    pytest.skip("needs the public ResNets: set GSM_DATA to a folder that has them in akamaster")
+
+
 @pytest.fixture
 def no_network(monkeypatch, tmp_path):
     """A machine with neither network, nor cache, nor a package index."""

@@ -7,8 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional
 
-from gsm_sgd.experiments import UsageError, cifar10
+from gsm_sgd.experiments import UsageError, cifar10, data
 
 COUNTS = {"train": 50_000, "test": 10_000}
 
@@ -37,6 +38,9 @@ def test_cifar10_is_the_real_one_and_decoded_once(cifar10_folder, monkeypatch, t
     assert images.shape == (1_000, 3, 32, 32)
     assert (images.min(), images.max()) == (-1, 1)
     assert (dataset.train.margin, dataset.test.margin) == (4, 0)
+    test = data.load("cifar10", cifar10_folder, "imagenet").test
+    theirs = functional.normalize((images[:9] + 1) / 2, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    torch.testing.assert_close(next(test.batches(9))[0], theirs)
 
     decoded = list((tmp_path / "gsm-sgd").glob("*.safetensors"))
     with monkeypatch.context() as patch:

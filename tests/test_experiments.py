@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch import nn
 
 from gsm_sgd import magnitude_masks, prunable_parameters
@@ -163,6 +164,24 @@ def test_at_compression_1_ticket_and_base_are_one(synthetic, tmp_path):
     run(lottery, tmp_path / "one", synthetic, replace(RECIPE, compression=1.0))
     weights = weights_of(tmp_path / "one")
     assert all(torch.equal(weights["ticket-magnitude"][key], value) for key, value in weights["base"].items())
+
+
+def test_at_compression_1_a_run_is_the_dense_control(synthetic, tmp_path):
+    """From the same base net, for the same epochs, plain SGD: the same bits, ramp, fade and cut or not."""
+    source = tmp_path / "base.safetensors"
+    save_file(models.build("lenet300", 5).state_dict(), source)
+    dense = replace(ONE_PHASE, start="base", compression=1.0, weights=str(source))
+    result = run(prune, tmp_path / "dense", synthetic, dense)
+    assert (result["nonzeros"], result["epochs"]) == (266_200, {"gsm": 6})
+    assert list(result["top1"]) == ["base", "gsm_before_cut", "gsm_after_cut", "pruned"]
+
+    model = models.build("lenet300", 5)
+    assert result["top1"]["base"] == evaluate(model, synthetic.test)
+    with RunFolder(tmp_path / "sgd", dense) as folder:
+        train(model, plain_sgd(model, dense.gsm), dense.gsm, dense, synthetic, folder.stage("sgd"), Silent())
+    assert result["top1"]["pruned"] == evaluate(model, synthetic.test)
+    for key, tensor in read_weights(tmp_path / "dense" / "pruned.safetensors").items():
+        assert torch.equal(tensor, model.state_dict()[key]), key
 
 
 def test_prune_is_the_first_part_of_lottery(straight, synthetic, tmp_path):

@@ -1,4 +1,5 @@
 import sys
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -7,7 +8,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gsm_sgd.experiments import UsageError, models
+from gsm_sgd.experiments.loop import evaluate
 from gsm_sgd.experiments.pretrained import load_pretrained
+from gsm_sgd.experiments.recipes import find_recipe
+from gsm_sgd.export.rebuild import load_data
 from gsm_sgd.masks import prunable_parameters
 
 MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
@@ -21,6 +25,8 @@ MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
         ("resnet20", 270_896, 272_474, CIFAR),
         ("resnet56", 851_504, 855_770, CIFAR),
         ("resnet110", 1_722_416, 1_730_714, CIFAR),
+        ("resnet20a", 268_336, 269_722, CIFAR),
+        ("resnet56a", 848_944, 853_018, CIFAR),
         ("densenet40", 1_001_616, 1_019_722, CIFAR),
     ],
 )
@@ -57,6 +63,17 @@ def test_a_shortcut_is_a_convolution_only_where_the_width_changes():
     model = models.build("resnet56", 0)
     shortcuts = [name for name in prunable_parameters(model) if "shortcut" in name]
     assert shortcuts == ["stage2.0.shortcut.0.weight", "stage3.0.shortcut.0.weight"]
+
+
+def test_a_shortcut_without_weights_takes_every_second_pixel_and_pads_channels_on_both_sides():
+    model = models.build("resnet20a", 0)
+    assert not [name for name, _ in model.named_parameters() if "shortcut" in name]
+    assert model.layer2[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    inputs = torch.randn(2, 16, 8, 8)
+    expected = torch.zeros(2, 32, 4, 4)
+    expected[:, 8:24] = inputs[:, :, ::2, ::2]
+    assert torch.equal(model.layer2[0].shortcut(inputs), expected)
+    assert torch.equal(model.layer1[0].shortcut(inputs), inputs)
 
 
 def test_torchvisions_networks():
@@ -154,6 +171,45 @@ def test_weights_from_a_file(form, tmp_path):
         torch.save({f"module.{name}": tensor for name, tensor in state.items()}, path)
     load_pretrained(model, "resnet20", str(path))
     assert all(torch.equal(p, q) for p, q in zip(source.parameters(), model.parameters(), strict=True))
+
+
+def published(name, path, **other):
+    """Write a net as the authors of the public ResNets do: wrapped, of DataParallel, of an old torch."""
+    state = {
+        f"module.{key}": tensor
+        for key, tensor in models.build(name, 1).state_dict().items()
+        if not key.endswith("num_batches_tracked")
+    }
+    torch.save({"best_prec1": 91.0, "state_dict": OrderedDict(state | other)}, path)
+
+
+def test_weights_as_the_public_resnets_are_published(tmp_path):
+    path, model = tmp_path / "net.th", models.build("resnet20a", 2)
+    published("resnet20a", path)
+    load_pretrained(model, "resnet20a", str(path))
+    source = models.build("resnet20a", 1)
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in source.state_dict().items())
+
+    for name, other, message in (
+        ("resnet56a", {}, r"Unexpected key\(s\)"),
+        ("resnet20a", {"module.linear.bias": torch.zeros(100)}, r"size mismatch for linear\.bias.*\[100\].*\[10\]"),
+    ):
+        published(name, path, **other)
+        with pytest.raises(UsageError, match=f"do not fit resnet20a: give others, or .*{message}") as error:
+            load_pretrained(model, "resnet20a", str(path))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "top1"),
+    [("resnet20a", "resnet20-12fca82f.th", 91.0), ("resnet56a", "resnet56-4bfd9763.th", 93.1)],
+)
+def test_the_public_resnets_are_as_good_as_published(name, file, top1, public_nets, cifar10_folder):
+    """On the first 1,000 test images; on all they have 91.73 and 93.39."""
+    recipe, model = find_recipe(name), models.build(name, 0)
+    load_pretrained(model, name, str(public_nets / file))
+    test = load_data(recipe, cifar10_folder).test
+    assert evaluate(model, test.subset(torch.arange(1_000), training=False)) == pytest.approx(top1, abs=0.11)
 
 
 class Danger:

@@ -32,7 +32,7 @@ def test_published_settings():
         assert replace(at_300, **change).paper() is None  # nothing to compare with
 
 
-@pytest.mark.parametrize("name", ["resnet20", "resnet56", "densenet40"])
+@pytest.mark.parametrize("name", ["resnet20", "resnet56", "resnet20a", "resnet56a", "densenet40"])
 def test_published_settings_for_cifar(name):
     paper, repo = find_recipe(name, "paper"), find_recipe(name, "repo")
     assert paper.base == repo.base == Training(500, 0.1, (100, 200, 300, 400), 0.9, 1e-4, warmup_epochs=5)
@@ -67,6 +67,16 @@ def test_fast_is_one_phase_from_a_random_start():
         recipe = find_recipe(name)
         assert (recipe.start, recipe.passive_decay, recipe.cut_epoch) == ("init", "auto", 34)
     assert find_recipe("lenet5").gsm.warmup_epochs == 1  # without it and with lenet300's rate seed 0 learns nothing
+
+
+@pytest.mark.parametrize(("name", "epochs", "cut"), [("resnet20a", 20, 16), ("resnet56a", 40, 32)])
+def test_fast_from_a_public_net(name, epochs, cut):
+    recipe, before = find_recipe(name), find_recipe(name[:-1])
+    assert recipe.gsm == Training(epochs, 0.05, warmup_epochs=0.5, cosine=0.5)
+    assert (recipe.batch_size, recipe.ramp, recipe.fade, recipe.cut_epoch) == (128, 0.5, 0.1, cut)
+    assert (recipe.base, recipe.precision, recipe.passive_decay) == (before.base, "auto", "auto")
+    assert (recipe.normalization, before.normalization) == ("imagenet", "dataset")
+    assert published(name) == {}  # the paper has other nets
 
 
 def test_epochs_scale_shortens_milestones_alike():
@@ -122,6 +132,7 @@ def test_learning_rate_falls_along_a_cosine():
     ("changes", "message"),
     [
         ({"ramp": 0.4, "fade": 0.1, "cut": 0.5}, "must hold, not ramp 0.4, fade 0.1 and cut 0.5"),
+        ({"normalization": "imagenet"}, "is for colours, which mnist lacks: set it to dataset"),
         ({"ramp": -0.1}, "ramp and fade must be at least 0"),
         ({"fade": -0.1}, "ramp and fade must be at least 0"),
         ({"fade": 0.1}, "a fade needs a cut before the end"),

@@ -43,13 +43,13 @@ class Pixels(NamedTuple):
     test_labels: NDArray[np.uint8]
 
 
-def load(data_dir: Path | None = None) -> Dataset:
+def load(
+    data_dir: Path | None = None, mean: float | tuple[float, ...] = _MEAN, std: float | tuple[float, ...] = _STD
+) -> Dataset:
     """Return CIFAR-10: 50,000 training images, moved by up to 4 pixels and mirrored, and 10,000 test images."""
     _, pixels = find(data_dir)
     train, train_labels, test, test_labels = (torch.from_numpy(array) for array in pixels)
-    return Dataset(
-        Images(train, train_labels.long(), _MEAN, _STD, _MARGIN), Images(test, test_labels.long(), _MEAN, _STD)
-    )
+    return Dataset(Images(train, train_labels.long(), mean, std, _MARGIN), Images(test, test_labels.long(), mean, std))
 
 
 def find(data_dir: Path | None = None) -> tuple[Path, Pixels]:

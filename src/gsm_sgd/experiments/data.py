@@ -6,17 +6,20 @@ from pathlib import Path
 import torch
 
 from . import UsageError, cifar10, image_folder, mnist
+from .recipes import Normalization
 from .splits import Dataset, Images
 
 
-def load(name: str, data_dir: Path | None = None) -> Dataset:
-    """Return a data set by name, fetched first if it is nowhere on this machine.
+def load(name: str, data_dir: Path | None = None, normalization: Normalization = "dataset") -> Dataset:
+    """Return a data set by name, fetched first if it is nowhere on this machine; `Recipe` has the normalization.
 
     Raises:
         UsageError: no data set has that name, a file is damaged, or none can be had.
     """
     if name not in DATASETS:
         raise UsageError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
+    if (name, normalization) == ("cifar10", "imagenet"):
+        return cifar10.load(data_dir, image_folder.MEAN, image_folder.STD)
     return DATASETS[name](data_dir)
 
 

@@ -18,7 +18,7 @@ from . import UsageError
 from .sources import folders_of
 from .splits import Batches, Dataset, epoch_generator, share
 
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 _WORKERS = max(1, min(8, _CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))  # of each process on this machine
 _SLIMMEST = 50  # of the sides' ratios; the shorter one is scaled to a fixed length, whatever becomes of the other
@@ -86,7 +86,7 @@ class Folder:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else it draws a number from the one that dropout draws from
         )
-        mean, std = (torch.tensor(values, device=self.device).view(-1, 1, 1) for values in (_MEAN, _STD))
+        mean, std = (torch.tensor(values, device=self.device).view(-1, 1, 1) for values in (MEAN, STD))
         return self._normalised(loader, mean, std)
 
     def _normalised(self, loader: "DataLoader[tuple[Tensor, int]]", mean: Tensor, std: Tensor) -> Batches:

@@ -15,6 +15,7 @@ from . import UsageError
 
 Preset = Literal["fast", "paper", "repo"]
 Precision = Literal["auto", "float32", "bfloat16"]
+Normalization = Literal["dataset", "imagenet"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class Recipe:
             things out without data.
         base: training of the base net, and of a ticket.
         gsm: training with GSM.
-        compression: C; of N prunable weights floor(N / C) are kept.
+        compression: C; of N prunable weights floor(N / C) are kept. 1 keeps all and trains by plain SGD: the dense
+            control of a pruned net, from the same base net, for the same epochs.
         weights: file of a base net that was trained elsewhere, safetensors or a state dict that torch has saved, where
             {seed} in its name is the run's seed; or "torchvision", "torchvision:NAME" for torchvision's of its
             networks. Then no base net is trained.
@@ -103,6 +105,8 @@ class Recipe:
             float32. "auto" is bfloat16 where the processor has instructions for it, else float32.
         holdout: if above 0, train without this many training images and measure accuracy on them instead of the
             test set, for choosing settings.
+        normalization: mean and deviation that pixels are normalised with: those usual for the data set, which are .5
+            for CIFAR-10, or ImageNet's.
     """
 
     recipe: str
@@ -124,6 +128,7 @@ class Recipe:
     recalibrate: bool = False
     precision: Precision = "float32"
     holdout: int = 0
+    normalization: Normalization = "dataset"
 
     def scaled(self, factor: float) -> "Recipe":
         """Return the recipe with every stage and its milestones shortened, or stretched, by `factor`."""
@@ -175,6 +180,8 @@ class Recipe:
             raise UsageError("weights are a base net to start from: add --start base, or leave them out")
         if self.holdout < 0:
             raise UsageError(f"holdout must be at least 0, not {self.holdout}")
+        if self.normalization == "imagenet" and self.dataset not in ("cifar10", "imagenet"):
+            raise UsageError(f"normalization imagenet is for colours, which {self.dataset} lacks: set it to dataset")
         if not (self.ramp >= 0 and self.fade >= 0 and self.ramp + self.fade < self.cut <= 1):
             raise UsageError(
                 f"ramp and fade must be at least 0, and ramp + fade < cut <= 1 must hold, "
@@ -259,6 +266,24 @@ def resnet56(preset: Preset = "fast") -> Recipe:
     return _cifar("resnet56", preset)
 
 
+def _cifar_public(recipe: str, preset: Preset, epochs: int) -> Recipe:
+    """Return the settings for the nets of github.com/akamaster/pytorch_resnet_cifar10, which `--weights` takes."""
+    settings = replace(_cifar(recipe, preset), normalization="imagenet")
+    if preset == "fast":
+        settings = replace(settings, gsm=replace(settings.gsm, epochs=epochs), ramp=0.5, fade=0.1, cut=0.8)
+    return settings
+
+
+def resnet20a(preset: Preset = "fast") -> Recipe:
+    """ResNet-20 without weights in its shortcuts on CIFAR-10, 10x."""
+    return _cifar_public("resnet20a", preset, epochs=20)
+
+
+def resnet56a(preset: Preset = "fast") -> Recipe:
+    """ResNet-56 without weights in its shortcuts on CIFAR-10, 10x."""
+    return _cifar_public("resnet56a", preset, epochs=40)
+
+
 def densenet40(preset: Preset = "fast") -> Recipe:
     """DenseNet-40 on CIFAR-10, 10x; 6.6x and 8x are the paper's other figures (table 2)."""
     return _cifar("densenet40", preset)
@@ -284,6 +309,8 @@ RECIPES: dict[str, Callable[[Preset], Recipe]] = {
     "lenet5": lenet5,
     "resnet20": resnet20,
     "resnet56": resnet56,
+    "resnet20a": resnet20a,
+    "resnet56a": resnet56a,
     "densenet40": densenet40,
     "resnet50": resnet50,
 }

@@ -53,15 +53,15 @@ class Images:
         images: normalised float32 (n, channels, height, width), or bytes, uint8 (n, height, width, channels), which
             are normalised when they are drawn.
         labels: int64 (n,), on the same device.
-        mean, std: of the bytes divided by 255, what to normalise with.
+        mean, std: of the bytes divided by 255, what to normalise with: one number, or one for each channel.
         margin: pixels of black around each image in which training moves it about; it then mirrors half of them too.
         rank, ranks: of each batch, which images to yield: as `Split.share` has it.
     """
 
     images: Tensor
     labels: Tensor
-    mean: float = 0.0
-    std: float = 1.0
+    mean: float | tuple[float, ...] = 0.0
+    std: float | tuple[float, ...] = 1.0
     margin: int = 0
     rank: int = 0
     ranks: int = 1
@@ -121,8 +121,9 @@ class Images:
     def _normalised(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8:
             return images
+        mean, std = (torch.tensor(values, device=images.device) for values in (self.mean, self.std))
         # a channels-last tensor, seen as (batch, channels, height, width)
-        return images.float().div_(255).sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)
+        return images.float().div_(255).sub_(mean).div_(std).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def recipe_of(fields: Mapping[str, Any], source: Path, allowed: str | None = Non
 
 def load_data(recipe: Recipe, data_dir: Path | None) -> Dataset:
     """Return what a recipe trains on and measures accuracy on."""
-    dataset = data.load(recipe.dataset, data_dir)
+    dataset = data.load(recipe.dataset, data_dir, recipe.normalization)
     return dataset.hold_out(recipe.holdout) if recipe.holdout else dataset
 
 

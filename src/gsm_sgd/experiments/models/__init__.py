@@ -14,7 +14,7 @@ from ...masks import is_prunable
 from .. import UsageError
 from .densenet_cifar import DenseNet
 from .lenet import LeNet5, LeNet300
-from .resnet_cifar import ResNet
+from .resnet_cifar import ResNet, ResNetA
 
 CLASSES = 10  # of each of the following
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -23,6 +23,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "resnet20": partial(ResNet, 20),
     "resnet56": partial(ResNet, 56),
     "resnet110": partial(ResNet, 110),
+    "resnet20a": partial(ResNetA, 20),
+    "resnet56a": partial(ResNetA, 56),
     "densenet40": partial(DenseNet, 40, 12),
 }
 _TORCHVISION = "torchvision"
