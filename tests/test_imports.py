@@ -24,6 +24,7 @@ ORDER = [
     "experiments/__init__",
     "experiments/recipes",
     "experiments/whole_files",
+    "experiments/states",
     "experiments/ranks",
     "experiments/environment",
     "experiments/splits",

@@ -179,7 +179,7 @@ def named_in(optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def bare_name(name: str) -> str:
-    """Return a parameter's name without the modules that torch.compile, DistributedDataParallel and DataParallel add."""
+    """Return a parameter's name without the modules that torch.compile, DDP and DataParallel put into it."""
     *modules, last = name.split(".")
     return ".".join([*(module for module in modules if module not in ("_orig_mod", "module")), last])
 
@@ -238,6 +238,7 @@ def _matched(parameters: Mapping[str, Tensor] | Mapping[int, Tensor], masks: Mas
     All is checked beforehand.
     """
     by_key: dict[Any, Tensor] = dict(parameters)
+    pairs: list[tuple[Any, Tensor, Tensor]]
     if {type(key) for key in (*parameters, *masks)} == {str}:
         names = own_names(by_key, map(str, masks))
         if unknown := [key for key, name in names.items() if name not in by_key]:
