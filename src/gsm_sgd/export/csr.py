@@ -71,7 +71,8 @@ class CsrLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return (..., out_features) of inputs (..., in_features)."""
-        if self.dense is not None or torch.is_autocast_enabled(inputs.device.type):
+        device = inputs.device.type
+        if self.dense is not None or (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return F.linear(inputs, self.weight, self.bias)
         features = inputs.reshape(-1, self.in_features).t()
         # Here features come first, so that each weight is applied to all inputs at once: what one such layer returns is
