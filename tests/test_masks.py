@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from gsm_sgd import GSM, apply_masks_, freeze, magnitude_masks, prunable_parameters, sparsity_table
+from gsm_sgd.masks import sparsity_rows
 from reference_gsm import naive_top
 
 
@@ -224,6 +225,11 @@ def test_two_masks_for_one_parameter_are_refused():
     with pytest.raises(ValueError, match="two masks are for one parameter"):
         apply_masks_(prunable_parameters(layer), masks)
     assert layer.weight.count_nonzero() == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint64, torch.complex64])
+def test_weights_of_any_type_are_counted(dtype):
+    assert sparsity_rows({"w": torch.eye(4).to(dtype)})[0].nonzeros == 4
 
 
 # --- torch.nn.utils.prune ---

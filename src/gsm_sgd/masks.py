@@ -156,13 +156,20 @@ def sparsity_rows(weights: Mapping[str, Tensor]) -> list[LayerSparsity]:
 
     If any is a DTensor, every process has to call, and gets the rows of the whole model.
     """
-    counts = [int(here(weight.detach()).count_nonzero()) for weight in weights.values()]
+    counts = [_count_nonzero(here(weight.detach())) for weight in weights.values()]
     if any(is_dtensor(weight) for weight in weights.values()):
         counts = Shards(list(weights.values())).totals(counts)
     return [
         LayerSparsity(name, tuple(weight.shape), weight.numel(), count)
         for (name, weight), count in zip(weights.items(), counts, strict=True)
     ]
+
+
+def _count_nonzero(weight: Tensor) -> int:
+    try:
+        return int(weight.count_nonzero())
+    except NotImplementedError:  # of float8 and large unsigned integers
+        return int(weight.double().count_nonzero())
 
 
 def named_in(optimizer: Optimizer) -> dict[str, Tensor]:
