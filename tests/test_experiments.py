@@ -191,6 +191,48 @@ def test_prune_is_the_first_part_of_lottery(straight, synthetic, tmp_path):
     assert all(torch.equal(ours[key], value) for key, value in theirs.items())
 
 
+WRAPPED_NETS = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.ReLU()), nn.Linear(16, 10)
+        self.register_buffer("scale", torch.ones(16))
+        self.register_buffer("same", self.scale[:8])  # safetensors refuses tensors that share memory
+
+    def forward(self, images):
+        return self.head(self.body(images) * self.scale)
+
+def compiled():
+    return torch.compile(Net(), backend="eager")
+
+def compiled_within():
+    net = Net()
+    net.body = torch.compile(net.body, backend="eager")
+    return net
+"""
+
+
+@pytest.mark.parametrize("make", ["compiled", "compiled_within"])
+def test_a_net_that_its_maker_compiled_leaves_the_files_of_the_bare_one(make, synthetic, tmp_path, monkeypatch):
+    (tmp_path / "wrapped_nets.py").write_text(WRAPPED_NETS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    short = replace(RECIPE, base=replace(RECIPE.base, epochs=1), gsm=replace(RECIPE.gsm, epochs=1))
+    results = {}
+    for name in ("Net", make):
+        recipe = replace(short, model=f"wrapped_nets:{name}")
+        models.check_fits(models.build(recipe.model, 0), recipe.model, "digits", (1, 28, 28), 10)
+        results[name] = run(lottery, tmp_path / name, synthetic, recipe)
+    assert results[make]["layers"] == results["Net"]["layers"]
+    ours, theirs = weights_of(tmp_path / make), weights_of(tmp_path / "Net")
+    for stage in WEIGHTS:
+        assert ours[stage].keys() == theirs[stage].keys()
+        assert all(torch.equal(ours[stage][name], tensor) for name, tensor in theirs[stage].items())
+
+
 def test_seeds_differ(straight, synthetic, tmp_path):
     run(prune, tmp_path / "seed", synthetic, replace(RECIPE, seed=1))
     ours, theirs = (read_weights(path / "base.safetensors") for path in (tmp_path / "seed", straight))

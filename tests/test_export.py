@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from torch.nn.utils import prune
 
 import reference_sparse
@@ -24,6 +24,7 @@ from gsm_sgd import magnitude_masks, prunable_parameters
 from gsm_sgd.experiments import UsageError, models
 from gsm_sgd.experiments.recipes import find_recipe
 from gsm_sgd.export import indices, largest_size, load_sparse, save_sparse
+from gsm_sgd.export.files import layers_in
 from gsm_sgd.export.sparse import FORMAT, read_sparse
 from gsm_sgd.export.table import DTYPES
 from gsm_sgd.export.target import _ratio, compression_for, parse_size
@@ -251,6 +252,115 @@ def test_rounding_does_not_lose_weights(tmp_path, weight):
 def test_types_that_the_format_lacks_are_named(tmp_path):
     with pytest.raises(UsageError, match=r"w is torch\.complex64, which the format does not have"):
         save_sparse(tmp_path / "x", {"w": torch.zeros(2, 2, dtype=torch.complex64)})
+
+
+class Odd(torch.nn.Linear):
+    def get_extra_state(self):
+        return {"version": 3}
+
+
+ENTRIES = {
+    "a checkpoint": (lambda: {"model": {"w": torch.ones(2)}}, "'model' is a dict of its own: .* give it alone"),
+    "a number": (lambda: {"w": torch.ones(2), "epoch": 3}, "'epoch' is of type int, not a tensor: leave it out"),
+    "nothing": (lambda: {"w": None}, "'w' is of type NoneType, not a tensor"),
+    "text": (lambda: {"arch": "resnet"}, "'arch' is of type str, not a tensor"),
+    "an array": (lambda: {"w": np.ones(2)}, "'w' is of type ndarray, not a tensor: .* make it a tensor"),
+    "extra state": (lambda: Odd(2, 2).state_dict(), "'_extra_state' is a dict of its own"),
+    "a number as a name": (lambda: {0: torch.ones(2)}, "an entry 0, which is not a name"),
+    "a model": (lambda: torch.nn.Linear(2, 2), r"a Linear is not a net's state: give model\.state_dict\(\)"),
+    "rows": (lambda: {"w": torch.eye(2).to_sparse_csr()}, r"'w' is of layout torch\.sparse_csr, .* its to_dense\(\)"),
+    "coordinates": (lambda: {"w": torch.eye(2).to_sparse()}, r"'w' is of layout torch\.sparse_coo"),
+    "nested": (lambda: {"w": torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)}, "'w' is nested"),
+    "meta": (lambda: {"w": torch.ones(2, device="meta")}, "'w' is on the device meta, without numbers"),
+    "lazy": (lambda: torch.nn.LazyLinear(2).state_dict(), "'weight' is not initialized yet: call the net once"),
+    "float8": (lambda: {"w": torch.eye(2).to(torch.float8_e4m3fn)}, r"w is torch\.float8_e4m3fn, .*: convert it"),
+    "uint16": (lambda: {"w": torch.ones(2, 2, dtype=torch.uint16)}, r"w is torch\.uint16, .* or leave it out"),
+    "complex": (lambda: {"w": torch.ones(2, dtype=torch.complex64)}, r"w is torch\.complex64"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*beta state", "ignore:.*prototype")
+@pytest.mark.parametrize("kind", ENTRIES)
+def test_a_state_of_more_than_tensors_is_refused_by_name(tmp_path, kind):
+    state, message = ENTRIES[kind]
+    with pytest.raises(UsageError, match=message) as caught:
+        save_sparse(tmp_path / "new folder" / "x", state())
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantized_tensors_are_refused_by_name(tmp_path):
+    with pytest.raises(UsageError, match=r"'w' is quantized: give its dequantize\(\)"):
+        save_sparse(tmp_path / "x", {"w": torch.quantize_per_tensor(torch.eye(2), 0.1, 0, torch.qint8)})
+
+
+def test_tensors_that_share_memory_come_back(tmp_path):
+    base = torch.randn(6, 6)
+    state = {"a": base, "b": base.t(), "c": base[::2, 1:], "d": base[:1].expand(6, 6), "e": base.view(-1)[3:9]}
+    state["f"] = torch.randn(3, 3, dtype=torch.complex64).conj().imag  # a view that negates
+    save_sparse(tmp_path / "x", state)
+    assert_same(load_sparse(tmp_path / "x"), {name: tensor.resolve_neg() for name, tensor in state.items()})
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda net: torch.compile(net, backend="eager"),
+        torch.nn.DataParallel,
+        lambda net: torch.nn.DataParallel(torch.compile(net, backend="eager")),
+    ],
+)
+def test_a_file_of_a_wrapped_net_is_the_bare_net_s(tmp_path, wrap):
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    wrapped = wrap(net).state_dict()
+    assert wrapped.keys().isdisjoint(net.state_dict())
+    save_sparse(tmp_path / "bare", net.state_dict(), prunable=["1.weight"])
+    for prunable in (["1.weight"], [name for name in wrapped if name.endswith("1.weight")]):
+        save_sparse(tmp_path / "wrapped", wrapped, prunable=prunable)
+        assert (tmp_path / "wrapped").read_bytes() == (tmp_path / "bare").read_bytes()
+        assert largest_size(wrapped, 9, prunable=prunable) == largest_size(net.state_dict(), 9, prunable=["1.weight"])
+    net.load_state_dict(load_sparse(tmp_path / "wrapped"))
+
+
+def test_a_module_that_is_named_module_stays_in_a_file(tmp_path):
+    average = torch.optim.swa_utils.AveragedModel(torch.nn.Linear(4, 4))
+    save_sparse(tmp_path / "x", average.state_dict())
+    average.load_state_dict(load_sparse(tmp_path / "x"))
+
+
+def test_what_torch_prunes_is_stored_as_its_mask_leaves_it(tmp_path):
+    layer = torch.nn.Linear(20, 16)
+    prune.l1_unstructured(layer, "weight", amount=0.9)
+    prune.random_unstructured(layer, "bias", amount=4)
+    masked, nonzeros = layer.state_dict(), int(layer.weight.count_nonzero())
+    save_sparse(tmp_path / "x", masked)
+    certificate = verify(tmp_path / "x").certificate
+    assert (certificate.prunable, certificate.nonzeros, nonzeros) == (320, 32, 32)
+    assert [(row.name, row.nonzeros) for row in layers_in(tmp_path / "x")] == [("weight", 32)]
+    save_file(masked, tmp_path / "dense.safetensors")
+    assert [(row.name, row.nonzeros) for row in layers_in(tmp_path / "dense.safetensors")] == [("weight", 32)]
+    prune.remove(layer, "weight")
+    prune.remove(layer, "bias")
+    found = load_sparse(tmp_path / "x")
+    assert found.keys() == layer.state_dict().keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in layer.state_dict().items())
+
+
+def test_numbers_may_be_numpy(tmp_path):
+    state = {"w": torch.eye(4)}
+    plain = {"clip": 0.5, "epochs": 3, "flag": True}
+    boxed = {"clip": np.float32(0.5), "epochs": np.int64(3), "flag": np.bool_(True)}
+    save_sparse(tmp_path / "a", state, recipe=plain, top1=98.5)
+    save_sparse(tmp_path / "b", state, recipe=boxed, top1=np.float32(98.5))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert read_sparse(tmp_path / "b", np.int64(10**6)).recipe == plain
+    for count in (np.int8(4), np.int64(4), torch.tensor(4)):
+        size = largest_size(state, count, recipe=boxed)
+        assert type(size) is int
+        assert size == largest_size(state, 4, recipe=plain)
+    many = {"w": torch.empty(2**16, 2**10, device="meta")}
+    assert largest_size(many, np.int32(2**26)) == largest_size(many, 2**26)
 
 
 def test_what_is_not_prunable_is_whole(tmp_path):

@@ -1,8 +1,10 @@
 """Imports point up the page: each module may import only what stands above it."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import gsm_sgd
@@ -24,6 +26,7 @@ ORDER = [
     "experiments/__init__",
     "experiments/recipes",
     "experiments/whole_files",
+    "experiments/states",
     "experiments/ranks",
     "experiments/environment",
     "experiments/splits",
@@ -124,16 +127,52 @@ def test_the_library_imports_torch_only():
         assert others - set(sys.stdlib_module_names) <= {"torch"}, name
 
 
+OTHER_NAMES = {"pillow": "PIL", "pyyaml": "yaml"}
+"""The modules of packages whose name is another."""
+
+
+def without(code, *more):
+    """Run code where none of the optional packages can be imported, nor `more`."""
+    optional = tomllib.loads((ROOT.parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    packages = {re.split(r"[\[>=]", line)[0] for lines in optional.values() for line in lines} - {"gsm-sgd"}
+    blocked = sorted({*(OTHER_NAMES.get(package, package.replace("-", "_")) for package in packages), *more})
+    block = f"import sys\nfor name in {blocked}:\n    sys.modules[name] = None\n"
+    return subprocess.run([sys.executable, "-c", block + code], capture_output=True, text=True, check=False)
+
+
 def test_the_library_loads_without_the_extras():
-    code = (
-        "import sys\n"
-        "for name in ('torchvision', 'rich', 'jsonargparse', 'safetensors', 'matplotlib', 'yaml', 'pyarrow'):\n"
-        "    sys.modules[name] = None\n"
-        "import gsm_sgd\n"
-        "from gsm_sgd.__main__ import main\n"
-        "sys.exit(main())\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = without("import gsm_sgd\nfrom gsm_sgd.__main__ import main\nsys.exit(main())\n")
     assert done.returncode == 2
     assert done.stderr.endswith("is missing: pip install 'gsm-sgd[experiments]'\n")
     assert done.stderr.count("\n") == 1
+
+
+SPARSE = """
+import torch
+from torch import nn
+from gsm_sgd import apply_masks_, magnitude_masks, prunable_parameters, sparsity_table
+from gsm_sgd.export import largest_size, load_sparse, save_sparse, sparse_linear
+net = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4))
+weights = prunable_parameters(net)
+apply_masks_(weights, magnitude_masks(weights, 4))
+size = save_sparse(sys.argv[1], net.state_dict(), recipe={"of": "mine"}, top1=98.5)
+assert size <= largest_size(net.state_dict(), 96, recipe={"of": "mine"})
+again = load_sparse(sys.argv[1])
+assert all(torch.equal(again[name], tensor) for name, tensor in net.state_dict().items())
+try:
+    load_sparse(sys.argv[1] + ".missing")
+except Exception as error:
+    assert "No such file" in str(error)
+sparse_linear(net)(torch.randn(2, 20))
+"""
+
+
+def test_sparse_files_need_no_extras(tmp_path):
+    done = without(f"sys.argv = ['', {str(tmp_path / 'net')!r}]\n{SPARSE}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "net").is_file()
+
+
+def test_what_sparse_files_need_is_named():
+    done = without("import gsm_sgd\nfrom gsm_sgd.export import save_sparse\n", "numpy")
+    assert done.stderr.splitlines()[-1] == "ModuleNotFoundError: gsm_sgd.export needs numpy: pip install numpy"

@@ -6,6 +6,7 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import prune
 
 from gsm_sgd.experiments import UsageError, models
 from gsm_sgd.experiments.loop import evaluate
@@ -148,6 +149,14 @@ def test_what_a_recipe_cannot_train_is_refused():
         check(fitting, classes=7)
     with pytest.raises(UsageError, match="my:net has a weight under two names"):
         check(Tied())
+    prune.l1_unstructured(fitting[2], "weight", 0.5)
+    with pytest.raises(UsageError, match=r"my:net has a state .*: torch\.nn\.utils\.prune holds 2\.weight: make it"):
+        check(fitting)
+    prune.remove(fitting[2], "weight")
+    fitting[2].register_buffer("table", torch.eye(2).to_sparse())
+    with pytest.raises(UsageError, match=r"entry '2\.table' is of layout torch\.sparse_coo, not dense"):
+        check(fitting)
+    del fitting[2].table
     fitting[2].weight.requires_grad_(False)
     with pytest.raises(UsageError, match=r"my:net has frozen weights, 2\.weight"):
         check(fitting)
@@ -156,7 +165,7 @@ def test_what_a_recipe_cannot_train_is_refused():
 # --- weights from elsewhere ---
 
 
-@pytest.mark.parametrize("form", ["safetensors", "pt", "wrapped", "parallel"])
+@pytest.mark.parametrize("form", ["safetensors", "pt", "wrapped", "parallel", "compiled", "pruned", "compiled net"])
 def test_weights_from_a_file(form, tmp_path):
     source, model = models.build("resnet20", 1), models.build("resnet20", 2)
     state = {name: tensor.contiguous() for name, tensor in source.state_dict().items()}
@@ -167,10 +176,20 @@ def test_weights_from_a_file(form, tmp_path):
         torch.save(state, path)
     elif form == "wrapped":
         torch.save({"state_dict": state, "epoch": 3}, path)
+    elif form == "compiled":
+        torch.save({f"module._orig_mod.{name}": tensor for name, tensor in state.items()}, path)
+    elif form == "compiled net":
+        torch.save(state, path)
+        model = torch.compile(model, backend="eager")
+    elif form == "pruned":
+        prune.l1_unstructured(source.fc, "weight", 0.5)
+        torch.save(source.state_dict(), path)
+        prune.remove(source.fc, "weight")
     else:
         torch.save({f"module.{name}": tensor for name, tensor in state.items()}, path)
     load_pretrained(model, "resnet20", str(path))
-    assert all(torch.equal(p, q) for p, q in zip(source.parameters(), model.parameters(), strict=True))
+    loaded = dict(zip(state, model.state_dict().values(), strict=True))
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in source.state_dict().items())
 
 
 def published(name, path, **other):
@@ -222,6 +241,7 @@ def test_weights_that_cannot_be_loaded(tmp_path, capsys):
     before = [param.clone() for param in model.parameters()]
     torch.save({"fc": Danger()}, tmp_path / "danger.pt")
     torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"net": {"w": torch.ones(2)}, "optimizer": {}}, tmp_path / "checkpoint.pt")
     torch.save(models.build("lenet5", 0).state_dict(), tmp_path / "lenet5.pt")
     (tmp_path / "noise.pt").write_bytes(b"noise")
     (tmp_path / "noise.safetensors").write_bytes(b"noise")
@@ -231,6 +251,10 @@ def test_weights_that_cannot_be_loaded(tmp_path, capsys):
         ("noise.safetensors", "is not a safetensors file"),
         ("missing.pt", "does not exist"),
         ("list.pt", "holds no state dict"),
+        (
+            "checkpoint.pt",
+            r"holds no state dict: .* alone \(the state's entry 'net' is a dict of its own",
+        ),
         ("lenet5.pt", "do not fit resnet20"),
     ):
         with pytest.raises(UsageError, match=message) as error:

@@ -23,7 +23,8 @@ from .experiments.observers import ProgressBars, Several, TensorBoard
 from .experiments.pretrained import is_torchvisions, load_pretrained
 from .experiments.prune import Job, gsm, prune
 from .experiments.recipes import Recipe, Training
-from .experiments.rundir import Record, RunFolder, refuse_other_recipe, tensors_hash
+from .experiments.rundir import Record, RunFolder, refuse_other_recipe
+from .experiments.states import tensors_hash
 from .export.files import layers_in
 from .export.inference import latency_table, measure_inference, verdict
 from .export.rebuild import load_data, recipe_of

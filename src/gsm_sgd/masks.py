@@ -5,7 +5,7 @@ the prunable parameters where names are not known. Of weights that are DTensors 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -41,8 +41,20 @@ def is_governed(parameter: Tensor, group: Mapping[str, Any]) -> bool:
 
 
 def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the weights of two or more dimensions by name, in model order, tied weights once."""
-    return {name: parameter for name, parameter in model.named_parameters() if is_prunable(parameter)}
+    """Return the weights of two or more dimensions by bare name, in model order, tied weights once.
+
+    Raises:
+        ValueError: torch.nn.utils.prune holds one of them, and what counts is its product with a mask.
+    """
+    tensors = _tensors_of(model)
+    for name in held_by_prune(tensors):
+        module, _, weight = name.rpartition(".")
+        raise ValueError(
+            f"torch.nn.utils.prune holds {name}: make it a plain weight with "
+            f"torch.nn.utils.prune.remove(model.get_submodule({module!r}), {weight!r})"
+        )
+    names = bare_names(tensors)
+    return {names[name]: parameter for name, parameter in model.named_parameters() if is_prunable(parameter)}
 
 
 def prunable_in(optimizer: Optimizer) -> dict[str, Tensor] | dict[int, Tensor]:
@@ -66,7 +78,7 @@ def magnitude_masks(parameters: Mapping[_Key, Tensor], compression: float) -> di
     Raises:
         ValueError: C is below 1, not finite, or leaves no weight; or a parameter contains NaN.
     """
-    kept = kept_weights(sum(parameter.numel() for parameter in parameters.values()), compression)
+    kept = kept_weights(sum(parameter.numel() for parameter in parameters.values()), float(compression))
     weights = list(parameters.values())
     nan = [bool(here(weight).isnan().any()) for weight in weights]
     if any(is_dtensor(weight) for weight in weights):
@@ -180,8 +192,13 @@ def mask_gradients(pairs):
 
 
 def sparsity_table(model: nn.Module) -> list[LayerSparsity]:
-    """Return a row (name, shape, params, nonzeros) for each prunable parameter, in model order."""
-    return sparsity_rows(prunable_parameters(model))
+    """Return a row (name, shape, params, nonzeros) for each prunable parameter, in model order, under its bare name.
+
+    A weight that torch.nn.utils.prune holds is counted as its mask leaves it.
+    """
+    tensors = without_prune(_tensors_of(model))
+    names, buffers = bare_names(tensors), dict(model.named_buffers(remove_duplicate=False))
+    return sparsity_rows({names[name]: t for name, t in tensors.items() if name not in buffers and is_prunable(t)})
 
 
 def sparsity_rows(weights: Mapping[str, Tensor]) -> list[LayerSparsity]:
@@ -189,7 +206,7 @@ def sparsity_rows(weights: Mapping[str, Tensor]) -> list[LayerSparsity]:
 
     If any is a DTensor, every process has to call, and gets the rows of the whole model.
     """
-    counts = [int(here(weight.detach()).count_nonzero()) for weight in weights.values()]
+    counts = [_count_nonzero(here(weight.detach())) for weight in weights.values()]
     if any(is_dtensor(weight) for weight in weights.values()):
         counts = [int(total) for total in Shards(list(weights.values())).totals(counts)]
     return [
@@ -198,15 +215,78 @@ def sparsity_rows(weights: Mapping[str, Tensor]) -> list[LayerSparsity]:
     ]
 
 
+def _count_nonzero(weight: Tensor) -> int:
+    try:
+        return int(weight.count_nonzero())
+    except NotImplementedError:  # of float8 and large unsigned integers
+        return int(weight.double().count_nonzero())
+
+
 def named_in(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return all parameters of an optimizer by name; none if it was given no names, or a name twice."""
+    """Return all parameters of an optimizer by bare name; none if it was given no names, or a name twice."""
     named: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         names = group.get("param_names", [])
         if len(names) < len(group["params"]):
             return {}
         named.update(zip(names, group["params"], strict=True))
-    return named if len(named) == sum(len(group["params"]) for group in optimizer.param_groups) else {}
+    bare = bare_names(named)
+    unique = len(named) == sum(len(group["params"]) for group in optimizer.param_groups)
+    return {bare[name]: parameter for name, parameter in named.items()} if unique else {}
+
+
+def bare_name(name: str) -> str:
+    """Return a parameter's name without the modules that torch.compile, DDP and DataParallel put into it."""
+    *modules, last = name.split(".")
+    return ".".join([*(module for module in modules if module not in ("_orig_mod", "module")), last])
+
+
+def bare_names(names: Iterable[str]) -> dict[str, str]:
+    """Return the bare name of each name in a model, for masks and files that other models are to load.
+
+    A `module.` is taken for a wrapper's only where all names begin with it: a model may have a module of that name.
+    """
+    bare = {name: ".".join(part for part in name.split(".") if part != "_orig_mod") for name in names}
+    while bare and all(name.startswith("module.") for name in bare.values()):
+        bare = {name: short.removeprefix("module.") for name, short in bare.items()}
+    return bare if len(set(bare.values())) == len(bare) else {name: name for name in bare}
+
+
+def own_names(ours: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
+    """Map each of their names to ours: the same one, else one with the same bare name, else, to no avail, itself."""
+    ours = set(ours)
+    by_bare = {bare_name(name): name for name in ours}
+    return {name: name if name in ours else by_bare.get(bare_name(name), name) for name in theirs}
+
+
+def held_by_prune(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the weights that torch.nn.utils.prune keeps as a tensor NAME_orig and its mask NAME_mask."""
+    names = [name.removesuffix("_orig") for name in tensors if name.endswith("_orig")]
+    pairs = {name: (tensors[f"{name}_orig"], tensors.get(f"{name}_mask")) for name in names if name not in tensors}
+    return [name for name, (weight, mask) in pairs.items() if mask is not None and _is_mask(mask, weight)]
+
+
+def _is_mask(mask: Tensor, weight: Tensor) -> bool:
+    values = here(mask)
+    return mask.shape == weight.shape and (mask.is_meta or bool(((values == 0) | (values == 1)).all()))
+
+
+def without_prune(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors with each weight that torch.nn.utils.prune holds in one piece, as the net computes with it."""
+    joined = {}
+    held = {f"{name}_orig": name for name in held_by_prune(tensors)}
+    masks = {f"{name}_mask" for name in held.values()}
+    for name, tensor in tensors.items():
+        if name in held:
+            joined[held[name]] = tensor.detach() * tensors[f"{held[name]}_mask"].to(tensor.dtype)
+        elif name not in masks:
+            joined[name] = tensor
+    return joined
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters of a model, each once, and then its buffers, by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def _matched(parameters: Mapping[str, Tensor] | Mapping[int, Tensor], masks: Masks) -> list[tuple[Tensor, Tensor]]:
@@ -215,11 +295,14 @@ def _matched(parameters: Mapping[str, Tensor] | Mapping[int, Tensor], masks: Mas
     All is checked beforehand.
     """
     by_key: dict[Any, Tensor] = dict(parameters)
+    pairs: list[tuple[Any, Tensor, Tensor]]
     if {type(key) for key in (*parameters, *masks)} == {str}:
-        unknown = [str(key) for key in masks if key not in by_key]
-        if unknown:
+        names = own_names(by_key, map(str, masks))
+        if unknown := [key for key, name in names.items() if name not in by_key]:
             raise ValueError(f"no prunable parameter is named {unknown[0]!r}, but a mask is")
-        pairs = [(key, by_key[key], mask) for key, mask in masks.items()]
+        if len(set(names.values())) < len(names):
+            raise ValueError("two masks are for one parameter: their names differ only in what a wrapper adds")
+        pairs = [(name, by_key[name], mask) for name, mask in zip(names.values(), masks.values(), strict=True)]
     elif len(parameters) == len(masks):
         pairs = list(zip(masks, by_key.values(), masks.values(), strict=True))
     else:
@@ -228,9 +311,3 @@ def _matched(parameters: Mapping[str, Tensor] | Mapping[int, Tensor], masks: Mas
         if parameter.shape != mask.shape:
             raise ValueError(f"mask {key!r} has shape {tuple(mask.shape)}, its parameter {tuple(parameter.shape)}")
     return [(param, cut_out(param, mask).to(here(param).device, torch.bool)) for _, param, mask in pairs]
-
-
-def bare_name(name: str) -> str:
-    """Return a parameter's name without what torch.compile, DistributedDataParallel and DataParallel put into it."""
-    *modules, last = name.split(".")
-    return ".".join([*(module for module in modules if module not in ("_orig_mod", "module")), last])

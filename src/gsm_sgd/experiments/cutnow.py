@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..budget import shrinkage
 from ..groups import passive_decay
-from ..masks import apply_masks_, magnitude_masks, prunable_parameters
+from ..masks import apply_masks_, magnitude_masks, own_names, prunable_parameters
 from ..optimizer import GSM
 from .loop import evaluate, lr_factor
 from .recipes import Recipe
@@ -49,7 +49,11 @@ class CutNow:
         """
         weights = prunable_parameters(self._model)
         fixed: dict[Any, Tensor] = dict(self._optimizer.masks)
-        masks = {name: fixed[name] for name in weights} if fixed else magnitude_masks(weights, self._recipe.compression)
+        names = own_names(fixed, weights)
+        if fixed:
+            masks = {name: fixed[names[name]] for name in weights}
+        else:
+            masks = magnitude_masks(weights, self._recipe.compression)
         kept = torch.cat([mask.view(-1) for mask in masks.values()]).cpu()
         entered = kept & ~self._kept
         counts = {"entered": int(entered.sum()), "returned": int((entered & self._ever).sum())}

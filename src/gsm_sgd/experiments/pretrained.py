@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +10,9 @@ from torch import Tensor, nn
 from . import UsageError
 from .models import torchvision_name
 from .rundir import read_weights
+from .states import load_state, plain_state
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which training scripts keep a model's state
-_PREFIX = "module."  # of the names in a state of DataParallel
 
 
 def load_pretrained(model: nn.Module, name: str, source: str) -> None:
@@ -27,12 +28,14 @@ def load_pretrained(model: nn.Module, name: str, source: str) -> None:
         UsageError: there are no such weights, a file is damaged or not safe to load, or they do not fit the model.
     """
     state = _torchvision(name, source) if is_torchvisions(source) else _read(Path(source))
-    if all(key.startswith(_PREFIX) for key in state):
-        state = {key.removeprefix(_PREFIX): value for key, value in state.items()}
+    try:
+        state = plain_state(state)
+    except UsageError as error:
+        raise UsageError(f"{source} holds no state dict: save model.state_dict() alone ({error})") from error
     # torchvision's classifiers that are for training alone are None in ours
     state = {key: value for key, value in state.items() if getattr(model, key.partition(".")[0], "") is not None}
     try:
-        model.load_state_dict(state)
+        load_state(model, state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         hint = "give others, or --weights null to train a base net"
@@ -64,7 +67,7 @@ def _torchvision(name: str, source: str) -> dict[str, Tensor]:
     return state
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path) -> Any:
     if path.suffix == ".safetensors" or not path.exists():
         return read_weights(path)
     try:
@@ -78,6 +81,4 @@ def _read(path: Path) -> dict[str, Tensor]:
     for key in _WRAPPERS:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
-    if not (isinstance(loaded, dict) and all(isinstance(value, Tensor) for value in loaded.values())):
-        raise UsageError(f"{path} holds no state dict: save model.state_dict()")
-    return {str(key): value for key, value in loaded.items()}
+    return loaded

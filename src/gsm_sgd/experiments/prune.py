@@ -120,8 +120,9 @@ def train_stage(
         if masks:
             freeze(optimizer, masks)
         train(model, optimizer, training, job.recipe, job.data, stage, job.observer, probe)
+        weights = prunable_parameters(model)
         for key, mask in masks.items():
-            if model.get_parameter(key)[~mask].any():
+            if weights[key][~mask].any():
                 raise RuntimeError(f"a masked weight of {key} moved in stage {name}")
         job.run.save_weights(name, model)
     job.run.load_weights(name, model)

@@ -4,12 +4,11 @@ Every file is replaced as a whole, so that at any moment a kill leaves either th
 is over when its weights are there; until then its checkpoint, and the metrics up to it, are what counts.
 """
 
-import hashlib
 import json
 import os
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from . import UsageError, ranks
 from .environment import environment
 from .recipes import Recipe, Training
+from .states import load_state, plain_state, tensors_hash
 from .whole_files import replace_file
 
 Record = dict[str, Any]
@@ -128,7 +128,8 @@ class RunFolder:
 
     def save_weights(self, name: str, model: nn.Module) -> None:
         """Write a model's state to `<name>.safetensors`, with a hash of it in the metadata."""
-        tensors = {key: tensor.cpu().contiguous() for key, tensor in model.state_dict().items()}
+        state = plain_state(model.state_dict())
+        tensors = {key: tensor.cpu().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
         if self.writes:
             # one entry: safetensors writes several in any order, and the same weights are to give the same file
             replace_file(self.path / f"{name}.safetensors", save(tensors, {_HASH: tensors_hash(tensors)}))
@@ -142,7 +143,7 @@ class RunFolder:
         except UsageError as error:
             raise UsageError(f"{error}; delete it to run its stage again") from error
         try:
-            model.load_state_dict(weights)
+            load_state(model, weights)
         except RuntimeError as error:
             raise UsageError(f"{path} does not fit the model: delete it to run its stage again") from error
 
@@ -302,16 +303,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if expected is not None and expected != tensors_hash(tensors):
         raise UsageError(f"{path} is damaged: its weights are not those that were saved")
     return tensors
-
-
-def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256, in hex, of tensors by rising name: of name, type and shape as a line, and of their bytes."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _defaults(kind: type, prefix: str = "") -> Record:

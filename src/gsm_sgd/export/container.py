@@ -44,7 +44,7 @@ def compressed(about: Mapping[str, Any]) -> bytes:
     Raises:
         ValueError: a number is infinite or NaN, which JSON does not have.
     """
-    return zlib.compress(json.dumps(about, separators=(",", ":"), allow_nan=False).encode(), 9)
+    return zlib.compress(json.dumps(about, separators=(",", ":"), allow_nan=False, default=_number).encode(), 9)
 
 
 def header(metadata: Mapping[str, str], lengths: Mapping[str, int]) -> bytes:
@@ -197,6 +197,13 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(names) < len(pairs):
         raise ValueError("a name stands twice")
     return names
+
+
+def _number(value: object) -> Any:
+    """Return the number that NumPy has put into a box of its own."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is none of JSON's types")
 
 
 def _no_number(constant: str) -> None:

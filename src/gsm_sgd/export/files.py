@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..experiments.rundir import read_weights
+from ..experiments.states import plain_state
 from ..masks import LayerSparsity, is_prunable, sparsity_rows
 from . import sparse, ticket
 from .container import format_of
@@ -25,7 +26,7 @@ def layers_in(path: Path) -> list[LayerSparsity]:
         case ticket.FORMAT:
             return sparsity_rows(ticket.read_ticket(path).masks)
     tensors = read_hdf5(path) if _is_hdf5(path) else read_weights(path)
-    return sparsity_rows({name: tensor for name, tensor in tensors.items() if is_prunable(tensor)})
+    return sparsity_rows({name: tensor for name, tensor in plain_state(tensors).items() if is_prunable(tensor)})
 
 
 def _is_hdf5(path: Path) -> bool:

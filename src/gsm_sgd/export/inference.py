@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..experiments.environment import environment
 from ..experiments.whole_files import replace_file
 from ..reports.runs import read_run
-from .csr import CsrLinear, linear_layers, seconds_of
+from .csr import as_sparse, linear_layers, seconds_of
 from .extras import needed
 from .onnx_file import to_onnx
 from .rebuild import pruned_net
@@ -64,9 +64,9 @@ def measure_inference(folder: Path) -> list[Latency]:
 
 
 def in_csr(model: nn.Module) -> nn.Module:
-    """Swap all linear layers of a net for sparse ones, in place, and return it."""
+    """Swap all linear layers of a net that can be swapped for sparse ones, in place, and return it."""
     for parent, name, layer in linear_layers(model):
-        setattr(parent, name, CsrLinear(layer))
+        setattr(parent, name, as_sparse(layer))
     return model
 
 

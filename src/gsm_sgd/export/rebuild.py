@@ -13,6 +13,7 @@ from ..experiments.models import MODELS, torchvision_name
 from ..experiments.recipes import RECIPES, Recipe
 from ..experiments.rundir import read_weights
 from ..experiments.splits import Dataset
+from ..experiments.states import load_state
 from ..reports.runs import Run
 
 
@@ -59,7 +60,7 @@ def build(recipe: Recipe, tensors: Mapping[str, Tensor], classes: int | None = N
     """
     model = models.build(recipe.model, recipe.seed, classes)
     try:
-        model.load_state_dict(tensors)
+        load_state(model, tensors)
     except RuntimeError as error:
         raise UsageError(f"the weights do not fit {recipe.model}") from error
     return model

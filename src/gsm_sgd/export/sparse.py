@@ -4,6 +4,7 @@ What is prunable is stored whole, with a bitmask, or with Rice codes, whichever 
 """
 
 import math
+import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..experiments import UsageError
-from ..experiments.rundir import tensors_hash
+from ..experiments.states import plain_state, tensors_hash
 from ..experiments.whole_files import write_whole
-from ..masks import is_prunable
+from ..masks import is_prunable, own_names
 from . import container, indices
 from .container import NUMBER_BYTES, Container, FormatError
 from .indices import Coding
@@ -80,22 +81,24 @@ def save_sparse(
     Args:
         path: the file.
         tensors: a net's state. A -0 of a pruned tensor, as multiplying by a mask leaves them, becomes 0; tensors that
-            share memory are stored each.
+            share memory are stored each. Names lose what torch.compile, DDP and DataParallel add to them, and a weight
+            that torch.nn.utils.prune holds is stored as its mask leaves it, under its own name.
         prunable: names of what was pruned; all floating-point tensors of two or more dimensions if None.
         values: what prunable float32 tensors are rounded to; they are float32 again when they are read.
         recipe: of the training, in JSON's types.
         top1: the accuracy, in percent, of these tensors with these values.
 
     Raises:
-        UsageError: a tensor's type has no place in the format, rounding makes a weight zero or infinite, there is no
-            tensor of a name, recipe or accuracy are not what a file can hold, or it cannot be written.
+        UsageError: an entry is no dense tensor or of a type that has no place in the format, rounding makes a weight
+            zero or infinite, there is no tensor of a name, recipe or accuracy are not what a file can hold, or it
+            cannot be written.
     """
-    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    names = _prunable_names(tensors) if prunable is None else list(dict.fromkeys(prunable))
-    if missing := [name for name in names if name not in tensors]:
-        raise UsageError(f"there is no tensor {missing[0]!r} to be prunable: there are {', '.join(tensors)}")
-    tensors = rounded(tensors, names, values)
+    tensors = plain_state(tensors)
+    if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise UsageError(f"the state's entry {empty[0]!r} is on the device meta, without numbers: load them before")
+    names = _prunable_names(tensors, prunable)
     table, whole = _table(tensors, names)
+    tensors = rounded({name: tensor.cpu() for name, tensor in tensors.items()}, names, values)
     stored_as = [_stored_as(row, values) for row in table]
     positions, codings = [], []
     for row, kind in zip(table, stored_as, strict=True):
@@ -163,7 +166,8 @@ def largest_size(
 
     Only names, types and shapes of the tensors count, so they may be on the device meta.
     """
-    table, whole = _table(tensors, _prunable_names(tensors) if prunable is None else prunable)
+    tensors, nonzeros = plain_state(tensors), operator.index(nonzeros)
+    table, whole = _table(tensors, _prunable_names(tensors, prunable))
     stored_as = [_stored_as(row, values) for row in table]
     size = sum(row.size for row in table)
     bits = indices.most_bits(size, nonzeros, 8 * max((NUMBER_BYTES[kind] for kind in stored_as), default=1))
@@ -289,15 +293,20 @@ def _about(table: Iterable[Row], whole: Iterable[Row], recipe: Mapping[str, Any]
     return about if recipe is None else {**about, "recipe": dict(recipe)}
 
 
-def _table(tensors: Mapping[str, Tensor], prunable: Iterable[str]) -> tuple[list[Row], list[Row]]:
+def _table(tensors: Mapping[str, Tensor], names: list[str]) -> tuple[list[Row], list[Row]]:
     """Return the rows of what is prunable, and those of all else."""
-    names = dict.fromkeys(prunable)
     table = [row_of(name, tensors[name]) for name in names]
     return table, [row_of(name, tensor) for name, tensor in tensors.items() if name not in names]
 
 
-def _prunable_names(tensors: Mapping[str, Tensor]) -> list[str]:
-    return [name for name, tensor in tensors.items() if is_prunable(tensor) and tensor.is_floating_point()]
+def _prunable_names(tensors: Mapping[str, Tensor], prunable: Iterable[str] | None) -> list[str]:
+    """Return which tensors are prunable: those given, whatever a wrapper made of their names, else all matrices."""
+    if prunable is None:
+        return [name for name, tensor in tensors.items() if is_prunable(tensor) and tensor.is_floating_point()]
+    names = own_names(tensors, prunable)
+    if missing := [name for name in names.values() if name not in tensors]:
+        raise UsageError(f"there is no tensor {missing[0]!r} to be prunable: there are {', '.join(tensors)}")
+    return list(dict.fromkeys(names.values()))
 
 
 def _stored_as(row: Row, values: str) -> str:

@@ -40,7 +40,7 @@ class Row(NamedTuple):
 def row_of(name: str, tensor: Tensor) -> Row:
     """Return a tensor's row in a table."""
     if tensor.dtype not in NAMES:
-        raise UsageError(f"{name} is {tensor.dtype}, which the format does not have")
+        raise UsageError(f"{name} is {tensor.dtype}, which the format does not have: convert it, or leave it out")
     if tensor.numel() > LARGEST_TENSOR:
         raise UsageError(f"{name} has more than 2**31 numbers, which the format does not have")
     return Row(name, tuple(tensor.shape), NAMES[tensor.dtype])

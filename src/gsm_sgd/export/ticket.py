@@ -11,7 +11,8 @@ from torch import Tensor
 from ..experiments import UsageError, models
 from ..experiments.lottery import TRAINED, retrain_ticket
 from ..experiments.prune import Job, finish, initial_net
-from ..experiments.rundir import read_weights, tensors_hash
+from ..experiments.rundir import read_weights
+from ..experiments.states import tensors_hash
 from ..experiments.whole_files import write_whole
 from ..masks import magnitude_masks, prunable_parameters
 from ..reports.runs import read_run

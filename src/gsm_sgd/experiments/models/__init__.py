@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...masks import is_prunable
+from ...masks import is_prunable, prunable_parameters
 from .. import UsageError
+from ..states import plain_state
 from .densenet_cifar import DenseNet
 from .lenet import LeNet5, LeNet300
 from .resnet_cifar import ResNet, ResNetA
@@ -70,6 +71,11 @@ def build(name: str, seed: int, classes: int | None = None) -> nn.Module:
 
 def check_fits(model: nn.Module, name: str, dataset: str, shape: Sequence[int], classes: int) -> None:
     """Raise UsageError unless a network can be trained on images of a shape, all of it, to tell classes apart."""
+    try:
+        plain_state(model.state_dict())
+        prunable_parameters(model)
+    except (UsageError, ValueError) as error:
+        raise UsageError(f"{name} has a state that no file can hold: {error}") from error
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for parameter, weight in parameters.items():
         if is_prunable(weight) and not weight.requires_grad:
