@@ -1,4 +1,4 @@
-"""GSM in a Hugging Face Accelerate loop; `accelerate launch` runs it on several processes as it is.
+"""GSM in a Hugging Face Accelerate loop, then AdamW with its masks; `accelerate launch` runs it on several processes.
 
 pip install accelerate
 python examples/accelerate_loop.py [mnist|synthetic] [EPOCHS]
@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from gsm_sgd import GSM
+from gsm_sgd import GSM, freeze
 from gsm_sgd.experiments import data, models
 from gsm_sgd.masks import sparsity_table
 
@@ -37,7 +37,17 @@ def main(dataset: str = "mnist", epochs: str = "10") -> None:
             accelerator.backward(nn.functional.cross_entropy(model(inputs), labels))
             optimizer.step()
 
+    masks = (
+        optimizer.optimizer.finalize()
+    )  # GSM is inside Accelerate's wrapper; it has cut already: these are its masks
     net = accelerator.unwrap_model(model)
+    finetuner = accelerator.prepare(torch.optim.AdamW(net.parameters(), 1e-3))
+    freeze(finetuner, masks, net)
+    for inputs, labels in loader:
+        finetuner.zero_grad()
+        accelerator.backward(nn.functional.cross_entropy(model(inputs), labels))
+        finetuner.step()
+
     with torch.no_grad():
         correct = (net(images.test.images).argmax(1) == images.test.labels).float().mean()
     rows = sparsity_table(net)

@@ -46,6 +46,8 @@ def main(dataset: str = "mnist", epochs: str = "10") -> None:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     trainer = lightning.Trainer(max_epochs=int(epochs), accelerator="cpu", devices=1, **quiet)
     trainer.fit(model, loader)
+    masks = trainer.optimizers[0].finalize()  # it has cut already: these are its masks
+    print(f"masks: {sum(int(m.sum()) for m in masks.values()):,} of {sum(m.numel() for m in masks.values()):,} weights")
 
     with torch.no_grad():
         correct = (model.net(images.test.images).argmax(1) == images.test.labels).float().mean()

@@ -1,4 +1,4 @@
-"""GSM in the Transformers Trainer: a small GPT-2 on the bytes of Python's own manual, nine weights in ten pruned.
+"""GSM in the Transformers Trainer, then its own AdamW with the masks: a small GPT-2 on the bytes of Python's manual.
 
 pip install transformers accelerate
 python examples/transformers_trainer.py [STEPS]
@@ -11,7 +11,7 @@ import tempfile
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from gsm_sgd import GSM
+from gsm_sgd import GSM, freeze
 from gsm_sgd.masks import sparsity_rows
 
 LENGTH = 64
@@ -41,6 +41,10 @@ def main(steps: str = "500") -> None:
             save_strategy="no", logging_steps=max(1, total // 10),
         )  # fmt: skip
         Trainer(model, arguments, train_dataset=pieces, optimizers=(optimizer, schedule)).train()
+        masks = optimizer.finalize()  # it has cut already: these are its masks; callbacks get it in a wrapper
+        finetuning = Trainer(model, arguments, train_dataset=pieces)
+        freeze(finetuning.create_optimizer(), masks, model)
+        finetuning.train()
 
     rows = sparsity_rows(dict(blocks))
     print(f"{sum(row.nonzeros for row in rows):,} of {sum(row.params for row in rows):,} of the blocks' weights")

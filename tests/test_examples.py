@@ -31,7 +31,7 @@ def needs(package):
 
 @needs("lightning")
 def test_lightning():
-    assert run("lightning_loop", "synthetic", 4) == [(266_200 // 60, 266_200)]
+    assert run("lightning_loop", "synthetic", 4) == [(266_200 // 60, 266_200)] * 2  # by the masks, and by the weights
 
 
 @needs("accelerate")

@@ -21,6 +21,7 @@ ORDER = [
     "rule",
     "passes",
     "fused",
+    "states",
     "optimizer",
     "__init__",
     "experiments/__init__",

@@ -1,3 +1,6 @@
+import copy
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from gsm_sgd import GSM, apply_masks_, freeze, magnitude_masks, prunable_parameters, sparsity_table
-from gsm_sgd.masks import sparsity_rows
+from gsm_sgd.masks import mask_gradients, sparsity_rows
 from reference_gsm import naive_top
 
 
@@ -97,6 +100,244 @@ def test_freeze_can_be_undone():
     handle.remove()
     train(model, optimizer)
     assert sum(row.nonzeros for row in sparsity_table(model)) == 196
+    assert all(p.grad.count_nonzero() == p.numel() for p in prunable_parameters(model).values())
+    copy.deepcopy(handle).remove()  # a copy has nothing to remove
+
+
+def backward(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    loss = F.cross_entropy(model(torch.randn(8, 1, 4, 4, generator=generator)), torch.arange(8))
+    loss.backward()
+    return loss
+
+
+def test_gradients_of_masked_weights_are_zero_from_the_backward_pass_on():
+    """So clipping counts the others alone, however often gradients are accumulated."""
+    model, free = net(), net()
+    masks = magnitude_masks(prunable_parameters(model), 4)
+    apply_masks_(prunable_parameters(free), masks)
+    freeze(torch.optim.SGD(model.named_parameters(), 0.1), masks)
+    for seed in range(3):
+        backward(model, seed)
+        backward(free, seed)
+        for name, mask in masks.items():
+            ours, theirs = (net.get_parameter(name).grad for net in (model, free))
+            assert theirs[~mask].any()
+            assert torch.equal(ours, theirs * mask)
+    theirs = [p.grad * masks[name] if name in masks else p.grad for name, p in free.named_parameters()]
+    assert torch.equal(nn.utils.clip_grad_norm_(model.parameters(), 1.0), nn.utils.get_total_norm(theirs))
+
+
+def test_gradients_set_by_hand_are_masked_by_the_step():
+    model = net()
+    masks = magnitude_masks(prunable_parameters(model), 4)
+    optimizer = torch.optim.SGD(model.named_parameters(), 0.1, 0.9)
+    freeze(optimizer, masks)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name, mask in masks.items():
+        assert torch.equal(optimizer.state[model.get_parameter(name)]["momentum_buffer"] != 0, mask)
+
+
+def test_gradients_that_were_there_before_freezing_are_masked():
+    model = net()
+    backward(model)
+    masks = magnitude_masks(prunable_parameters(model), 4)
+    freeze(torch.optim.SGD(model.named_parameters(), 0.1), masks)
+    assert all(torch.equal(model.get_parameter(name).grad != 0, mask) for name, mask in masks.items())
+
+
+def test_an_infinite_gradient_of_a_masked_weight_skips_no_step():
+    model = net()
+    masks = magnitude_masks(prunable_parameters(model), 4)
+    optimizer = torch.optim.SGD(model.named_parameters(), 0.1)
+    freeze(optimizer, masks)
+    model[3].weight.register_hook(lambda grad: grad.masked_fill(~masks["3.weight"], torch.inf))
+    before = model[3].weight.detach().clone()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(F.cross_entropy(model(torch.randn(8, 1, 4, 4)), torch.arange(8))).backward()
+    scaler.step(optimizer)
+    assert torch.equal(model[3].weight != before, masks["3.weight"])
+
+
+def test_lbfgs_trains_a_frozen_net():
+    model = net()
+    weights = prunable_parameters(model)
+    masks = magnitude_masks(weights, 4)
+    optimizer = torch.optim.LBFGS(model.named_parameters(), line_search_fn="strong_wolfe")
+    freeze(optimizer, masks)
+
+    def closure():
+        optimizer.zero_grad()
+        return backward(model)
+
+    losses = [optimizer.step(closure).item() for _ in range(5)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] / 100
+    assert not any(weights[name][~mask].any() for name, mask in masks.items())
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW])
+def test_momenta_from_before_freezing_move_no_masked_weight(make):
+    model = net()
+    optimizer = make(model.named_parameters(), 0.1)
+    train(model, optimizer)
+    weights = prunable_parameters(model)
+    masks = magnitude_masks(weights, 4)
+    freeze(optimizer, masks)
+    for _ in range(3):
+        train(model, optimizer, steps=1)
+        assert not any(weights[name][~mask].any() for name, mask in masks.items())
+
+
+def test_dense_weights_loaded_after_freezing_are_masked_by_the_next_step():
+    model = net()
+    dense = copy.deepcopy(model.state_dict())
+    masks = magnitude_masks(prunable_parameters(model), 4)
+    optimizer = torch.optim.AdamW(model.named_parameters(), 0.1)
+    freeze(optimizer, masks)
+    train(model, optimizer)
+    model.load_state_dict(dense)
+    train(model, optimizer, steps=1)
+    assert all(torch.equal(model.get_parameter(name) != 0, mask) for name, mask in masks.items())
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_of_a_frozen_model_are_free(how):
+    model = net()
+    masks = magnitude_masks(prunable_parameters(model), 4)
+    optimizer = torch.optim.SGD(model.named_parameters(), 0.1)
+    freeze(optimizer, masks)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copied = copy.deepcopy(model) if how == "deepcopy" else torch.load(file, weights_only=False)
+    train(copied, torch.optim.SGD(copied.named_parameters(), 0.1))
+    assert sum(row.nonzeros for row in sparsity_table(copied)) == 196
+    train(model, optimizer)
+    assert sum(row.nonzeros for row in sparsity_table(model)) == 49
+
+
+def test_parameters_unfrozen_later_have_masked_gradients():
+    model = net()
+    masks = magnitude_masks(prunable_parameters(model), 4)
+    model.requires_grad_(False)
+    freeze(torch.optim.SGD(model.named_parameters(), 0.1), masks)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.requires_grad_(True)
+    backward(model)
+    assert all(torch.equal(model.get_parameter(name).grad != 0, mask) for name, mask in masks.items())
+
+
+def test_a_model_converted_after_freezing():
+    model = net()
+    masks = magnitude_masks(prunable_parameters(model), 4)
+    optimizer = torch.optim.SGD(model.named_parameters(), 0.1)
+    freeze(optimizer, masks)
+    model.double()
+    F.cross_entropy(model(torch.randn(8, 1, 4, 4).double()), torch.arange(8)).backward()
+    assert all(torch.equal(model.get_parameter(name).grad != 0, mask) for name, mask in masks.items())
+    optimizer.step()
+    assert sum(row.nonzeros for row in sparsity_table(model)) == 49
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_gradients_of_gradients():
+    layer = nn.Linear(2, 1, bias=False)
+    freeze(torch.optim.SGD(layer.named_parameters(), 0.1), {"weight": torch.tensor([[True, False]])})
+    inputs = torch.tensor([[3.0, 5.0]], requires_grad=True)
+    layer(inputs).square().sum().backward(create_graph=True)  # gradient 2 (w x) x
+    kept = float(layer.weight[0, 0].detach())
+    assert layer.weight.grad.tolist() == [[pytest.approx(2 * 9 * kept), 0]]
+    (again,) = torch.autograd.grad(layer.weight.grad.sum(), inputs)
+    assert again.tolist() == [[pytest.approx(4 * 3 * kept), 0]]
+
+
+def test_sparse_gradients_are_masked():
+    embedding = nn.Embedding(5, 3, sparse=True)
+    masks = {"weight": torch.arange(15).view(5, 3) % 2 == 0}
+    optimizer = torch.optim.SGD(embedding.named_parameters(), 0.1)
+    freeze(optimizer, masks)
+    embedding(torch.tensor([1, 3, 1])).sum().backward()
+    expected = torch.tensor([0.0, 2, 0, 1, 0]).view(5, 1) * masks["weight"]
+    assert torch.equal(embedding.weight.grad.to_dense(), expected)
+    optimizer.step()
+    assert torch.equal(embedding.weight != 0, masks["weight"])
+
+
+class Wrapper(torch.optim.Optimizer):
+    """What Accelerate makes of an optimizer: a subclass that is not initialised as one."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+
+class Unhooked(torch.optim.Optimizer):
+    """A wrapper that does not say where its optimizer is."""
+
+    def __init__(self, optimizer):
+        self.param_groups = optimizer.param_groups
+
+
+def test_freeze_in_a_wrapper():
+    model = net()
+    masks = magnitude_masks(prunable_parameters(model), 4)
+    wrapped = Wrapper(Wrapper(torch.optim.AdamW(model.named_parameters(), 0.1)))
+    freeze(wrapped, masks)
+    train(model, wrapped)
+    assert sum(row.nonzeros for row in sparsity_table(model)) == 49
+
+
+def test_freeze_refuses_what_calls_no_hooks_before_anything_changes():
+    model = net()
+    masks = magnitude_masks(prunable_parameters(model), 4)
+    unhooked = Unhooked(torch.optim.AdamW(model.named_parameters(), 0.1))
+    with pytest.raises(ValueError, match="Unhooked calls no hooks at its steps: give freeze the torch optimizer in it"):
+        freeze(unhooked, masks)
+    assert sum(row.nonzeros for row in sparsity_table(model)) == 196
+    backward(model)
+    assert all(model.get_parameter(name).grad[~mask].any() for name, mask in masks.items())
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
+def test_freeze_takes_names_from_the_model(wrap):
+    """Groups as timm and the Transformers Trainer make them: by weight decay, without names."""
+    model = net()
+    masks = magnitude_masks(prunable_parameters(wrap(model)), 4)
+    unnamed = [{"params": [p for p in model.parameters() if (p.ndim < 2) == flat]} for flat in (True, False)]
+    optimizer = torch.optim.AdamW([*unnamed], 0.1)
+    with pytest.raises(ValueError, match=r"and the model: freeze\(optimizer, masks, model\)"):
+        freeze(optimizer, masks)
+    freeze(optimizer, masks, wrap(model))
+    train(model, optimizer)
+    assert [int(model[i].weight.count_nonzero()) for i in (0, 3)] == [int(mask.sum()) for mask in masks.values()]
+
+
+def test_freeze_refuses_masks_of_what_the_optimizer_does_not_train():
+    model = net()
+    masks = magnitude_masks(prunable_parameters(model), 4)
+    with pytest.raises(ValueError, match=r"the optimizer does not train 0\.weight, but a mask is of it"):
+        freeze(torch.optim.SGD(model[3].parameters(), 0.1), masks, model)
+    assert sum(row.nonzeros for row in sparsity_table(model)) == 196
+
+
+def test_mask_gradients_alone():
+    """What an optimizer that masks its own weights needs."""
+    layer = nn.Linear(3, 3, bias=False)
+    handle = mask_gradients([(layer.weight, torch.eye(3).bool())])
+    layer(torch.ones(1, 3)).sum().backward()
+    assert torch.equal(layer.weight.grad, 1 - torch.eye(3))
+    handle.remove()
+    layer(torch.ones(1, 3)).sum().backward()
+    assert torch.equal(layer.weight.grad, 2 - torch.eye(3))
 
 
 def test_freeze_meets_groups_by_name():
@@ -108,7 +349,7 @@ def test_freeze_meets_groups_by_name():
     assert torch.equal(model[0].weight != 0, masks["0.weight"])
     assert torch.equal(model[1].weight != 0, masks["1.weight"])
     unnamed = [{"params": [model[1].weight]}, {"params": [model[0].weight]}]
-    with pytest.raises(ValueError, match="named parameters"):
+    with pytest.raises(ValueError, match="and the model"):
         freeze(torch.optim.SGD(unnamed, 0.1), masks)
 
 

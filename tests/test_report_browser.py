@@ -123,6 +123,32 @@ def test_the_address_opens_a_panel(visit, address):
     assert shown(page) == ["masks"]
 
 
+FOREIGN_FONTS = """
+    () => {
+        const font = (element, part) => getComputedStyle(element, part).fontFamily;
+        const ours = font(document.body);
+        const shown = [...document.querySelectorAll(".plot text, .plot tspan")].filter((text) => text.textContent);
+        const buttons = [...document.querySelectorAll(".modebar-btn")];
+        return [
+            shown.length > 0 && buttons.length > 0,
+            ...shown.map((text) => font(text)).filter((theirs) => theirs !== ours),
+            ...buttons.map((button) => font(button, "::after")).filter((theirs) => theirs !== ours),
+        ];
+    }
+"""
+
+
+def test_plots_have_the_fonts_of_the_page(visit):
+    page = visit()
+    for panel in PANELS:
+        open_panel(page, panel)
+    open_panel(page, "layers")
+    plot = page.locator("#layers .plot").first
+    plot.locator(".points path").first.hover(force=True)
+    plot.locator(".hoverlayer .hovertext").first.wait_for()
+    assert page.evaluate(FOREIGN_FONTS) == [True]
+
+
 @pytest.mark.parametrize(("panel", "words"), [("curves", "epoch"), ("layers", "GSM keeps"), ("results", "seed")])
 def test_tooltips(visit, panel, words):
     page = visit()

@@ -13,7 +13,14 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 from gsm_sgd import GSM, fused
-from gsm_sgd.masks import apply_masks_, freeze, magnitude_masks, sparsity_rows, sparsity_table
+from gsm_sgd.masks import (
+    apply_masks_,
+    freeze,
+    magnitude_masks,
+    prunable_parameters,
+    sparsity_rows,
+    sparsity_table,
+)
 from ranks import full
 
 SHAPES = [(7, 5), (1, 9), (16, 3, 3, 3), (4, 4), (2, 50)]
@@ -156,10 +163,22 @@ def batch(step):
 SETTINGS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3, "compression": 10.0}
 
 
+def backward(model, images, labels):
+    nn.functional.cross_entropy(model(images), labels).backward()
+
+
 def step(model, optimizer, images, labels):
     optimizer.zero_grad()
-    nn.functional.cross_entropy(model(images), labels).backward()
+    backward(model, images, labels)
     optimizer.step()
+
+
+def check_masked_gradients(model, masks):
+    """Raise if the gradients of a model, whole on each process or spread over them, are not those of kept weights."""
+    for name, mask in masks.items():
+        grad = full(model.get_parameter(name).grad)
+        assert grad.any()
+        assert not grad[~full(mask)].any()
 
 
 def sharded_net():
@@ -189,9 +208,13 @@ def train_by_fsdp():
 
     for kept in (masks, optimizers[0].finalize()):  # spread as the weights are, and whole
         retrained = torch.optim.SGD(spread.named_parameters(), lr=0.1)
-        freeze(retrained, kept)
+        handle = freeze(retrained, kept)
         step(spread, retrained, *batch(0)[1])
         assert sparsity_table(spread) == sparsity_table(whole)
+        retrained.zero_grad()
+        backward(spread, *batch(1)[1])
+        check_masked_gradients(spread, kept)
+        handle.remove()
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -307,6 +330,46 @@ def test_a_mesh_of_some_processes_is_refused_on_all(ranks):
         "so each mesh has to cover them all; distribute such a parameter over the whole mesh (Replicate() does), "
         'or put it into a group with "prunable": False'
     }
+
+
+def freeze_under_ddp(bucket_view):
+    """Accumulate gradients of a frozen net, with and without a reduction, and let a step follow."""
+    model = DistributedDataParallel(Net(), gradient_as_bucket_view=bucket_view)
+    net = model.module
+    masks = magnitude_masks(prunable_parameters(net), 2)
+    optimizer = torch.optim.SGD(net.named_parameters(), lr=0.1)
+    freeze(optimizer, masks)
+    with model.no_sync():
+        backward(model, *batch(0)[1])
+    check_masked_gradients(net, masks)
+    for number in (1, 2):
+        backward(model, *batch(number)[1])
+        check_masked_gradients(net, masks)
+    optimizer.step()
+    assert all(torch.equal(net.get_parameter(name) != 0, mask) for name, mask in masks.items())
+    return [param.detach() for param in net.parameters()]
+
+
+@pytest.mark.parametrize("bucket_view", [False, True])
+def test_freeze_under_ddp_masks_gradients_before_and_after_the_reduction(ranks, bucket_view):
+    ours, theirs = ranks(2).run(freeze_under_ddp, bucket_view)
+    assert all(torch.equal(one, two) for one, two in zip(ours, theirs, strict=True))
+
+
+def freeze_with_a_gradient_spread_otherwise():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Shard(0)]))
+    mask = torch.arange(24).view(4, 6) % 3 == 0
+    optimizer = torch.optim.SGD([("weight", weight)], lr=0.1, momentum=0.9)
+    freeze(optimizer, {"weight": mask})
+    weight.grad = distribute_tensor(torch.ones(4, 6), mesh, [Replicate()])
+    optimizer.step()
+    assert torch.equal(full(weight) != 0, mask)
+    assert torch.equal(full(optimizer.state[weight]["momentum_buffer"]) != 0, mask)
+
+
+def test_freeze_masks_gradients_that_are_spread_otherwise(ranks):
+    ranks(2).run(freeze_with_a_gradient_spread_otherwise)
 
 
 def train_by_ddp(check_ranks):

@@ -5,7 +5,8 @@ the prunable parameters where names are not known. Of weights that are DTensors 
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -133,62 +134,125 @@ def residual(parameters: Mapping[Any, Tensor], masks: Mapping[Any, Tensor]) -> f
     return math.sqrt(sum(lost) / sum(whole)) if sum(whole) else 0.0
 
 
-def freeze(optimizer: Optimizer, masks: Masks) -> RemovableHandle:
-    """Keep the masked weights at exactly zero, now and after every step of any torch optimizer.
+def freeze(optimizer: Optimizer, masks: Masks, model: nn.Module | None = None) -> RemovableHandle:
+    """Keep the masked weights and their gradients at exactly zero, now and in every step of any torch optimizer.
 
-    Masks with names meet the parameters of these names if the optimizer was given named parameters. Otherwise
-    masks meet the optimizer's prunable parameters in order, which needs a single parameter group.
+    Masks with names meet the parameters of these names, in the model if it is given, else in the optimizer if it was
+    given named parameters. Otherwise masks meet the optimizer's prunable parameters in order, which needs a single
+    parameter group.
+
+    The next step masks dense weights that are loaded later. Freeze LBFGS before its first step: it searches along
+    directions of earlier ones. Freeze after anything that replaces parameters, such as `fully_shard`.
+
+    Args:
+        optimizer: any of torch's kind, or the wrapper that Accelerate or Lightning has around one.
+        masks: True where a weight is kept.
+        model: what the optimizer trains, for one whose parameters have no names, as timm's and the Transformers
+            Trainer's.
 
     Returns:
-        A handle whose `remove()` lets the weights move again. Checkpoints do not carry it: freeze again
+        A handle whose `remove()` lets the weights move again. Copies and checkpoints do not carry it: freeze again
         after building the optimizer anew.
 
     Raises:
-        ValueError: a mask has no parameter, or another shape.
+        ValueError: a mask has no parameter, or one that the optimizer does not train, or another shape, or the
+            optimizer calls no hooks. Nothing has changed.
     """
-    named = named_in(optimizer)
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    named = named_in(optimizer) if model is None else dict(model.named_parameters())
     by_name = bool(named) and all(isinstance(key, str) for key in masks)
     if not by_name and len(optimizer.param_groups) > 1:
         raise ValueError(
-            "freeze cannot tell which mask belongs to which parameter of several groups: "
-            "give both optimizers named parameters (model.named_parameters())"
+            "freeze cannot tell which mask belongs to which parameter of several groups: give it masks with names "
+            "(GSM(model.named_parameters(), ...) returns such) and the model: freeze(optimizer, masks, model)"
         )
     matched = _matched(named if by_name else prunable_in(optimizer), masks)
-    cut = [(parameter, ~mask) for parameter, mask in matched]
+    _check_trained(optimizer, named, {parameter for parameter, _ in matched})
+    cut = [(parameter, _Cut(~mask)) for parameter, mask in matched]
 
     @torch.no_grad()
-    def zero_(*_: object) -> None:
+    def zero_gradients(*_: object) -> None:
         for parameter, away in cut:
-            here(parameter).masked_fill_(away, 0)
+            away.zero_gradient_(parameter)
 
-    zero_()
-    return optimizer.register_step_post_hook(zero_)
+    @torch.no_grad()
+    def zero_weights(*_: object) -> None:
+        for parameter, away in cut:
+            away.zero_(here(parameter))
+
+    try:
+        hooks = [optimizer.register_step_pre_hook(zero_gradients), optimizer.register_step_post_hook(zero_weights)]
+    except AttributeError as error:
+        raise ValueError(
+            f"{type(optimizer).__name__} calls no hooks at its steps: give freeze the torch optimizer in it"
+        ) from error
+    zero_weights()
+    zero_gradients()
+    return _Handles([*hooks, mask_gradients((parameter, away.mask) for parameter, away in cut)])
 
 
-class _Handles:
-    def __init__(self, handles):
-        self._handles = handles
+def mask_gradients(cut: Iterable[tuple[Tensor, Tensor]]) -> RemovableHandle:
+    """Set the gradients of weights that were cut to zero whenever a backward pass has added to them.
+
+    So neither gradient clipping nor GradScaler nor a logged norm counts them. Copies of the parameters are free.
+
+    Args:
+        cut: parameters, and for each a bool tensor, True where a weight was cut; of a DTensor for the part held here.
+
+    Returns:
+        A handle whose `remove()` lets the gradients be.
+    """
+    handles = []
+    for parameter, away in cut:
+        trained = parameter.requires_grad
+        if parameter.is_leaf and (parameter.is_floating_point() or parameter.is_complex()):
+            # torch takes a hook only while a gradient is required, but keeps it for when one is again
+            parameter.requires_grad_()
+            handles.append(parameter.register_post_accumulate_grad_hook(_Cut(away).zero_gradient_))
+            parameter.requires_grad_(trained)
+    return _Handles(handles)
+
+
+class _Cut:
+    """Which weights of the part held here were cut; it goes where the parameter goes."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    def zero_(self, tensor: Tensor) -> None:
+        self.mask = self.mask.to(tensor.device)
+        tensor.masked_fill_(self.mask, 0)
+
+    def zero_gradient_(self, parameter: Tensor) -> None:
+        grad: Any = parameter.grad
+        if is_dtensor(grad) and grad.placements != (placements := getattr(parameter, "placements", None)):
+            parameter.grad = grad = grad.redistribute(placements=placements)
+        if grad is not None and grad.is_sparse:
+            _Cut(self.mask.to(grad.device)[tuple(grad._indices())]).zero_(grad._values())
+        elif grad is not None:
+            self.zero_(here(grad))
+
+
+class _Handles(RemovableHandle):
+    """Several handles as one; a copy of it removes nothing."""
+
+    handles: Sequence[RemovableHandle] = ()
+
+    def __init__(self, handles: Sequence[RemovableHandle]) -> None:
+        super().__init__(OrderedDict())
+        self.handles = handles
 
     def remove(self) -> None:
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
 
 
-def mask_gradients(pairs):
-    """Keep the gradients zero where masks do not keep the weight."""
-
-    def hook_of(mask):
-        @torch.no_grad()
-        def hook(param):
-            grad = param.grad
-            if grad is not None:
-                here(grad).masked_fill_(~mask, 0)
-
-        return hook
-
-    return _Handles(
-        [param.register_post_accumulate_grad_hook(hook_of(mask)) for param, mask in pairs if param.requires_grad]
-    )
+def _check_trained(optimizer: Optimizer, named: Mapping[str, Tensor], masked: Set[Tensor]) -> None:
+    trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in named.items():
+        if parameter in masked - trained:
+            raise ValueError(f"the optimizer does not train {name}, but a mask is of it: leave it to apply_masks_")
 
 
 def sparsity_table(model: nn.Module) -> list[LayerSparsity]:
@@ -303,6 +367,8 @@ def _matched(parameters: Mapping[str, Tensor] | Mapping[int, Tensor], masks: Mas
         if len(set(names.values())) < len(names):
             raise ValueError("two masks are for one parameter: their names differ only in what a wrapper adds")
         pairs = [(name, by_key[name], mask) for name, mask in zip(names.values(), masks.values(), strict=True)]
+    elif set(masks) <= set(by_key):
+        pairs = [(key, by_key[key], mask) for key, mask in masks.items()]
     elif len(parameters) == len(masks):
         pairs = list(zip(masks, by_key.values(), masks.values(), strict=True))
     else:

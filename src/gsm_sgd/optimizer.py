@@ -526,9 +526,7 @@ class GSM(Optimizer):
             self._hooks.remove()
             self._hooks = None
         if self.finalized:
-            self._hooks = mask_gradients(
-                [(param, here(self.state[param]["mask"])) for param in self._masked().values()]
-            )
+            self._hooks = mask_gradients((param, ~here(self.state[param]["mask"])) for param in self._masked().values())
             weakref.finalize(self, self._hooks.remove)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ to nearest, a passive weight would never shrink.
 import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Part(NamedTuple):
 
     def only(self, numbers: Sequence[int]) -> "Part":
         """Return some of the parameters."""
-        columns = {name: [getattr(self, name)[number] for number in numbers] for name in self._fields[:4]}
+        columns: dict[str, Any] = {name: [getattr(self, name)[i] for i in numbers] for name in self._fields[:4]}
         return self._replace(**columns)
 
     def by_precision(self) -> tuple[list[int], list[int]]:

@@ -54,7 +54,7 @@
   // --- plots: drawn as they come into view, in the colours of the page ---
 
   function draw(plot, width) {
-    const style = getComputedStyle(root);
+    const style = getComputedStyle(document.body);
     const colour = (name) => style.getPropertyValue(`--${name}`).trim();
     const { data, layout } = structuredClone(figures[plot.dataset.figure]);
     for (const trace of data) {
@@ -76,7 +76,12 @@
         font: { color: colour("text"), size: 12, family: style.fontFamily },
         paper_bgcolor: colour("page"),
         plot_bgcolor: colour("page"),
-        hoverlabel: { bgcolor: colour("page"), font: { color: colour("text") }, namelength: -1, align: "left" },
+        hoverlabel: {
+          bgcolor: colour("page"),
+          font: { color: colour("text"), family: style.fontFamily },
+          namelength: -1,
+          align: "left",
+        },
         shapedefaults: { line: { color: colour("faint") } },
         xaxis: axis,
         yaxis: axis,
