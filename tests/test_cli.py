@@ -15,6 +15,8 @@ from gsm_sgd import __version__, cli
 from gsm_sgd.experiments import observers
 from gsm_sgd.experiments.recipes import Recipe
 from gsm_sgd.experiments.rundir import RunFolder, read_weights
+from gsm_sgd.export import save_sparse
+from made_runs import empty, make_run
 
 SHORT = [
     "--dataset", "synthetic", "--base.epochs", "2", "--gsm.epochs=2", "--compression", "20",
@@ -158,6 +160,40 @@ def test_show_file(runs, capsys):
     out = capsys.readouterr().out
     assert "13,310" in out
     assert "20.00x" in out
+
+
+def test_layers_that_keep_nothing_are_named(tmp_path, capsys):
+    """Also where the cut is called lossless: the net before it may be as empty."""
+    paths = [make_run(tmp_path / f"s{seed}", seed=seed)[0] for seed in (0, 1)]
+    assert cli.run(["show", *map(str, paths)]) == 0
+    assert "no weight" not in capsys.readouterr().out
+    empty(paths[1], "fc2.weight", "fc3.weight")
+    assert cli.run(["show", *map(str, paths)]) == 0
+    assert (
+        "Seed 1: fc2.weight and fc3.weight keep no weight: nothing passes through them. Unless another path leads "
+        "around them, such as a residual connection, the output is the same for every input.\n"
+    ) in capsys.readouterr().out
+    empty(paths[0], "fc2.weight")
+    assert cli.run(["show", str(paths[0])]) == 0
+    assert "\nfc2.weight keeps no weight: nothing passes through it. Unless" in capsys.readouterr().out
+
+
+def test_layers_of_a_file_that_keep_nothing_are_named(tmp_path, capsys):
+    weights = {f"\x1b{index}.weight": torch.zeros(2, 2) for index in range(8)}
+    save_file({**weights, "bias": torch.zeros(2)}, tmp_path / "net.safetensors")
+    assert cli.run(["show", str(tmp_path / "net.safetensors")]) == 0
+    named = ", ".join(f"?{index}.weight" for index in range(5))
+    assert f"{named} and 3 more keep no weight: nothing passes through them." in capsys.readouterr().out
+    save_sparse(tmp_path / "net.sparse.safetensors", {"a": torch.zeros(2, 2), "b": torch.eye(2)})
+    assert cli.run(["verify", str(tmp_path / "net.sparse.safetensors")]) == 0
+    assert "\na keeps no weight: nothing passes through it." in capsys.readouterr().out
+
+
+def test_a_run_names_layers_that_keep_nothing(tmp_path, capsys):
+    words = [*SHORT, "--compression", "26000", "--out", str(tmp_path)]  # ten weights
+    assert cli.run(["prune", "lenet300", *words]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^fc\d.weight.* keeps? no weight: nothing passes through", out, re.MULTILINE)
 
 
 def test_show_goes_on_after_what_cannot_be_read(runs, tmp_path, capsys):

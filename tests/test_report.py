@@ -12,7 +12,7 @@ import yaml
 from gsm_sgd import cli
 from gsm_sgd.reports import nets
 from gsm_sgd.reports.runs import read_run
-from made_runs import make_run
+from made_runs import empty, make_run
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror=alert(2)>"%{x}'
 
@@ -102,6 +102,18 @@ def test_layers_are_those_of_the_results(lotteries, tmp_path, capsys):
         shape = "×".join(map(str, layer["shape"]))
         assert row[:5] == [layer["name"], shape, f"{layer['params']:,}", f"{layer['nonzeros']:,}", share]
     assert [row[5] for row in table[-1:]] == ["4,436"]
+
+
+def test_layers_that_keep_nothing_are_named(tmp_path, capsys):
+    runs = [make_run(tmp_path / f"s{seed}", seed=seed)[0] for seed in (0, 1)]
+    assert "no weight" not in report(capsys, tmp_path, *runs)[0].text
+    empty(runs[1], "fc2.weight")
+    page, _ = report(capsys, tmp_path, *runs)
+    said = (
+        "Seed 1: fc2.weight keeps no weight: nothing passes through it. Unless another path leads around it, such as a "
+    )
+    said += "residual connection, the output is the same for every input."
+    assert page.text.count(said) == 2  # beside what the cut cost, and what each layer keeps
 
 
 def test_curves_are_those_of_the_metrics(lotteries, tmp_path, capsys):

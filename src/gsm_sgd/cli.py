@@ -279,12 +279,19 @@ def _show(paths: Sequence[Path], json_path: Path | None, console: Console, log: 
         except OSError as error:
             raise UsageError(f"cannot write {json_path}: {error.strerror}") from error
     for path in files:
-        console.print(tables.layers_table(layers_in(path), str(path)))
+        _print_layers(layers_in(path), path, console)
     unfinished = [one for one in runs if one.result is None]
     for one in unfinished:
         console.print(tables.progress_table(one))
     for group in by_recipe(runs):
         _print_results(group, console)
+
+
+def _print_layers(layers: Sequence[LayerSparsity], path: Path, console: Console) -> None:
+    """Print what each layer of a file keeps."""
+    console.print(tables.layers_table(layers, str(path)))
+    if text := tables.empty_layers((row.name, row.params, row.nonzeros) for row in layers):
+        console.print(text, highlight=False, soft_wrap=True)
 
 
 def _print_results(runs: Sequence[Run], console: Console) -> None:
@@ -298,6 +305,8 @@ def _print_results(runs: Sequence[Run], console: Console) -> None:
     console.print(tables.layers_table(layers, f"{what} of seed {result['seed']}"))
     if not replayed:
         console.print(tables.cut_line(runs), highlight=False, soft_wrap=True)
+    for text in tables.empty_layers_of(runs):
+        console.print(text, highlight=False, soft_wrap=True)
     seconds = sum(sum(one.result["seconds"].values()) for one in runs if one.result)
     where = runs[0].path if len(runs) == 1 else f"{runs[0].path} and {len(runs) - 1} more"
     files = "weights" if replayed else "weights, curves.png, density.png"
@@ -321,7 +330,7 @@ def _verify(options: Namespace, console: Console) -> None:
     others = [name for name in file.tensors if name not in file.prunable and is_prunable(file.tensors[name])]
     if others:
         text += f"; not counted, as it is stored as unpruned: {', '.join(others)}"
-    console.print(tables.layers_table(sparsity_rows(file.pruned), str(options.file)))
+    _print_layers(sparsity_rows(file.pruned), options.file, console)
     console.print(text, highlight=False, soft_wrap=True)
 
 

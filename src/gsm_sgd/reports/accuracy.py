@@ -8,7 +8,7 @@ from . import figures
 from .blocks import Block, Group, Picture, Table, listed
 from .figures import Line, Row
 from .runs import outcomes
-from .tables import cut_line
+from .tables import cut_line, empty_layers_of
 
 _COLOURS = {
     **{"base": "ink", "gsm_before_cut": "blue", "gsm_after_cut": "blue", "pruned": "blue"},
@@ -70,6 +70,7 @@ def results(group: Group) -> list[Block]:
     texts = [
         f"{first['nonzeros']:,} of {first['prunable']:,} weights are kept; {group.runs[0].measured_on}.",
         *([cut_line(group.runs)] if "gsm_after_cut" in first["top1"] else []),
+        *empty_layers_of(group.runs),
     ]
     if first["paper"] is None:
         texts.append("The paper has no figure for this net, data set and compression ratio.")

@@ -7,6 +7,7 @@ from torch import Tensor
 from . import figures, nets
 from .blocks import Block, Group, Picture, Table, by, number, percent, tried
 from .figures import Bar
+from .tables import empty_layers_of
 
 _MANY_LAYERS = 24  # more make a long table
 Masks = dict[str, dict[int, dict[str, Tensor]]]
@@ -52,6 +53,7 @@ def layers(group: Group, masks: Masks) -> list[Block]:
     texts = [f"Global density: {percent(sum(counts[own][0]), sum(sizes)):.2f} %."]
     if own == "GSM":
         texts[0] += " GSM has found each layer's by itself."
+    texts += empty_layers_of(group.runs)
     if "magnitude" not in masks:
         texts.append("There is no base net to be read here, and so no choice by magnitude to compare with.")
     labels = [f"{layer['name']}\n{by(layer['shape'])}" for layer in first]

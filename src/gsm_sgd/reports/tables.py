@@ -1,7 +1,7 @@
 """Tables for the terminal."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import get_args
 
@@ -11,6 +11,8 @@ from ..experiments.bench import BASELINE, Cost, Workload
 from ..experiments.recipes import RECIPES, Preset, published
 from ..masks import LayerSparsity
 from .runs import Run, outcomes
+
+_NAMED = 5  # layers that a sentence names
 
 
 def results_table(runs: Sequence[Run]) -> Table:
@@ -45,6 +47,32 @@ def cut_line(runs: Sequence[Run]) -> str:
     gained = fmean(top1["pruned"] - top1["gsm_after_cut"] for top1 in results)
     how = "training on with the mask" if runs[0].cut_epoch < runs[0].recipe["gsm"]["epochs"] else "recalibrating"
     return text + (f"; {how} gained {gained:.2f}." if gained else ".")
+
+
+def empty_layers(layers: Iterable[tuple[str, int, int]]) -> str:
+    """Return a sentence on the layers that keep nothing, of (name, weights, kept), and what it means; or no text."""
+    names = [printable(name) for name, weights, kept in layers if weights and not kept]
+    if not names:
+        return ""
+    keep, it = ("keep", "them") if len(names) > 1 else ("keeps", "it")
+    if len(names) > _NAMED:
+        names[_NAMED:] = [f"{len(names) - _NAMED} more"]
+    listed = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+    return (
+        f"{listed} {keep} no weight: nothing passes through {it}. Unless another path leads around {it}, such as a "
+        "residual connection, the output is the same for every input."
+    )
+
+
+def empty_layers_of(runs: Sequence[Run]) -> list[str]:
+    """Return such a sentence for each finished run that has such layers, with its seed if there are several runs."""
+    texts = []
+    for run in runs:
+        layers = run.finished()["layers"]
+        text = empty_layers((layer["name"], layer["params"], layer["nonzeros"]) for layer in layers)
+        if text:
+            texts.append(f"Seed {run.recipe['seed']}: {text}" if len(runs) > 1 else text)
+    return texts
 
 
 def progress_table(run: Run) -> Table:
