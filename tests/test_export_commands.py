@@ -276,12 +276,13 @@ def test_a_ticket_with_another_mask_is_not_taken_for_one_that_was_trained(run, t
         assert gsm(capsys, "ticket", "replay", path, "--out", tmp_path / "runs").startswith(f"{verdict}: ")
     ticket.masks["fc1.weight"][:] = True
     write_ticket(paths[1], ticket)
-    said = fails_at_the_end(capsys, "ticket", "replay", paths[1], "--out", tmp_path / "runs")
+    said = fails(capsys, "ticket", "replay", paths[1], "--out", tmp_path / "none")
     assert "weights, which is not 20x of its net" in said
     del ticket.masks["fc1.weight"]
     write_ticket(paths[1], ticket)
-    said = fails_at_the_end(capsys, "ticket", "replay", paths[1], "--out", tmp_path / "runs")
+    said = fails(capsys, "ticket", "replay", paths[1], "--out", tmp_path / "none")
     assert "does not fit lenet300: its masks are of other layers" in said
+    assert not (tmp_path / "none").exists()
 
 
 def fails_at_the_end(capsys, *words):
@@ -316,8 +317,9 @@ def test_a_ticket_of_another_net(run, tmp_path, capsys):
     path = tmp_path / "x.ticket"
     gsm(capsys, "ticket", "save", run, "-o", path)
     path.write_bytes(about_with(path.read_bytes(), lambda a: a["prunable"][0].__setitem__(1, [784, 300])))
-    said = fails_at_the_end(capsys, "ticket", "replay", path, "--out", tmp_path / "runs")
+    said = fails(capsys, "ticket", "replay", path, "--out", tmp_path / "runs")
     assert "does not fit lenet300: its masks are of other layers" in said
+    assert not (tmp_path / "runs").exists()
 
 
 def test_only_a_lottery_has_tickets(own, capsys):

@@ -23,6 +23,7 @@ ORDER = [
     "__init__",
     "experiments/__init__",
     "experiments/recipes",
+    "experiments/reading",
     "experiments/whole_files",
     "experiments/ranks",
     "experiments/environment",

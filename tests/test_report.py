@@ -213,8 +213,8 @@ def test_what_does_not_belong_together_is_left_out(tmp_path, capsys):
     again, _ = make_run(tmp_path / "again")
     page, missing = report(capsys, tmp_path, one, one, again, tmp_path / "nowhere", one / "result.json")
     assert missing == [
-        f"missing: {tmp_path / 'nowhere'} is not a run's folder",
-        f"missing: {one / 'result.json'} is not a run's folder",
+        f"missing: {tmp_path / 'nowhere'} is not a run's folder: there is no recipe.yaml in it",
+        f"missing: {one / 'result.json'} is not a run's folder: there is no recipe.yaml in it",
         f"missing: {again} is left out: it is the same recipe and seed as {one}",
     ]
     assert "1 run:" in page.text
@@ -223,9 +223,8 @@ def test_what_does_not_belong_together_is_left_out(tmp_path, capsys):
 def test_no_run_at_all(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     _, said = report(capsys, tmp_path, tmp_path / "file", tmp_path / "nowhere", status=2)
-    assert said == [
-        f"gsm: error: {tmp_path / 'file'} is not a run's folder; {tmp_path / 'nowhere'} is not a run's folder"
-    ]
+    why = "is not a run's folder: there is no recipe.yaml in it"
+    assert said == [f"gsm: error: {tmp_path / 'file'} {why}; {tmp_path / 'nowhere'} {why}"]
 
 
 def test_page_that_cannot_be_written(lotteries, tmp_path, capsys):
@@ -269,7 +268,9 @@ def test_sizes_and_latency(lotteries, tmp_path, capsys):
     assert "Latency, 2 threads" in page.text
     (path / "inference.json").write_text('{"rows": [{"engine": 3}]}')
     _, missing = report(capsys, tmp_path, path)
-    assert missing == [f"missing: {path / 'inference.json'} is damaged: delete it and measure again"]
+    assert missing == [
+        f"missing: {path / 'inference.json'} is damaged (it has no such rows): delete it and measure again"
+    ]
 
 
 def test_least_size_of_a_net(tmp_path):
