@@ -274,10 +274,11 @@ def _save_pictures(finished: Run, folder: RunFolder) -> None:
 
 def _show(paths: Sequence[Path], json_path: Path | None, console: Console, log: Console) -> None:
     """Show what can be read of runs and files, and say what cannot."""
-    files = [path for path in paths if os.path.isfile(path)]  # False, too, of what may not be looked at
+    files = [path for path in paths if os.path.isfile(path)]  # noqa: PTH113  # False of what may not be looked at
     missing: list[str] = []
+    layers = {path: rows for path in files if (rows := tried(missing, layers_in, path)) is not None}
     runs = [one for path in paths if path not in files and (one := tried(missing, read_run, path))]
-    if missing and (json_path is not None or not (runs or files)):
+    if missing and (json_path is not None or not (runs or layers)):
         raise UsageError("; ".join(missing))
     for reason in missing:
         log.print(f"missing: {reason}", highlight=False, soft_wrap=True)
@@ -289,8 +290,8 @@ def _show(paths: Sequence[Path], json_path: Path | None, console: Console, log: 
             json_path.write_text(json.dumps(record, indent=1) + "\n")
         except OSError as error:
             raise UsageError(f"cannot write {json_path}: {error.strerror}") from error
-    for path in files:
-        console.print(tables.layers_table(layers_in(path), str(path)))
+    for path, rows in layers.items():
+        console.print(tables.layers_table(rows, str(path)))
     unfinished = [one for one in runs if one.result is None]
     for one in unfinished:
         console.print(tables.progress_table(one))

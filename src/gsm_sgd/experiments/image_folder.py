@@ -164,9 +164,9 @@ def load(data_dir: Path | None = None) -> Dataset:
 
 
 def _samples(place: Path) -> tuple[list[str], list[Sample]]:
-    """Return the classes and images of a folder as torchvision's ImageFolder does, but enter no folder of a class twice.
+    """Return the classes and images of a folder, in the order of torchvision's ImageFolder.
 
-    Links to folders are followed, and may lead back to where they are.
+    Links to folders are followed, but as they may lead back to where they are, none is entered twice for a class.
 
     Raises:
         OSError: there is no class, or one without an image.
@@ -185,7 +185,7 @@ def _samples(place: Path) -> tuple[list[str], list[Sample]]:
                 continue
             seen.add((status.st_dev, status.st_ino))
             folders.sort()  # which of two ways to a folder is taken is not to be left to the disk
-            found += [os.path.join(folder, file) for file in files if file.lower().endswith(IMG_EXTENSIONS)]
+            found += [f"{folder}{os.sep}{file}" for file in files if file.lower().endswith(IMG_EXTENSIONS)]
         if not found:
             raise FileNotFoundError(f"no image in {place / name}")
         samples += [(path, label) for path in sorted(found, key=os.path.split)]

@@ -15,7 +15,7 @@ import torch
 _LONGEST_YAML = 2**16  # bytes: PyYAML reads some 200 KB a second
 _LONGEST_JSON = 2**22
 _DEEPEST = 16
-_LARGEST = {int: 2**63, float: 1e100}  # whose sums and squares are still finite
+_LARGEST = 1e100  # of numbers: their sums and squares are still finite
 
 
 def open_regular(path: Path, most: int | None = None) -> BinaryIO:
@@ -100,6 +100,11 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
     return torch.load(path, map_location=device, weights_only=True)
 
 
+def is_number(value: object) -> bool:
+    """Return whether a value is a number that can be computed with: neither infinite, nor none, nor gigantic."""
+    return isinstance(value, int | float) and -_LARGEST < value < _LARGEST
+
+
 def cause(error: Exception) -> str:
     """Return in a few words why a file could not be read."""
     return " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
@@ -135,7 +140,7 @@ def _check(value: Any, depth: int) -> None:
             for item in value:
                 _check(item, depth - 1)
         case int() | float():
-            if not abs(value) < _LARGEST[float if isinstance(value, float) else int]:
+            if not is_number(value):
                 raise ValueError("it has a number that is infinite, none, or gigantic")
         case str() | None:
             pass
