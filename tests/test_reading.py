@@ -29,7 +29,7 @@ def specials(tmp_path):
 
 def test_only_regular_files_are_opened(specials, tmp_path):
     for path in specials:
-        with pytest.raises(OSError, match="not a regular file|Is a directory|symbolic links"):
+        with pytest.raises(OSError, match=r"not a regular file|Is a directory|symbolic links"):
             open_regular(path)
         with pytest.raises(UsageError, match=f"{path} is not a safetensors file"):
             read_weights(path)
@@ -69,7 +69,7 @@ def test_json_that_is_none(text, message):
     [
         ("a: &a [1]\nb: *a\n", "it has an alias"),
         ("a: &a [*a]\n", "it has an alias"),
-        ("a: &a [x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)), "it has an alias"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\n", "it has an alias"),
         ("[" * 10_000, "nested more than 16 deep"),
         ("a: .nan", "infinite, none, or gigantic"),
         ("a: .inf", "infinite, none, or gigantic"),
