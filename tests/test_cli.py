@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import save_file
 
 from gsm_sgd import __version__, cli
-from gsm_sgd.experiments import observers
+from gsm_sgd.experiments import UsageError, observers
 from gsm_sgd.experiments.recipes import Recipe
 from gsm_sgd.experiments.rundir import RunFolder, read_weights
 
@@ -71,6 +71,14 @@ def test_tensorboard_has_the_metrics(runs):
     logged = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
     expected = [(record["epoch"], record["top1"]) for record in logged if record["stage"] == "gsm"]
     assert [(event.step, pytest.approx(event.value, abs=1e-4)) for event in events.Scalars("top1")] == expected
+
+
+def test_event_files_are_not_written_where_a_link_leads(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "tensorboard").symlink_to(tmp_path / "mine")
+    with pytest.raises(UsageError, match="tensorboard is a link: delete it"):
+        observers.TensorBoard(tmp_path).start("base", 1, 1, 0, 0)
+    assert not list((tmp_path / "mine").iterdir())
 
 
 def test_fields_reach_the_recipe(runs):

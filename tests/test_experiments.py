@@ -23,8 +23,8 @@ from gsm_sgd.experiments.lottery import lottery
 from gsm_sgd.experiments.prune import Job, gsm, plain_sgd, prune
 from gsm_sgd.experiments.recipes import Training, find_recipe
 from gsm_sgd.experiments.rundir import RunFolder, read_metrics, read_weights
-from gsm_sgd.experiments.whole_files import write_whole
 from gsm_sgd.experiments.splits import Dataset, Images
+from gsm_sgd.experiments.whole_files import write_whole
 
 CPU = torch.device("cpu")
 RECIPE = replace(
