@@ -353,6 +353,8 @@ def test_a_recipe_of_others_as_config_runs_no_code(runs, tmp_path, capsys, monke
     for change, message in (
         ({"model": "wicked:make"}, "if you trust that code, add --model wicked:make"),
         ({"base": {"class_path": "wicked.Training", "init_args": recipe["base"]}}, "base has settings that are none"),
+        ({"base.class_path": "wicked.Training"}, "it names another file, or a part of a setting"),
+        ({"config": "other.yaml"}, "it names another file, or a part of a setting"),
     ):
         path.write_text(yaml.safe_dump({**recipe, **change}))
         for words in (["--config", path], [f"--config={path}"]):

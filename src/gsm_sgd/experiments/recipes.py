@@ -203,6 +203,8 @@ def check_stages(settings: object) -> None:
     known = {field.name for field in fields(Training)}
     if not isinstance(settings, Mapping):
         raise ValueError("it holds no settings")
+    if any(key == "config" or "." in key for key in settings):
+        raise ValueError("it names another file, or a part of a setting")
     for stage in ("base", "gsm"):
         if not (isinstance(theirs := settings.get(stage, {}), Mapping) and known.issuperset(theirs)):
             raise ValueError(f"{stage} has settings that are none, or is none")
