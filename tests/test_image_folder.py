@@ -1,9 +1,11 @@
+import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from gsm_sgd.experiments import UsageError, image_folder
 from gsm_sgd.experiments.image_folder import Folder
@@ -78,6 +80,47 @@ def test_bad_folders(folder, tmp_path, no_network):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 40)).save(tmp_path / name / "0.png")
     with pytest.raises(UsageError, match="differ in their folders"):
+        image_folder.load(tmp_path)
+
+
+def test_images_stand_in_torchvisions_order(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for place in ("train", "val"):
+        for name in ("b", "a", "A/deep"):
+            shutil.copytree(folder / "val" / "dark", tmp_path / place / "dark" / name)
+    dataset = image_folder.load(tmp_path)
+    assert dataset.train.samples == ImageFolder(tmp_path / "train").samples
+    assert dataset.test.samples == ImageFolder(tmp_path / "val").samples
+
+
+def test_links_that_lead_in_circles_end(folder, tmp_path):
+    """Each of three folders has links to the others, to itself and to the folder of its class."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    names = ("a", "b", "c")
+    for name in names:
+        inner = tmp_path / "train" / "dark" / name
+        shutil.copytree(folder / "val" / "dark", inner)
+        for other in names:
+            (inner / f"to-{other}").symlink_to(tmp_path / "train" / "dark" / other)
+        (inner / "up").symlink_to(tmp_path / "train" / "dark")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(tmp_path / "train" / "bright", tmp_path / "elsewhere" / "bright")
+    (tmp_path / "train" / "bright").symlink_to(tmp_path / "elsewhere" / "bright")
+    samples = image_folder.load(tmp_path).train.samples
+    assert len(samples) == 13 + 3 * 4
+    assert len({os.path.realpath(path) for path, _ in samples}) == len(samples)
+    assert [label for _, label in samples].count(0) == 6
+
+
+def test_what_is_no_file_is_named(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "val" / "dark" / "0.png").unlink()
+    os.mkfifo(tmp_path / "val" / "dark" / "0.png")
+    with pytest.raises(UsageError, match=r"0\.png is damaged, no image, or far too slim"):
+        list(small(image_folder.load(tmp_path).test).batches(5))
+    (tmp_path / "val" / "dark" / "0.png").unlink()
+    (tmp_path / "val" / "dark" / "0.png").symlink_to("nowhere")
+    with pytest.raises(UsageError, match=r"does not have images in folders by class: .*0\.png"):
         image_folder.load(tmp_path)
 
 

@@ -26,6 +26,7 @@ ORDER = [
     "__init__",
     "experiments/__init__",
     "experiments/recipes",
+    "experiments/reading",
     "experiments/whole_files",
     "experiments/states",
     "experiments/ranks",

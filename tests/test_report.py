@@ -1,8 +1,10 @@
 """The report's content: what it says of finished, unfinished, damaged and mixed runs."""
 
 import json
+import os
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
@@ -208,6 +210,111 @@ def test_damaged_runs_are_named(lotteries, tmp_path, capsys, name, content):
         assert missing[0].removeprefix("missing: ") in page.text
 
 
+def result_with(path, change):
+    """Change a run's result.json in place."""
+    result = json.loads((path / "result.json").read_text())
+    change(result)
+    (path / "result.json").write_text(json.dumps(result))
+
+
+def instead(name, make):
+    """Return what puts something else in the place of a run's file."""
+
+    def put(path):
+        (path / name).unlink()
+        make(path / name)
+
+    return put
+
+
+FILES = ("recipe.yaml", "result.json", "metrics.jsonl", "environment.json")
+HUGE = "1" + "0" * 400
+BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\n"
+SETTINGS = "recipe: lenet300\npreset: fast\ncompression: 60\nseed: 0\nbase: {epochs: 1}\ngsm: {epochs: 1}\n"
+
+
+@pytest.mark.parametrize("command", ["show", "report"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *((name, instead(name, Path.mkdir)) for name in FILES),
+        *((name, instead(name, os.mkfifo)) for name in FILES),
+        *((name, lambda path, name=name: (path / name).write_text("[" * 60_000)) for name in FILES[:2]),
+        ("metrics.jsonl", lambda path: (path / "metrics.jsonl").write_text("[" * 60_000 + "\n")),
+        ("recipe.yaml", lambda path: (path / "recipe.yaml").write_text(BOMB + SETTINGS)),
+        ("recipe.yaml", lambda path: (path / "recipe.yaml").write_text(SETTINGS + "x: &x [*x]\n")),
+        ("recipe.yaml", lambda path: (path / "recipe.yaml").write_text(SETTINGS.replace("60", ".nan"))),
+        ("recipe.yaml", lambda path: (path / "recipe.yaml").write_text(SETTINGS.replace("60", HUGE))),
+        ("recipe.yaml", lambda path: (path / "recipe.yaml").write_text(SETTINGS + "model: [1]\n")),
+        ("recipe.yaml", lambda path: os.truncate(path / "recipe.yaml", 2**40)),
+        ("metrics.jsonl", lambda path: os.truncate(path / "metrics.jsonl", 2**40)),
+        ("result.json", lambda path: os.truncate(path / "result.json", 2**40)),
+        ("metrics.jsonl", lambda path: replace_in(path / "metrics.jsonl", '"loss": 1.0', '"loss": NaN')),
+        ("metrics.jsonl", lambda path: replace_in(path / "metrics.jsonl", '"loss": 1.0', f'"loss": {HUGE}')),
+        ("metrics.jsonl", lambda path: replace_in(path / "metrics.jsonl", '"stage": "gsm"', '"stage": "../x"')),
+        ("result.json", lambda path: replace_in(path / "result.json", '"top1": {', '"top1": {"base": NaN, ')),
+        ("result.json", lambda path: result_with(path, lambda result: result["top1"].update(pruned=10**400))),
+        ("result.json", lambda path: result_with(path, lambda result: result["top1"].update(pruned=1e30))),
+        ("result.json", lambda path: result_with(path, lambda result: result["top1"].update({"/etc/x": 1.0}))),
+        ("result.json", lambda path: result_with(path, lambda result: result.update(command="../x"))),
+        ("result.json", lambda path: result_with(path, lambda result: result.update(command="replay", top1={}))),
+        ("result.json", lambda path: result_with(path, lambda result: result.update(layers=[]))),
+        ("result.json", lambda path: result_with(path, lambda result: result["layers"][0].update(shape=["x"]))),
+        ("result.json", lambda path: result_with(path, lambda result: result["layers"].append(result["layers"][0]))),
+        ("result.json", lambda path: result_with(path, lambda result: result["seconds"].update({"x": 1}))),
+    ],
+)
+def test_a_damaged_run_leaves_the_others_to_be_shown(lotteries, tmp_path, capsys, command, name, damage):
+    path, _ = make_run(tmp_path / "run", seed=4)
+    damage(path)
+    words = [command, str(path), str(lotteries[0][0]), *(["-o", str(tmp_path / "page")] if command == "report" else [])]
+    assert cli.run(words) == 0
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert line.startswith(f"missing: {path / name} is damaged")
+    assert re.search(r"damaged( in line \d+)? \(.+\): delete", line)
+    assert "pruned net" in ((tmp_path / "page").read_text() if command == "report" else said.out)
+
+
+def replace_in(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_keys_of_other_versions_are_no_damage(lotteries, tmp_path, capsys):
+    path, _ = make_run(tmp_path / "run", seed=4)
+    result_with(path, lambda result: (result.update(x=1), result["layers"][0].update(x=1)))
+    with (path / "metrics.jsonl").open("a") as stream:
+        stream.write(json.dumps({**json.loads((path / "metrics.jsonl").read_text().splitlines()[0]), "x": [1]}) + "\n")
+    assert cli.run(["show", str(path)]) == 0
+    assert "fc1.weight" in capsys.readouterr().out
+    _, missing = report(capsys, tmp_path, path, lotteries[0][0])
+    assert missing == []
+
+
+def test_many_epochs_make_a_page_that_can_be_read(tmp_path, capsys):
+    path, _ = make_run(tmp_path / "run", epochs=3)
+    line = json.loads((path / "metrics.jsonl").read_text().splitlines()[3])
+    (path / "metrics.jsonl").write_text("".join(json.dumps({**line, "epoch": n}) + "\n" for n in range(1, 20_001)))
+    page, missing = report(capsys, tmp_path, path)
+    assert missing == []
+    (rows,) = page.tables["GSM, by epoch, 2,000 of all epochs"]
+    assert [row[0] for row in (rows[1], rows[2], rows[-1])] == ["10", "20", "20000"]
+    assert max(len(trace["x"]) for figure in page.figures for trace in figure["data"] if trace.get("x")) <= 2_000
+
+
+def test_replays_of_two_tickets_are_two_groups(tmp_path, capsys):
+    paths = [make_run(tmp_path / f"{seed}", seed=seed)[0] for seed in (0, 1)]
+    for path, method in zip(paths, ("gsm", "magnitude"), strict=True):
+        (path / f"ticket-{method}.safetensors").write_bytes((path / "pruned.safetensors").read_bytes())
+        result_with(path, lambda result, key=f"ticket_{method}": result.update(command="replay", top1={key: 97.0}))
+    page, missing = report(capsys, tmp_path, *paths)
+    assert missing == []
+    assert "ticket by magnitude, retrained" in page.text
+    assert "ticket by GSM, retrained" in page.text
+
+
 @pytest.mark.parametrize("name", ["init", "base", "gsm", "pruned"])
 def test_weights_that_are_damaged_or_gone_are_named(tmp_path, capsys, name):
     path, _ = make_run(tmp_path / "run")
@@ -225,8 +332,8 @@ def test_what_does_not_belong_together_is_left_out(tmp_path, capsys):
     again, _ = make_run(tmp_path / "again")
     page, missing = report(capsys, tmp_path, one, one, again, tmp_path / "nowhere", one / "result.json")
     assert missing == [
-        f"missing: {tmp_path / 'nowhere'} is not a run's folder",
-        f"missing: {one / 'result.json'} is not a run's folder",
+        f"missing: {tmp_path / 'nowhere'} is not a run's folder: there is no recipe.yaml in it",
+        f"missing: {one / 'result.json'} is not a run's folder: there is no recipe.yaml in it",
         f"missing: {again} is left out: it is the same recipe and seed as {one}",
     ]
     assert "1 run:" in page.text
@@ -235,9 +342,8 @@ def test_what_does_not_belong_together_is_left_out(tmp_path, capsys):
 def test_no_run_at_all(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     _, said = report(capsys, tmp_path, tmp_path / "file", tmp_path / "nowhere", status=2)
-    assert said == [
-        f"gsm: error: {tmp_path / 'file'} is not a run's folder; {tmp_path / 'nowhere'} is not a run's folder"
-    ]
+    why = "is not a run's folder: there is no recipe.yaml in it"
+    assert said == [f"gsm: error: {tmp_path / 'file'} {why}; {tmp_path / 'nowhere'} {why}"]
 
 
 def test_page_that_cannot_be_written(lotteries, tmp_path, capsys):
@@ -281,7 +387,9 @@ def test_sizes_and_latency(lotteries, tmp_path, capsys):
     assert "Latency, 2 threads" in page.text
     (path / "inference.json").write_text('{"rows": [{"engine": 3}]}')
     _, missing = report(capsys, tmp_path, path)
-    assert missing == [f"missing: {path / 'inference.json'} is damaged: delete it and measure again"]
+    assert missing == [
+        f"missing: {path / 'inference.json'} is damaged (it has no such rows): delete it and measure again"
+    ]
 
 
 def test_least_size_of_a_net(tmp_path):

@@ -4,6 +4,7 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,9 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from . import __version__
 from .experiments import UsageError, bench, data
 from .experiments.lottery import TRAINED
-from .experiments.recipes import RECIPES, Preset, Recipe, Training, find_recipe
+from .experiments.models import check_named
+from .experiments.reading import cause, read_yaml
+from .experiments.recipes import RECIPES, Preset, Recipe, Training, check_stages, find_recipe
 from .export.run import Format
 from .export.sparse import Values
 
@@ -68,6 +71,7 @@ def _parsed(argv: Sequence[str]) -> Namespace:
     recipe = find_recipe("lenet300")
     if words and words[0] in _RUNS:
         words = [words[0], *_config_first(words[1:])]
+        _check_configs(words)
         asked = [word for word in words if not word.startswith(("-h", "--help", "--print_config"))]
         try:
             first = _parser(recipe).parse_args(asked)[words[0]]
@@ -80,7 +84,7 @@ def _parsed(argv: Sequence[str]) -> Namespace:
     chosen.command = options.command
     if chosen.command == "ticket":
         return Namespace(**vars(chosen[chosen.action]), command=f"ticket {chosen.action}")
-    given = any(word.partition("=")[0] == "--compression" for word in words)
+    given = _given("--compression", words)
     if chosen.get("target_size") is not None and given:
         raise UsageError("--target-size chooses the compression ratio: leave out --compression")
     return chosen
@@ -94,6 +98,28 @@ def _config_first(words: list[str]) -> list[str]:
         if word.startswith("--config="):
             return [word, *words[:place], *_config_first(words[place + 1 :])]
     return words
+
+
+def _given(option: str, words: Sequence[str]) -> list[str]:
+    """Return the values that an option has on the command line."""
+    return [
+        (word.partition("=")[2] if "=" in word else following)
+        for word, following in pairwise([*words, ""])
+        if word.partition("=")[0] == option
+    ]
+
+
+def _check_configs(words: Sequence[str]) -> None:
+    """Raise UsageError for a --config that is damaged, or would run code: it may be the recipe of another's run."""
+    for path in map(Path, _given("--config", words)):
+        try:
+            check_stages(theirs := read_yaml(path))
+        except FileNotFoundError:
+            continue  # the parser says so
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--config {path} cannot be read: {cause(error)}") from error
+        if not _given("--model", words) and "model" in theirs:
+            check_named(str(theirs["model"]), path, None)
 
 
 def _underscored(word: str, names: set[str]) -> str:
@@ -136,6 +162,7 @@ def _parser(recipe: Recipe) -> ArgumentParser:
     cost.add_argument("names", nargs="*", help=of_what)
     cost.add_argument("--repeats", type=int, default=9, help="turns of steps")
     cost.add_argument("--device", type=str, default="auto", help="of steps: auto, cpu, cuda, ...")
+    _add_model(cost)
     commands.add_subcommand("bench", cost, help="what an optimizer step costs, or a pruned net's inference")
 
     fetch = _Parser(description="Fetch a data set and verify it.")
@@ -154,6 +181,7 @@ def _export_parser() -> ArgumentParser:
         "--values", type=Values, default="float32", help="what to round the weights of a sparse file to"
     )
     _add_data_dir(parser)  # rounded weights have their accuracy measured
+    _add_model(parser)
     return parser
 
 

@@ -3,17 +3,19 @@
 import json
 import logging
 import math
+import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-import yaml
 from jsonargparse import Namespace
 from rich.console import Console
+from rich.text import Text
 
 from .arguments import parse
 from .experiments import UsageError, bench, data, models, ranks
@@ -22,6 +24,7 @@ from .experiments.lottery import lottery
 from .experiments.observers import ProgressBars, Several, TensorBoard
 from .experiments.pretrained import is_torchvisions, load_pretrained
 from .experiments.prune import Job, gsm, prune
+from .experiments.reading import read_yaml
 from .experiments.recipes import Recipe, Training
 from .experiments.rundir import Record, RunFolder, refuse_other_recipe
 from .experiments.states import tensors_hash
@@ -30,7 +33,7 @@ from .export.inference import latency_table, measure_inference, verdict
 from .export.rebuild import load_data, recipe_of
 from .export.run import export, export_name
 from .export.target import compression_for, parse_size
-from .export.ticket import read_ticket, replay, save_ticket
+from .export.ticket import check_fits, read_ticket, replay, save_ticket
 from .export.verify import verify, verify_accuracy
 from .masks import LayerSparsity, is_prunable, sparsity_rows
 from .reports import html, nets, plots, tables
@@ -40,11 +43,18 @@ from .reports.runs import Run, by_recipe, read_run, summary
 _COMMANDS = {"prune": prune, "lottery": lottery}
 
 
+class _Console(Console):
+    """A console to which names, whoever has given them, are text: neither markup nor commands to the terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:  # of all that is printed, in tables too
+        """Return a string as it is shown."""
+        return super().render_str("\n".join(map(tables.printable, text.split("\n"))), **options)
+
+
 def run(argv: Sequence[str]) -> int:
     """Run `gsm` with its arguments and return the exit status: 0 done, 1 failed, 2 bad usage."""
-    # names of files and layers are no markup; tables in a file are not squeezed into 80 columns; of several processes
-    # the first one speaks
-    console, log = (Console(stderr=stderr, markup=False, quiet=ranks.rank() > 0) for stderr in (False, True))
+    # tables in a file are not squeezed into 80 columns; of several processes the first one speaks
+    console, log = (_Console(stderr=stderr, markup=False, quiet=ranks.rank() > 0) for stderr in (False, True))
     if not console.is_terminal:
         console.width = 100
     debug = "--debug" in argv
@@ -66,7 +76,9 @@ def run(argv: Sequence[str]) -> int:
                     log.print(f"missing: {missing}", highlight=False, soft_wrap=True)
                 console.print(str(options.output), highlight=False, soft_wrap=True)
             case "export":
-                out = export(options.run, options.format, options.out, options["values"], options.data_dir)
+                out = export(
+                    options.run, options.format, options.out, options["values"], options.data_dir, options.model
+                )
                 console.print(out, highlight=False, soft_wrap=True)
             case "verify":
                 _verify(options, console)
@@ -215,7 +227,7 @@ def _base_nets_to_load(planned: Mapping[Path, Recipe]) -> list[str]:
 def _recipe(options: Namespace) -> Recipe:
     """Return the recipe that the options add up to."""
     for path in options.config or []:
-        theirs = yaml.safe_load(Path(path).read_text()).get("recipe", options.recipe)
+        theirs = read_yaml(Path(path)).get("recipe", options.recipe)
         if theirs != options.recipe:
             raise UsageError(f"{path} is for the recipe {theirs}, not {options.recipe}")
     values = {field.name: options[field.name] for field in fields(Recipe)}
@@ -263,10 +275,11 @@ def _save_pictures(finished: Run, folder: RunFolder) -> None:
 
 def _show(paths: Sequence[Path], json_path: Path | None, console: Console, log: Console) -> None:
     """Show what can be read of runs and files, and say what cannot."""
-    files = [path for path in paths if path.is_file()]
+    files = [path for path in paths if os.path.isfile(path)]  # noqa: PTH113  # False of what may not be looked at
     missing: list[str] = []
+    layers = {path: rows for path in files if (rows := tried(missing, layers_in, path)) is not None}
     runs = [one for path in paths if path not in files and (one := tried(missing, read_run, path))]
-    if missing and (json_path is not None or not (runs or files)):
+    if missing and (json_path is not None or not (runs or layers)):
         raise UsageError("; ".join(missing))
     for reason in missing:
         log.print(f"missing: {reason}", highlight=False, soft_wrap=True)
@@ -278,8 +291,8 @@ def _show(paths: Sequence[Path], json_path: Path | None, console: Console, log: 
             json_path.write_text(json.dumps(record, indent=1) + "\n")
         except OSError as error:
             raise UsageError(f"cannot write {json_path}: {error.strerror}") from error
-    for path in files:
-        _print_layers(layers_in(path), path, console)
+    for path, rows in layers.items():
+        _print_layers(rows, path, console)
     unfinished = [one for one in runs if one.result is None]
     for one in unfinished:
         console.print(tables.progress_table(one))
@@ -344,6 +357,7 @@ def _replay(options: Namespace, console: Console, log: Console) -> None:
         raise UsageError(f"threads must be at least 1, not {threads}")
     torch.set_num_threads(threads)
     dataset = load_data(recipe, options.data_dir).to(device)
+    check_fits(ticket, recipe, dataset.classes, options.file)
     which = tensors_hash(ticket.masks)[:12]  # another ticket of the same recipe and seed is another run
     name = f"{recipe.recipe}-replay-{ticket.method}-{recipe.preset}-x{recipe.compression:g}-s{recipe.seed}-{which}"
     with RunFolder(options.out / name, recipe) as folder:
@@ -357,7 +371,7 @@ def _replay(options: Namespace, console: Console, log: Console) -> None:
     same = "the same accuracy" if again.top1 == ticket.top1 else "not identical"
     console.print(
         f"{same}: {again.top1:.2f} % here, {ticket.top1:.2f} % there, with other weights; the bits are those of one "
-        f"machine and number of threads, there {ticket.threads} ({tables.printable(ticket.machine)}), here {threads}",
+        f"machine and number of threads, there {ticket.threads} ({ticket.machine}), here {threads}",
         highlight=False,
         soft_wrap=True,
     )
@@ -375,8 +389,8 @@ def _bench(options: Namespace, console: Console, log: Console) -> None:
             if not options.names:
                 raise UsageError("name the folders of the runs to measure: gsm bench inference RUN...")
             for folder in map(Path, options.names):
-                with log.status(f"{folder}: by turns"):
-                    latencies = measure_inference(folder)
+                with log.status(log.render_str(f"{folder}: by turns")):
+                    latencies = measure_inference(folder, options.model)
                 console.print(latency_table(str(folder), latencies))
                 console.print(verdict(latencies), highlight=False, soft_wrap=True)
         case subject:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from . import UsageError
+from .reading import check_regular
 from .sources import cache_folder, folders_of, read_parquet
 from .splits import Dataset, Images
 from .whole_files import write_whole
@@ -78,6 +79,9 @@ def _read_torchvision(folder: Path) -> Pixels:
     from torchvision.datasets import CIFAR10
 
     try:
+        for path in (folder / _TORCHVISION).iterdir():
+            if not path.is_dir():
+                check_regular(path)
         train, test = (CIFAR10(folder, train=train) for train in (True, False))
     except Exception as error:  # a damaged file can fail in any way
         raise _damaged(folder / _TORCHVISION) from error

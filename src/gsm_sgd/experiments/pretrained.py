@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import UsageError
 from .models import torchvision_name
+from .reading import load_tensors
 from .rundir import read_weights
 from .states import load_state, plain_state
 
@@ -73,7 +74,7 @@ def _read(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            loaded = load_tensors(path)
     except Exception as error:  # a file of anybody's can fail in any way
         raise UsageError(
             f"{path} is neither safetensors nor a state dict that can be loaded safely: save model.state_dict() alone"

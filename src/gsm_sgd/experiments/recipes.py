@@ -8,7 +8,7 @@ NeurIPS 2019, arXiv 1909.12778, and github.com/DingXiaoH/GSM-SGD.
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from . import UsageError
@@ -16,6 +16,10 @@ from . import UsageError
 Preset = Literal["fast", "paper", "repo"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Normalization = Literal["dataset", "imagenet"]
+_MOST_EPOCHS = 100_000  # of a stage; a recipe may be anybody's, and with more it never ends
+_MOST_MILESTONES = 1_000
+_LARGEST_BATCH = 2**24
+_LARGEST = 1e38  # of float32's numbers
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,13 @@ class Training:
 
     def check(self, stage: str) -> None:
         """Raise UsageError, naming the stage, if a setting makes no sense."""
-        if self.epochs < 1:
-            raise UsageError(f"{stage}.epochs must be at least 1, not {self.epochs}")
+        if not 1 <= self.epochs <= _MOST_EPOCHS:
+            raise UsageError(f"{stage}.epochs must be at least 1 and at most {_MOST_EPOCHS:,}, not {self.epochs}")
+        if len(self.milestones) > _MOST_MILESTONES:
+            raise UsageError(f"{stage}.milestones must be at most {_MOST_MILESTONES}, not {len(self.milestones)}")
         numbers = {name: getattr(self, name) for name in ("lr", "weight_decay", "warmup_epochs", "bias_lr_factor")}
         for name, value in [*numbers.items(), *(("milestones", milestone) for milestone in self.milestones)]:
-            if not (math.isfinite(value) and value >= 0):
+            if not 0 <= value < _LARGEST:
                 raise UsageError(f"{stage}.{name} must be finite and at least 0, not {value}")
         if not 0 <= self.momentum < 1:
             raise UsageError(f"{stage}.momentum must be at least 0 and below 1, not {self.momentum}")
@@ -154,32 +160,32 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the recipe in YAML's own types."""
-        fields = asdict(self)
+        values = asdict(self)
         for stage in ("base", "gsm"):
-            fields[stage]["milestones"] = list(fields[stage]["milestones"])
-        return fields
+            values[stage]["milestones"] = list(values[stage]["milestones"])
+        return values
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "Recipe":
-        """Return the recipe of which `as_dict` made these fields."""
+    def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
+        """Return the recipe of which `as_dict` made these values."""
         stages = {
-            stage: Training(**{**fields[stage], "milestones": tuple(fields[stage]["milestones"])})
+            stage: Training(**{**values[stage], "milestones": tuple(values[stage]["milestones"])})
             for stage in ("base", "gsm")
         }
-        return cls(**{**fields, **stages})
+        return cls(**{**values, **stages})
 
     def check(self) -> None:
         """Raise UsageError if a field makes no sense; of compression and passive_decay the optimizer judges."""
         self.base.check("base")
         self.gsm.check("gsm")
-        if self.batch_size < 1:
-            raise UsageError(f"batch_size must be at least 1, not {self.batch_size}")
+        if not 1 <= self.batch_size <= _LARGEST_BATCH:
+            raise UsageError(f"batch_size must be at least 1 and at most {_LARGEST_BATCH:,}, not {self.batch_size}")
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"seed must be at least 0 and below 2**32, not {self.seed}")
         if self.weights is not None and self.start != "base":
             raise UsageError("weights are a base net to start from: add --start base, or leave them out")
-        if self.holdout < 0:
-            raise UsageError(f"holdout must be at least 0, not {self.holdout}")
+        if not 0 <= self.holdout < 2**32:
+            raise UsageError(f"holdout must be at least 0 and below 2**32, not {self.holdout}")
         if self.normalization == "imagenet" and self.dataset not in ("cifar10", "imagenet"):
             raise UsageError(f"normalization imagenet is for colours, which {self.dataset} lacks: set it to dataset")
         if not (self.ramp >= 0 and self.fade >= 0 and self.ramp + self.fade < self.cut <= 1):
@@ -197,6 +203,18 @@ class Recipe:
                 f"a ramp of {self.ramp} and a fade of {self.fade} do not end before the cut, which comes after "
                 f"{self.cut_epoch} of {self.gsm.epochs} epochs: shorten them, or train for more epochs"
             )
+
+
+def check_stages(settings: object) -> None:
+    """Raise ValueError unless a file's settings of stages are fields of Training: parsers import what others name."""
+    known = {field.name for field in fields(Training)}
+    if not isinstance(settings, Mapping):
+        raise ValueError("it holds no settings")
+    if any(key == "config" or "." in key for key in settings):
+        raise ValueError("it names another file, or a part of a setting")
+    for stage in ("base", "gsm"):
+        if not (isinstance(theirs := settings.get(stage, {}), Mapping) and known.issuperset(theirs)):
+            raise ValueError(f"{stage} has settings that are none, or is none")
 
 
 def cut_epoch(cut: float, epochs: int) -> int:

@@ -5,10 +5,8 @@ is over when its weights are there; until then its checkpoint, and the metrics u
 """
 
 import json
-import os
 import time
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import TracebackType
@@ -23,14 +21,20 @@ from torch import Tensor, nn
 
 from . import UsageError, ranks
 from .environment import environment
+from .reading import cause, check_regular, is_number, load_tensors, open_regular, read_json, read_yaml
 from .recipes import Recipe, Training
 from .states import load_state, plain_state, tensors_hash
-from .whole_files import replace_file
+from .whole_files import append, replace_file
 
 Record = dict[str, Any]
 _NUMBERS = ("epoch", "lr", "loss", "top1", "seconds")
 _CUT_NOW = ("cut_top1", "gap", "entered", "returned", "passive")
 """What an epoch's record has beside its stage; the latter in GSM training alone."""
+
+_OF_NUMBERS = (*_NUMBERS, *_CUT_NOW)
+_KEYS = ("stage", *_OF_NUMBERS, "warning")
+_NEEDED = {"stage", *_NUMBERS}
+_LONGEST_METRICS = 2**27  # bytes: what four stages of 100,000 epochs take, and more
 
 _HASH = "gsm_sgd.sha256"  # in the metadata of our weight files
 
@@ -66,6 +70,8 @@ class RunFolder:
         """Make the folder this run's own."""
         try:
             path.mkdir(parents=True, exist_ok=True)
+            if (path / ".lock").is_symlink():
+                raise UsageError(f"{path / '.lock'} is a link: delete it, or choose another --out")
             self._lock.acquire(timeout=0)
         except filelock.Timeout as error:
             raise UsageError(f"{path} is in use by another process: wait for it, or choose another --out") from error
@@ -100,7 +106,12 @@ class RunFolder:
             return
         if not path.exists():
             replace_file(path, _json({"sha256": identity}))
-        elif path.read_bytes() != _json({"sha256": identity}):
+            return
+        try:
+            theirs = read_json(path)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} is damaged ({cause(error)}): choose another --out") from error
+        if theirs != {"sha256": identity}:
             raise UsageError(f"{self.path} has been trained on other images than these: choose another --out")
 
     @property
@@ -114,11 +125,9 @@ class RunFolder:
             replace_file(self.path / "result.json", _json(result))
         ranks.wait()
 
-    def save_figure(self, name: str, write: Callable[[Path], None]) -> None:
-        """Have `write` make a file, and put it in its place as a whole."""
-        partial = self.path / f".partial.{name}"
-        write(partial)
-        partial.replace(self.path / name)
+    def save_figure(self, name: str, write: Callable[[Any], None]) -> None:
+        """Have `write` fill a file's stream, and put the file in its place as a whole."""
+        replace_file(self.path / name, write)
 
     # --- weights ---
 
@@ -172,10 +181,7 @@ class Stage:
         state: dict[str, Any] | None = None
         if self._checkpoint.exists():
             try:
-                with zipfile.ZipFile(self._checkpoint) as archive:
-                    if archive.testzip() is not None:  # torch.load does not look at the checksums
-                        raise ValueError("checksum differs")
-                state = torch.load(self._checkpoint, map_location=device, weights_only=True)
+                state = load_tensors(self._checkpoint, device)
                 if state["stage"] != self.name:
                     raise ValueError("another stage's")
                 epoch = int(state["epoch"])
@@ -184,8 +190,8 @@ class Stage:
         else:
             epoch = 0
         if self._writes:
-            kept = [r for r in read_metrics(self._metrics.parent) if r["stage"] != self.name or r["epoch"] <= epoch]
-            replace_file(self._metrics, b"".join(_json_line(record) for record in kept))
+            kept = [line for line, r in _metrics(self._metrics) if r["stage"] != self.name or r["epoch"] <= epoch]
+            replace_file(self._metrics, b"".join(kept))
         ranks.wait()  # all have read the checkpoint before the first one replaces it
         return state
 
@@ -204,12 +210,8 @@ class Stage:
 
     def log(self, record: Record) -> None:
         """Append a record to metrics.jsonl."""
-        if not self._writes:
-            return
-        with self._metrics.open("ab") as stream:
-            stream.write(_json_line(record))
-            stream.flush()
-            os.fsync(stream.fileno())
+        if self._writes:
+            append(self._metrics, (json.dumps(record) + "\n").encode())
 
     def discard_checkpoint(self) -> None:
         """Delete the checkpoint: the stage's weights are there."""
@@ -240,9 +242,9 @@ def refuse_other_recipe(folder: Path, recipe: Recipe) -> None:
             raise UsageError(f"{folder} is not a run's folder but holds files: choose another --out")
         return
     try:
-        theirs = dotted(yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
-        raise UsageError(f"{path} is damaged: delete {folder} or choose another --out") from error
+        theirs = dotted(read_yaml(path))
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f"{path} is damaged ({cause(error)}): delete {folder} or choose another --out") from error
     theirs = {**DEFAULTS, **theirs}  # an older version's recipe lacks what has been added since
     ours = dotted(recipe.as_dict())
     other = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
@@ -254,35 +256,43 @@ def refuse_other_recipe(folder: Path, recipe: Recipe) -> None:
 
 def read_metrics(folder: Path) -> list[Record]:
     """Return the whole records of a run's metrics.jsonl; a last line cut short by a kill does not count."""
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        return []
-    records = []
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], 1):
-        try:
-            record = json.loads(line)
-            if not {"stage", *_NUMBERS} <= set(record) or not isinstance(record["stage"], str):
-                raise ValueError("not an epoch's record")
-            if not all(isinstance(record.get(key, 0), (int, float)) for key in (*_NUMBERS, *_CUT_NOW)):
-                raise ValueError("not an epoch's record")
-            records.append(record)
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"{path} is damaged in line {number}: delete that line") from error
-    return records
+    return [{key: record[key] for key in _KEYS if key in record} for _, record in _metrics(folder / "metrics.jsonl")]
+
+
+def _metrics(path: Path) -> Iterator[tuple[bytes, Record]]:
+    """Yield the whole lines of a metrics.jsonl and the records in them, one by one."""
+    number = 0
+    try:
+        with open_regular(path, _LONGEST_METRICS) as stream:
+            for line in stream:
+                number += 1
+                if not line.endswith(b"\n"):
+                    return
+                record = json.loads(line)  # parse_json would take several times as long
+                if not (isinstance(record, dict) and record.keys() >= _NEEDED and isinstance(record["stage"], str)):
+                    raise ValueError("it is no epoch's record")
+                if not all(is_number(record[key]) for key in _OF_NUMBERS if key in record):
+                    raise ValueError("it is no epoch's record")
+                yield line, record
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UsageError(f"{path} is damaged ({cause(error)}): delete it") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is damaged in line {number} ({cause(error)}): delete that line") from error
 
 
 def read_processes(folder: Path) -> list[Record]:
     """Return what environment.json says of each process that worked on a run."""
     path = folder / "environment.json"
-    if not path.exists():
-        return []
     try:
-        processes = json.loads(path.read_text())["processes"]
+        processes = read_json(path)["processes"]
         if not all(isinstance(process, dict) for process in processes):
-            raise ValueError("not a list of records")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is damaged: delete it") from error
+            raise ValueError("it is no list of records")
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is damaged ({cause(error)}): delete it") from error
     return list(processes)
 
 
@@ -293,6 +303,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         UsageError: the file is missing, damaged, or not safetensors.
     """
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
             expected = (file.metadata() or {}).get(_HASH)
@@ -320,10 +331,6 @@ def dotted(nested: Record, prefix: str = "") -> Record:
 
 def _json(value: Record) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def _json_line(record: Record) -> bytes:
-    return (json.dumps(record) + "\n").encode()
 
 
 DEFAULTS = {**_defaults(Recipe), **_defaults(Training, "base."), **_defaults(Training, "gsm.")}

@@ -10,6 +10,7 @@ import platformdirs
 from numpy.typing import NDArray
 
 from . import UsageError
+from .reading import check_regular
 
 
 def folders_of(data_dir: Path | None) -> tuple[list[Path], Path]:
@@ -58,6 +59,7 @@ def read_parquet(
     images, labels = [], []
     for path in paths:
         try:
+            check_regular(path)
             parquet = pq.ParquetFile(path)
             if not {column, "label"} <= set(parquet.schema_arrow.names):
                 return None

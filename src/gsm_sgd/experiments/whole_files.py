@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, whatever happens while they are written."""
 
 import os
+import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -16,10 +17,14 @@ def replace_file(path: Path, content: bytes | bytearray | Callable[[Any], None],
         path: the file.
         content: its bytes, or what writes them to a stream.
         partial: ending of the file's name until it is whole. A kill leaves that file, and the next try replaces it.
+
+    Raises:
+        OSError: it cannot be written, or a folder has the name of the unfinished file.
     """
     unfinished = path.with_name(f"{path.name}.{partial}")
+    unfinished.unlink(missing_ok=True)
     try:
-        with unfinished.open("wb") as stream:
+        with unfinished.open("xb") as stream:  # which follows no link that somebody has put there
             if callable(content):
                 content(stream)
             else:
@@ -41,6 +46,18 @@ def write_whole(path: Path, content: bytes | bytearray, option: str) -> None:
     try:
         with suppress(FileExistsError):  # if it is no folder, opening the file says so
             path.parent.mkdir(parents=True)
-        replace_file(path, content, f"{os.getpid()}.partial")
+        replace_file(path, content, f"{secrets.token_hex(8)}.partial")
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}; choose another {option}") from error
+
+
+def append(path: Path, content: bytes) -> None:
+    """Add bytes to the end of a file, to the disk; a link is not followed."""
+    with open(path, "ab", opener=_no_link) as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..experiments import UsageError
+from ..experiments.reading import open_regular, parse_json
 
 NUMBER_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
 """The types of safetensors that sections of numbers may have, in the order in which they stand in a file."""
@@ -72,7 +73,7 @@ def to_bytes(container: Container) -> bytes:
 def format_of(path: Path) -> str | None:
     """Return what `format` says in a file's metadata, or None if it is none of our containers."""
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             length = int.from_bytes(stream.read(8), "little")
             entries = _json(stream.read(length)) if length <= _LONGEST_HEADER else {}
         kind = entries["__metadata__"]["format"]
@@ -89,7 +90,8 @@ def read(path: Path, kind: str) -> Container:
         FormatError: it is damaged, or of another format.
     """
     try:
-        return from_bytes(path.read_bytes(), kind)
+        with open_regular(path) as stream:
+            return from_bytes(stream.read(), kind)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
 
@@ -182,21 +184,14 @@ def _decompressed(content: bytes, most: int, name: str) -> bytes:
 
 
 def _json(text: bytes) -> dict[str, Any]:
-    """Return a JSON object without names that stand twice or numbers that are none."""
+    """Return a JSON object."""
     try:
-        value = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text)
+    except ValueError as error:
         raise FormatError("its JSON is damaged") from error
     if not isinstance(value, dict):
         raise FormatError("its JSON is no object")
     return value
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = dict(pairs)
-    if len(names) < len(pairs):
-        raise ValueError("a name stands twice")
-    return names
 
 
 def _number(value: object) -> Any:
@@ -204,7 +199,3 @@ def _number(value: object) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"{type(value).__name__} is none of JSON's types")
-
-
-def _no_number(constant: str) -> None:
-    raise ValueError(f"{constant} is no number")

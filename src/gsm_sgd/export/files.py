@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..experiments.reading import open_regular
 from ..experiments.rundir import read_weights
 from ..experiments.states import plain_state
 from ..masks import LayerSparsity, is_prunable, sparsity_rows
@@ -31,7 +32,7 @@ def layers_in(path: Path) -> list[LayerSparsity]:
 
 def _is_hdf5(path: Path) -> bool:
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             return stream.read(len(MAGIC)) == MAGIC
     except OSError:
         return False

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..experiments import UsageError
+from ..experiments.reading import check_regular
 from .container import FormatError
 from .extras import needed
 from .table import check_rows, row_of
@@ -69,6 +70,7 @@ def read_hdf5(path: Path) -> dict[str, Tensor]:
     """
     h5py = needed("h5py", "HDF5")
     try:
+        check_regular(path)
         with h5py.File(path, "r") as file:
             found = {name: _data_set(h5py, file, name) for name in file}
             # On the device meta nothing is allocated. A chunk is decompressed as a whole, however much of it is used.

@@ -36,14 +36,18 @@ class Latency(NamedTuple):
     ratio: float  # of torch's dense time to it: how many times as fast it is
 
 
-def measure_inference(folder: Path) -> list[Latency]:
+def measure_inference(folder: Path, allowed: str | None = None) -> list[Latency]:
     """Measure the pruned net of a run on random images, and leave the figures in its folder as inference.json.
+
+    Args:
+        folder: the run's.
+        allowed: as of `recipe_of`.
 
     Raises:
         UsageError: the run is not over, or onnxruntime is not installed.
         RuntimeError: an engine computes something else.
     """
-    model, shape = pruned_net(read_run(folder))
+    model, shape = pruned_net(read_run(folder), allowed)
     content = to_onnx(copy.deepcopy(model), shape).content
     model.eval()
     threads_before = torch.get_num_threads()

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from ..experiments import UsageError, data, models
 from ..experiments.loop import evaluate
-from ..experiments.models import MODELS, torchvision_name
-from ..experiments.recipes import RECIPES, Recipe
+from ..experiments.models import check_named
+from ..experiments.recipes import RECIPES, Recipe, check_stages
 from ..experiments.rundir import read_weights
 from ..experiments.splits import Dataset
 from ..experiments.states import load_state
+from ..reports.nets import prunable_weights
 from ..reports.runs import Run
 
 
@@ -23,26 +24,24 @@ def recipe_of(fields: Mapping[str, Any], source: Path, allowed: str | None = Non
     Args:
         fields: as the file has them.
         source: the file, for messages.
-        allowed: the one function of the user's own that may be called to build the net.
+        allowed: the function of the user's own, if any, that is to build the net.
 
     Raises:
-        UsageError: they are no recipe, or the net is built by code that the user has not named.
+        UsageError: they are no recipe, or the net is built by code that the user has not named, or by other code.
     """
     types = ArgumentParser(exit_on_error=False)
     types.add_class_arguments(Recipe)
     try:
+        check_stages(fields)
         recipe = Recipe.from_dict(types.parse_object(dict(fields)).as_dict())
         recipe.check()
-        if recipe.recipe not in RECIPES:
-            raise ValueError("no recipe's name")
+        if not recipe.compression >= 1:
+            raise ValueError("no compression ratio")
+        if recipe.recipe not in RECIPES or recipe.dataset not in data.DATASETS:
+            raise ValueError("no recipe's name, or no data set's")
     except (ArgumentError, TypeError, KeyError, ValueError, AttributeError) as error:
         raise UsageError(f"{source} states no recipe of this version") from error
-    ours = recipe.model in MODELS or torchvision_name(recipe.model) is not None
-    if not ours and recipe.model != allowed:
-        raise UsageError(
-            f"{source} says that {recipe.model!r} builds its net, which is not part of gsm-sgd: "
-            f"if you trust that code, add --model {recipe.model}"
-        )
+    check_named(recipe.model, source, allowed)
     return recipe
 
 
@@ -66,14 +65,14 @@ def build(recipe: Recipe, tensors: Mapping[str, Tensor], classes: int | None = N
     return model
 
 
-def pruned_net(run: Run) -> tuple[nn.Module, tuple[int, ...]]:
-    """Return the pruned net of a run, and the shape of an image that it takes.
+def pruned_net(run: Run, allowed: str | None = None) -> tuple[nn.Module, tuple[int, ...]]:
+    """Return the pruned net of a run, and the shape of an image that it takes; `allowed` is as of `recipe_of`.
 
     Raises:
         UsageError: the run is not over, or its weights are missing or damaged.
     """
-    classes = run.finished()["layers"][-1]["shape"][0]
-    recipe = recipe_of(run.recipe, run.path, run.recipe["model"])
+    recipe = recipe_of(run.recipe, run.path, allowed)
+    classes = len(list(prunable_weights(run, run.net).values())[-1])
     model = build(recipe, read_weights(run.path / f"{run.net}.safetensors"), classes)
     return model, data.IMAGE_SHAPES[recipe.dataset]
 

@@ -26,7 +26,12 @@ ENDINGS: dict[Format, str] = {
 
 
 def export(
-    folder: Path, kind: Format, out: Path | None = None, values: Values = "float32", data_dir: Path | None = None
+    folder: Path,
+    kind: Format,
+    out: Path | None = None,
+    values: Values = "float32",
+    data_dir: Path | None = None,
+    allowed: str | None = None,
 ) -> str:
     """Write the pruned net of a run to a file, and return a line on what came out.
 
@@ -37,6 +42,7 @@ def export(
             rounded.
         values: of a sparse file; if they are rounded, accuracy is measured again.
         data_dir: folder of the data for that; default $GSM_DATA.
+        allowed: as of `recipe_of`; for files that take more than the weights.
 
     Raises:
         UsageError: the run is not over, or the file cannot be made or written.
@@ -55,13 +61,13 @@ def export(
     remark = ""
     match kind:
         case "sparse":
-            _save_sparse(run, tensors, out, values, data_dir)
+            _save_sparse(run, tensors, out, values, data_dir, allowed)
         case "safetensors":
             write_whole(out, save(tensors), "--out")
         case "hdf5":
-            write_whole(out, to_hdf5(tensors, run.recipe["model"]), "--out")
+            write_whole(out, to_hdf5(tensors, run.recipe.get("model", "")), "--out")
         case "onnx":
-            remark = _save_onnx(run, out)
+            remark = _save_onnx(run, out, allowed)
     size, dense = out.stat().st_size, weights.stat().st_size
     return f"{out}: {size:,} bytes; {weights.name}: {dense:,}, {dense / size:.1f} times as many{remark}"
 
@@ -71,18 +77,19 @@ def export_name(net: str, kind: Format, values: Values = "float32") -> str:
     return ".".join([net, *([] if values == "float32" else [values]), ENDINGS[kind]])
 
 
-def _save_sparse(run: Run, tensors: Mapping[str, Tensor], out: Path, values: Values, data_dir: Path | None) -> None:
+def _save_sparse(
+    run: Run, tensors: Mapping[str, Tensor], out: Path, values: Values, data_dir: Path | None, allowed: str | None
+) -> None:
     result = run.finished()
     prunable = [layer["name"] for layer in result["layers"]]
     top1 = result["top1"][run.net.replace("-", "_")]
     if values != "float32":
-        recipe = recipe_of(run.recipe, run.path, run.recipe["model"])
-        top1 = measure(recipe, rounded(tensors, prunable, values), data_dir)
+        top1 = measure(recipe_of(run.recipe, run.path, allowed), rounded(tensors, prunable, values), data_dir)
     save_sparse(out, tensors, prunable=prunable, values=values, recipe=run.recipe, top1=top1)
 
 
-def _save_onnx(run: Run, out: Path) -> str:
+def _save_onnx(run: Run, out: Path, allowed: str | None) -> str:
     """Write a net as ONNX and return how exact it is."""
-    file = to_onnx(*pruned_net(run))
+    file = to_onnx(*pruned_net(run, allowed))
     write_whole(out, file.content, "--out")
     return f"; onnxruntime's logits of {file.images} random images differ by {file.difference:.1e} at most"

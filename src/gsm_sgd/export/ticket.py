@@ -11,6 +11,7 @@ from torch import Tensor
 from ..experiments import UsageError, models
 from ..experiments.lottery import TRAINED, retrain_ticket
 from ..experiments.prune import Job, finish, initial_net
+from ..experiments.recipes import Recipe
 from ..experiments.rundir import read_weights
 from ..experiments.states import tensors_hash
 from ..experiments.whole_files import write_whole
@@ -77,7 +78,7 @@ def save_ticket(folder: Path, method: str = "gsm", out: Path | None = None) -> s
     trained = read_weights(folder / f"{TRAINED[method]}.safetensors")
     names = [layer["name"] for layer in result["layers"]]
     process = run.processes[-1] if run.processes else {}
-    machine = [f"torch {result['torch']}", process.get("processor", result["device"]), process.get("instructions")]
+    machine = [f"torch {result.get('torch')}", process.get("processor", result["device"]), process.get("instructions")]
     ticket = Ticket(
         masks=magnitude_masks({name: trained[name] for name in names}, result["compression"]),
         recipe=run.recipe,
@@ -86,7 +87,7 @@ def save_ticket(folder: Path, method: str = "gsm", out: Path | None = None) -> s
         trained=tensors_hash(read_weights(folder / f"ticket-{method}.safetensors")),
         top1=result["top1"][f"ticket_{method}"],
         threads=process.get("threads", torch.get_num_threads()),
-        machine=", ".join(filter(None, machine)),
+        machine=", ".join(str(part) for part in machine if part),
     )
     out = out or folder / f"ticket-{method}.ticket.safetensors"
     write_ticket(out, ticket)
@@ -129,18 +130,23 @@ def read_ticket(path: Path) -> Ticket:
         raise UsageError(f"{path} is damaged: {error}") from error
 
 
-def replay(job: Job, ticket: Ticket, source: Path) -> Replay:
-    """Train a ticket again from its seed, in a run's folder, and compare.
-
-    Raises:
-        UsageError: the initialisation of that seed, the net, or the number of weights is not the ticket's.
-    """
-    prunable = prunable_parameters(initial_net(job))
+def check_fits(ticket: Ticket, recipe: Recipe, classes: int, source: Path) -> None:
+    """Raise UsageError if the layers of a ticket, or the number of its weights, are not those of its recipe's net."""
+    prunable = prunable_parameters(models.build(recipe.model, recipe.seed, classes))
     kept = sum(int(mask.sum()) for mask in ticket.masks.values())
     if {name: mask.shape for name, mask in ticket.masks.items()} != {name: p.shape for name, p in prunable.items()}:
-        raise UsageError(f"{source} does not fit {job.recipe.model}: its masks are of other layers")
-    if kept != kept_weights(sum(p.numel() for p in prunable.values()), job.recipe.compression):
-        raise UsageError(f"{source} keeps {kept:,} weights, which is not {job.recipe.compression:g}x of its net")
+        raise UsageError(f"{source} does not fit {recipe.model}: its masks are of other layers")
+    if kept != kept_weights(sum(p.numel() for p in prunable.values()), recipe.compression):
+        raise UsageError(f"{source} keeps {kept:,} weights, which is not {recipe.compression:g}x of its net")
+
+
+def replay(job: Job, ticket: Ticket, source: Path) -> Replay:
+    """Train a ticket that fits again from its seed, in a run's folder, and compare.
+
+    Raises:
+        UsageError: the initialisation of that seed is not the ticket's.
+    """
+    initial_net(job)
     if tensors_hash(read_weights(job.run.path / "init.safetensors")) != ticket.init:
         raise UsageError(
             f"the initialisation of seed {job.recipe.seed} here is not that of {source}, made with {ticket.machine}"

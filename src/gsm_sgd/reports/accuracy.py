@@ -1,5 +1,6 @@
 """Sections of a report on accuracy: results beside the paper's, and the curves of training."""
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -10,6 +11,7 @@ from .figures import Line, Row
 from .runs import outcomes
 from .tables import cut_line, empty_layers_of
 
+_DRAWN = 2_000  # epochs of a stage; a screen has no more columns
 _COLOURS = {
     **{"base": "ink", "gsm_before_cut": "blue", "gsm_after_cut": "blue", "pruned": "blue"},
     **{"ticket_gsm": "green", "ticket_magnitude": "orange"},
@@ -149,10 +151,17 @@ def _line(group: Group, stage: str, key: str, label: str = "", colour: str = "",
     """Return a quantity of a stage as a line for each seed, drawn as the stage is if nothing else is said."""
     own_label, own_colour, own_dash = _STAGES[stage]
     points = {
-        f"seed {run.recipe['seed']}": [(r["epoch"], r[key]) for r in run.metrics if r["stage"] == stage and key in r]
+        f"seed {run.recipe['seed']}": _thinned(
+            [(r["epoch"], r[key]) for r in run.metrics if r["stage"] == stage and key in r]
+        )
         for run in group.runs
     }
     return Line(label or own_label, colour or own_colour, dash or own_dash, points)
+
+
+def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Return at most `_DRAWN` points, at equal distances, with the last one."""
+    return points[:: -math.ceil(len(points) / _DRAWN) or -1][::-1]
 
 
 def _errors(line: Line) -> Line:
@@ -178,6 +187,8 @@ def _epochs(group: Group, stage: str) -> Table:
     ]
     mean = " (means over the seeds)" if len(group.runs) > 1 else ""
     caption = f"{_STAGES[stage][0]}, by epoch{mean}"
+    if any(sum(r["stage"] == stage for r in run.metrics) > _DRAWN for run in group.runs):
+        caption += f", {len(rows):,} of all epochs"
     return Table(caption, ["epoch", *(titles.get(key, key) for key in formats)], rows, folded=True)
 
 

@@ -52,8 +52,6 @@ def _readable(paths: Sequence[Path], missing: list[str]) -> list[Run]:
     runs: dict[Path, Run] = {}
     for path in paths:
         try:
-            if not (path / "recipe.yaml").is_file():
-                raise UsageError(f"{path} is not a run's folder")
             runs.setdefault(path.resolve(), read_run(path))
         except UsageError as error:
             missing.append(str(error))

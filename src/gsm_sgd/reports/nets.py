@@ -15,6 +15,7 @@ from .runs import Run
 BINS_PER_DECADE = 5
 LOWEST, HIGHEST = -12, 2  # log10 |w|: what lies beyond counts in the first bin, or the last
 _BITS_OF_A_WEIGHT = 32
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Histogram(NamedTuple):
@@ -47,7 +48,8 @@ def prunable_weights(run: Run, name: str) -> dict[str, Tensor]:
     path = run.path / f"{name}.safetensors"
     weights = read_weights(path)
     for layer in run.result["layers"]:
-        if layer["name"] not in weights or list(weights[layer["name"]].shape) != layer["shape"]:
+        weight = weights.get(layer["name"])
+        if weight is None or weight.dtype not in _DTYPES or list(weight.shape) != layer["shape"]:
             raise UsageError(f"{path} is not of the net that result.json beside it describes")
     return {layer["name"]: weights[layer["name"]] for layer in run.result["layers"]}
 

@@ -1,7 +1,7 @@
 """Pictures of a run: what each layer keeps, and the training curves."""
 
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -84,9 +84,9 @@ def curves_figure(run: Run) -> Figure:
     return figure
 
 
-def save(figure: Figure, name: str, put: Callable[[str, Callable[[Path], None]], None]) -> None:
+def save(figure: Figure, name: str, put: Callable[[str, Callable[[Any], None]], None]) -> None:
     """Save a figure as `<name>.png` and `<name>.svg` through `put`, which replaces files as a whole."""
     # a fixed salt and no date: the same run gives the same file
     with matplotlib.rc_context({"svg.hashsalt": "gsm-sgd", "svg.fonttype": "none"}):
-        put(f"{name}.png", lambda path: figure.savefig(path, dpi=150, format="png"))
-        put(f"{name}.svg", lambda path: figure.savefig(path, format="svg", metadata={"Date": None}))
+        put(f"{name}.png", lambda stream: figure.savefig(stream, dpi=150, format="png"))
+        put(f"{name}.svg", lambda stream: figure.savefig(stream, format="svg", metadata={"Date": None}))

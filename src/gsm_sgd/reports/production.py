@@ -1,6 +1,5 @@
 """Sections of a report on what a pruned net costs, and on how it was made."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -9,6 +8,7 @@ from typing import Any
 import yaml
 
 from ..experiments import UsageError
+from ..experiments.reading import cause, read_json
 from ..experiments.rundir import Record
 from . import figures, nets
 from .blocks import Block, Group, Picture, Table, listed, tried
@@ -19,6 +19,7 @@ _OF_A_PROCESS = (
     *("device", "started", "system"),
 )
 _KIB = 1024
+_MOST = 100  # measurements, and processes, of a run: a page for people to read
 _BY_PARTS = "values and positions"
 
 
@@ -101,8 +102,6 @@ def _latencies(measured: Sequence[tuple[str, Record]], threads: int) -> Picture:
 def _inference(folder: Path) -> list[Record] | None:
     """Return what `gsm bench inference` has measured, or None if it has not."""
     path = folder / "inference.json"
-    if not path.exists():
-        return None
     kinds: dict[str, Any] = {
         "engine": str,
         "batch": int,
@@ -111,11 +110,13 @@ def _inference(folder: Path) -> list[Record] | None:
         "ratio": (int, float),
     }
     try:
-        rows: list[Record] = json.loads(path.read_text())["rows"]
-        if not all(isinstance(row[key], kind) for row in rows for key, kind in kinds.items()):
-            raise ValueError("not such rows")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is damaged: delete it and measure again") from error
+        rows: list[Record] = read_json(path)["rows"]
+        if len(rows) > _MOST or not all(isinstance(row[key], kind) for row in rows for key, kind in kinds.items()):
+            raise ValueError("it has no such rows")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is damaged ({cause(error)}): delete it and measure again") from error
     return rows
 
 
@@ -135,12 +136,14 @@ def recipe_and_environment(group: Group) -> list[Block]:
     processes = [
         [str(run.recipe["seed"]), *(str(process.get(key, "")) for key in _OF_A_PROCESS)]
         for run in group.runs
-        for process in run.processes
+        for process in run.processes[-_MOST:]
     ]
     if not processes:
         return [*blocks, Block("Environment", ["environment.json is not there."])]
     columns = ["seed", *_OF_A_PROCESS]
     caption = "What ran these runs; several processes of one seed where it was interrupted"
+    if any(len(run.processes) > _MOST for run in group.runs):
+        caption += f", the last {_MOST} of each"
     return [*blocks, Block("Environment", tables=[Table(caption, columns, processes, texts=len(columns))])]
 
 

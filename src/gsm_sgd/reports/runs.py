@@ -1,6 +1,5 @@
 """Run folders as figures: what one run came to, and several seeds together."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +7,8 @@ from statistics import fmean, stdev
 from types import NoneType
 from typing import Any, NamedTuple
 
-import yaml
-
 from ..experiments import UsageError
+from ..experiments.reading import cause, read_json, read_yaml
 from ..experiments.recipes import cut_epoch
 from ..experiments.rundir import DEFAULTS, Record, dotted, in_use, read_metrics, read_processes
 
@@ -38,6 +36,7 @@ WEIGHTS = ("init", "base", "gsm", "pruned", "ticket-gsm", "ticket-magnitude")
 _NUMBER = (int, float)
 _RECIPE: Record = {
     **{"recipe": str, "preset": str, "compression": _NUMBER, "seed": int, "cut": _NUMBER, "holdout": int},
+    **{"model": str, "dataset": str},
     **{"base": {"epochs": int}, "gsm": {"epochs": int}},
 }
 _RESULT: Record = {
@@ -46,9 +45,14 @@ _RESULT: Record = {
     "top1": dict,
 }
 _PRUNED = {"gsm_before_cut", "gsm_after_cut", "pruned"}  # in `top1` unless a ticket is all that was trained
-_TABLES_OF_NUMBERS = ("epochs", "seconds", "top1", "paper")
+_TICKETS = {"ticket_gsm", "ticket_magnitude"}
+_COMMANDS = ("prune", "lottery", "replay")
 _LAYER: Record = {"name": str, "shape": list, "params": int, "nonzeros": int}
 """What the files of a run have at least, and of which type."""
+
+_ADDED: Record = {"cut": 1.0, "holdout": 0, "model": "", "dataset": ""}  # what a recipe may lack
+_MOST_LAYERS = 10_000
+_PERCENT = 100
 
 _LAST = 10  # evaluations in the mean that the authors' code reports
 _SAME = 0.05  # points of accuracy that a cut may cost and still be called lossless
@@ -161,25 +165,55 @@ def read_run(path: Path) -> Run:
     Raises:
         UsageError: it is not a run's folder, or a file in it is damaged.
     """
-    if not (path / "recipe.yaml").is_file():
-        raise UsageError(f"{path} is not a run's folder: there is no recipe.yaml in it")
     file = path / "recipe.yaml"
     try:
-        recipe = yaml.safe_load(file.read_text())
-        if not isinstance(recipe, dict) or not _has({"cut": 1.0, "holdout": 0, **recipe}, _RECIPE):
-            raise ValueError("not a recipe")
+        recipe = read_yaml(file)
+        if not isinstance(recipe, dict) or not _has({**_ADDED, **recipe}, _RECIPE):
+            raise ValueError("it is no recipe")
         file = path / "result.json"
-        result = json.loads(file.read_text()) if file.exists() else None
-        if result is not None and not (
-            _has(result, _RESULT)
-            and (result["command"] == "replay" or set(result["top1"]) >= _PRUNED)
-            and all(_has(layer, _LAYER) for layer in result["layers"])
-            and all(isinstance(value, _NUMBER) for key in _TABLES_OF_NUMBERS for value in (result[key] or {}).values())
-        ):
-            raise ValueError("not a result")
-    except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise UsageError(f"{file} is damaged: delete it and give the run's command again") from error
-    return Run(path, recipe, read_processes(path), read_metrics(path), result)
+        result = _checked(read_json(file)) if file.exists() else None
+    except (OSError, ValueError) as error:
+        if file.name == "recipe.yaml" and isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise UsageError(f"{path} is not a run's folder: there is no recipe.yaml in it") from error
+        raise UsageError(f"{file} is damaged ({cause(error)}): delete it and give the run's command again") from error
+    metrics = read_metrics(path)
+    if not {record["stage"] for record in metrics} <= set(STAGES.values()):
+        raise UsageError(f"{path / 'metrics.jsonl'} is damaged (it has a stage that no run has): delete it")
+    return Run(path, recipe, read_processes(path), metrics, result)
+
+
+def _checked(result: object) -> Record:
+    """Return a result of which all that is computed with, or names a file, is what it should be.
+
+    Raises:
+        ValueError: it is no result.
+    """
+    if not (isinstance(result, dict) and _has(result, _RESULT) and result["command"] in _COMMANDS):
+        raise ValueError("it is no result")
+    top1, layers = result["top1"], result["layers"]
+    numbers = [value for key in ("epochs", "seconds", "top1") for value in result[key].values()]
+    names = {layer["name"] for layer in layers if _is_layer(layer)}
+    replayed = result["command"] == "replay"
+    if not (
+        (len(top1) == 1 if replayed else set(top1) >= _PRUNED)
+        and set(top1) <= (_TICKETS if replayed else set(TITLES))
+        and {*result["epochs"], *result["seconds"]} <= set(STAGES.values())
+        and all(isinstance(value, _NUMBER) and value >= 0 for value in numbers)
+        and max(top1.values()) <= _PERCENT
+        and all(isinstance(value, _NUMBER) for value in (result["paper"] or {}).values())
+        and 0 < len(names) == len(layers) <= _MOST_LAYERS
+    ):
+        raise ValueError("it is no result")
+    return {**result, "layers": [{key: layer[key] for key in _LAYER} for layer in layers]}
+
+
+def _is_layer(layer: object) -> bool:
+    return (
+        isinstance(layer, dict)
+        and _has(layer, _LAYER)
+        and bool(layer["shape"])
+        and all(isinstance(size, int) and size >= 0 for size in [*layer["shape"], layer["params"], layer["nonzeros"]])
+    )
 
 
 def _has(record: object, fields: Mapping[str, Any]) -> bool:
@@ -199,7 +233,7 @@ def by_recipe(runs: Sequence[Run]) -> list[list[Run]]:
     for run in runs:
         if run.result is not None:
             settings = sorted({**DEFAULTS, **dotted(run.recipe), "seed": None}.items())
-            key = repr([run.result["command"], settings])
+            key = repr([run.result["command"], run.net, settings])  # a replay is of one of two tickets
             groups.setdefault(key, {})[run.path.resolve()] = run
     return [list(group.values()) for group in groups.values()]
 

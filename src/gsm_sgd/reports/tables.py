@@ -86,8 +86,8 @@ def progress_table(run: Run) -> Table:
 
 
 def printable(text: str) -> str:
-    """Return a text from a file without what a terminal would take for a command."""
-    return "".join(character if character.isprintable() else "?" for character in text)
+    """Return a text in which all that a terminal would take for a command, or not show, is escaped."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def layers_table(layers: Sequence[LayerSparsity], title: str) -> Table:
@@ -98,9 +98,7 @@ def layers_table(layers: Sequence[LayerSparsity], title: str) -> Table:
     params, nonzeros = sum(row.params for row in layers), sum(row.nonzeros for row in layers)
     for row in layers:
         shape = "x".join(map(str, row.shape))
-        table.add_row(
-            printable(row.name), shape, f"{row.params:,}", f"{row.nonzeros:,}", f"{_percent(row.nonzeros, row.params)}"
-        )
+        table.add_row(row.name, shape, f"{row.params:,}", f"{row.nonzeros:,}", f"{_percent(row.nonzeros, row.params)}")
     table.add_section()
     ratio = f"{params / nonzeros:.2f}x" if nonzeros else ""
     table.add_row("all", ratio, f"{params:,}", f"{nonzeros:,}", _percent(nonzeros, params))

@@ -69,6 +69,23 @@ def build(name: str, seed: int, classes: int | None = None) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
+def check_named(name: str, source: Path, allowed: str | None) -> None:
+    """Raise UsageError if a file wants a net built by a function of somebody's own, unless the user has named it too.
+
+    Args:
+        name: the network that the file names.
+        source: the file, for the message.
+        allowed: what the user has named, if anything.
+    """
+    if allowed not in (None, name):
+        raise UsageError(f"{source} says that {name!r} builds its net, not {allowed!r}: leave out --model")
+    if name not in MODELS and torchvision_name(name) is None and name != allowed:
+        raise UsageError(
+            f"{source} says that {name!r} builds its net, which is not part of gsm-sgd: "
+            f"if you trust that code, add --model {name}"
+        )
+
+
 def check_fits(model: nn.Module, name: str, dataset: str, shape: Sequence[int], classes: int) -> None:
     """Raise UsageError unless a network can be trained on images of a shape, all of it, to tell classes apart."""
     try:
