@@ -245,8 +245,11 @@ def test_show_does_not_write_where_a_link_leads(runs, tmp_path):
         (["prune", "lenet300", "--seed", "-1"], "seed must be"),
         (["prune", "lenet300", "--device", "abacus"], "device 'abacus' cannot be used here"),
         (["prune", "lenet300", "--threads", "0"], "threads must be at least 1"),
-        (["prune", "lenet300", "--model", "vgg"], "unknown model 'vgg'"),
-        (["prune", "lenet300", "--dataset", "cifar"], "unknown dataset 'cifar': choose one of mnist, cifar10"),
+        (["prune", "lenet300", "--model", "vgg"], "unknown model 'vgg': choose one of lenet300, lenet5, resnet20"),
+        (["prune", "lenet300", "--model", "resnet65"], "unknown model 'resnet65': did you mean 'resnet56'?"),
+        (["prune", "lenet300", "--model", "torchvision:vgg_16"], "no classifier 'vgg_16': did you mean 'vgg16'?"),
+        (["prune", "lenet300", "--dataset", "cifar"], "unknown dataset 'cifar': did you mean 'cifar10'?"),
+        (["prune", "lenet300", "--dataset", "svhn"], "unknown dataset 'svhn': choose one of mnist, cifar10"),
         (["prune", "resnet50", "--data-dir", "."], "ImageNet has to be there already"),
         (["prune", "resnet20", "--weights", "no.safetensors"], "weights no.safetensors do not exist: give a file"),
         (["prune", "lenet300", "--weights", "torchvision"], "weights are a base net to start from: add --start base"),
@@ -255,22 +258,41 @@ def test_show_does_not_write_where_a_link_leads(runs, tmp_path):
             "a lottery trains its base net from the ticket's initialisation: leave out --weights",
         ),
         (["prune", "resnet20", "--precision", "float16"], "precision"),
-        (["prune", "lenet300", "--nonsense", "3"], "unrecognized arguments: --nonsense 3"),
+        (["prune", "lenet300", "--nonsense", "3"], "unrecognized arguments: --nonsense 3; gsm prune --help shows what"),
+        (["prune", "lenet300", "--epochs", "2"], "--epochs 2; did you mean --base.epochs or --gsm.epochs?"),
+        (["prune", "lenet300", "--epoch=2"], "--epoch=2; did you mean --base.epochs or --gsm.epochs?"),
+        (["prune", "lenet300", "--lr", "1"], "--lr 1; did you mean --base.lr or --gsm.lr?"),
+        (["prune", "lenet300", "--weight-decay", "1"], "did you mean --base.weight_decay or --gsm.weight_decay?"),
+        (["prune", "lenet300", "--gsm.epoch", "2"], "--gsm.epoch 2; did you mean --gsm.epochs?"),
+        (["lottery", "lenet300", "--batchsize", "2"], "--batchsize 2; did you mean --batch_size?"),
+        (["prune", "lenet300", "--thread", "1"], "--thread 1; did you mean --threads?"),
+        (["export", "run", "--form", "onnx"], "unrecognized arguments: --form onnx; did you mean --format?"),
+        (["ticket", "save", "run", "--meth", "gsm"], "unrecognized arguments: --meth gsm; did you mean --method?"),
+        (["show", "run", "--jso", "x"], "unrecognized arguments: --jso x; did you mean --json?"),
+        (["--versio"], "unrecognized arguments: --versio; did you mean --version?"),
         (["prune"], "the following arguments are required: recipe; gsm prune --help shows what there is"),
         (["bench"], "the following arguments are required: subject, names"),
         (["prune", "lenet300", "--preset", "best"], "preset takes fast or paper or repo, not 'best'"),
+        (["prune", "lenet300", "--preset", "papr"], "fast or paper or repo, not 'papr': did you mean 'paper'?"),
         (["prune", "lenet300", "--gsm.epochs", "few"], "gsm.epochs takes a whole number, not 'few'"),
         (["prune", "lenet300", "--passive-decay", "x"], "passive_decay takes a number or auto or null, not 'x'"),
         (["prune", "lenet300", "--config", "no.yaml"], "config: File does not exist: "),
         (["show", "nowhere"], "nowhere is not a run's folder"),
         (["show"], "runs"),
-        (["data", "imagenet"], "unknown data set 'imagenet': there are mnist and cifar10"),
-        (["frobnicate"], "frobnicate"),
+        (["data", "imagenet"], "unknown data set 'imagenet': choose one of mnist, cifar10"),
+        (["data", "minst"], "unknown data set 'minst': did you mean 'mnist'?"),
+        (["bench", "steps"], "unknown benchmark 'steps': did you mean 'step'?"),
+        (["bench", "step", "resnet"], "no parameter shapes are known for 'resnet': did you mean 'resnet56'?"),
+        (["frobnicate"], "unknown command 'frobnicate': choose one of list, prune, lottery, show"),
+        (["prun", "lenet300"], "unknown command 'prun': did you mean 'prune'?"),
+        (["ticket", "rply"], "unknown action 'rply': did you mean 'replay'?"),
     ],
 )
 def test_bad_usage(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert message in fails(capsys, *words)
+    said = fails(capsys, *words)
+    assert message in said
+    assert said.count("did you mean") <= 1
     assert not list(tmp_path.iterdir())
 
 

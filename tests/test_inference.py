@@ -109,5 +109,5 @@ def test_bad_usage(capsys, tmp_path):
     assert fails(capsys, "bench", "inference") == (
         "name the folders of the runs to measure: gsm bench inference RUN..."
     )
-    assert "there are step and inference" in fails(capsys, "bench", "nothing")
+    assert "choose one of step, inference" in fails(capsys, "bench", "nothing")
     assert "is not a run's folder" in fails(capsys, "bench", "inference", tmp_path)

@@ -88,7 +88,7 @@ def test_epochs_scale_shortens_milestones_alike():
     [
         ("lenet30", "did you mean 'lenet300'?"),
         ("LeNet5", "did you mean 'lenet5'?"),
-        ("xyz", "there are lenet300, lenet5"),
+        ("xyz", "choose one of lenet300, lenet5"),
     ],
 )
 def test_unknown_recipe_suggests_the_nearest(name, hint):

@@ -16,7 +16,7 @@ from jsonargparse import Namespace
 from rich.console import Console
 
 from .arguments import parse
-from .experiments import UsageError, bench, data, models, ranks
+from .experiments import UsageError, bench, data, models, ranks, suggestion
 from .experiments.loop import Observer, fitting_precision
 from .experiments.lottery import lottery
 from .experiments.observers import ProgressBars, Several, TensorBoard
@@ -370,7 +370,7 @@ def _bench(options: Namespace, console: Console, log: Console) -> None:
                 console.print(latency_table(str(folder), latencies))
                 console.print(verdict(latencies), highlight=False, soft_wrap=True)
         case subject:
-            raise UsageError(f"unknown benchmark {subject!r}: there are step and inference")
+            raise UsageError(f"unknown benchmark {subject!r}: {suggestion(subject, ('step', 'inference'))}")
 
 
 def _bench_steps(options: Namespace, console: Console, log: Console) -> None:

@@ -16,7 +16,7 @@ from torch.optim import SGD, Optimizer
 
 from .. import GSM
 from ..selection import kept_weights
-from . import UsageError, models
+from . import UsageError, models, suggestion
 
 Shapes = list[tuple[int, ...]]
 BASELINE = "SGD, fused"
@@ -48,7 +48,7 @@ def workload(name: str) -> Workload:
         UsageError: there is none of that name.
     """
     if name not in WORKLOADS:
-        raise UsageError(f"no parameter shapes are known for {name!r}: choose one of {', '.join(WORKLOADS)}")
+        raise UsageError(f"no parameter shapes are known for {name!r}: {suggestion(name, WORKLOADS)}")
     return WORKLOADS[name]()
 
 

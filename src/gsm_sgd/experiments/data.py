@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from . import UsageError, cifar10, image_folder, mnist
+from . import UsageError, cifar10, image_folder, mnist, suggestion
 from .splits import Dataset, Images
 
 
@@ -16,7 +16,7 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
         UsageError: no data set has that name, a file is damaged, or none can be had.
     """
     if name not in DATASETS:
-        raise UsageError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
+        raise UsageError(f"unknown dataset {name!r}: {suggestion(name, DATASETS)}")
     return DATASETS[name](data_dir)
 
 
@@ -37,7 +37,7 @@ def describe(name: str, data_dir: Path | None = None) -> str:
                 f"in {place}"
             )
         case _:
-            raise UsageError(f"unknown data set {name!r}: there are {' and '.join(FETCHED)}")
+            raise UsageError(f"unknown data set {name!r}: {suggestion(name, FETCHED)}")
 
 
 def synthetic(train: int = 2_048, test: int = 512) -> Dataset:

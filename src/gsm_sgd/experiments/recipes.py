@@ -5,13 +5,12 @@ Settings and figures: Ding et al., "Global Sparse Momentum SGD for Pruning Very 
 NeurIPS 2019, arXiv 1909.12778, and github.com/DingXiaoH/GSM-SGD.
 """
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
-from . import UsageError
+from . import UsageError, suggestion
 
 Preset = Literal["fast", "paper", "repo"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -315,10 +314,8 @@ def find_recipe(name: str, preset: str = "fast") -> Recipe:
         UsageError: no recipe or preset has that name; the nearest is suggested.
     """
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(RECIPES)}"
-        raise UsageError(f"unknown recipe {name!r}: {hint}")
+        raise UsageError(f"unknown recipe {name!r}: {suggestion(name, RECIPES)}")
     presets = get_args(Preset)
     if preset not in presets:
-        raise UsageError(f"unknown preset {preset!r}: choose one of {', '.join(presets)}")
+        raise UsageError(f"unknown preset {preset!r}: {suggestion(preset, presets)}")
     return RECIPES[name](preset)  # type: ignore[arg-type]  # narrowed by the check above

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...masks import is_prunable
-from .. import UsageError
+from .. import UsageError, suggestion
 from .densenet_cifar import DenseNet
 from .lenet import LeNet5, LeNet300
 from .resnet_cifar import ResNet
@@ -105,15 +105,16 @@ def _maker(name: str, classes: int | None) -> Callable[[], nn.Module]:
         from torchvision import models  # slow to import
 
         if theirs not in models.list_models(module=models):
-            raise UsageError(f"torchvision has no classifier {theirs!r}: torchvision.models.list_models() names them")
+            hint = suggestion(theirs, models.list_models(module=models), "torchvision.models.list_models() names them")
+            raise UsageError(f"torchvision has no classifier {theirs!r}: {hint}")
         options = _INCEPTION if theirs in ("googlenet", "inception_v3") else {}
         if classes is not None:
             options = {**options, "num_classes": classes}
         return partial(models.get_model, theirs, weights=None, **options)
     module_name, colon, function = name.partition(":")
     if not colon:
-        known = ", ".join([*MODELS, "resnet50"])
-        raise UsageError(f"unknown model {name!r}: choose one of {known}, or torchvision:NAME, or module:function")
+        known = [*MODELS, "resnet50", "torchvision:NAME", "FILE.py:FUNCTION"]
+        raise UsageError(f"unknown model {name!r}: {suggestion(name, known)}")
     here = str(Path.cwd())
     if here not in sys.path:  # a console command does not look there
         sys.path.insert(0, here)
