@@ -449,3 +449,44 @@ def test_a_long_epoch_says_how_far_it_is(tmp_path, capsys, monkeypatch):
 def test_python_m_is_the_same_command():
     done = subprocess.run([sys.executable, "-m", "gsm_sgd", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"gsm-sgd {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"), [(["prune", "lenet300"], ": give the same command again"), (["list"], "\n")]
+)
+@pytest.mark.parametrize("when", ["torch", "rich", "run"])
+def test_however_often_it_is_interrupted_it_says_so_in_one_line(words, hint, when):
+    """Ctrl-C in the first seconds too, while slow packages are imported, some of which swallow it; and at the end."""
+    code = f"""if True:
+        import atexit, os, signal, sys
+        interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)
+
+        class Packages:
+            def find_spec(self, name, *_):
+                try:
+                    if name == {when!r}:
+                        interrupt()
+                except KeyboardInterrupt:
+                    pass
+
+        def run(argv):
+            try:
+                interrupt()
+            finally:
+                interrupt()
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.meta_path.insert(0, Packages())
+        sys.argv = ["gsm", *{words}]
+        atexit.register(interrupt)
+        from gsm_sgd.__main__ import main
+        if {when!r} == "run":
+            import gsm_sgd.cli
+            gsm_sgd.cli.run = run
+        sys.exit(main())
+    """
+    # `python -m` would have imported the package already
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr.startswith(f"gsm: interrupted{hint}")
+    assert done.stderr.count("\n") == 1

@@ -135,5 +135,5 @@ def test_the_library_loads_without_the_extras():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.endswith("is missing: pip install 'gsm-sgd[experiments]'\n")
+    assert done.stderr.endswith("is missing: in a clone of gsm-sgd, pip install -e '.[experiments]'\n")
     assert done.stderr.count("\n") == 1

@@ -77,9 +77,6 @@ def run(argv: Sequence[str]) -> int:
                 with warnings.catch_warnings():
                     warnings.showwarning = lambda message, *_: log.print(f"warning: {message}", soft_wrap=True)
                     _run(command, options, console, log)
-    except KeyboardInterrupt:
-        log.print("interrupted: give the same command again to go on where it was")
-        return 130
     except UsageError as error:
         if debug:
             raise
