@@ -78,7 +78,7 @@ class Recipe:
     Args:
         recipe: name of the published experiment.
         preset: whose settings these are.
-        model: network to train.
+        model: network to train: one of the recipes', "torchvision:NAME", "file.py:function" or "module:function".
         dataset: images to train it on; "imagenet" is any folder of images by class, "synthetic" is made up, for trying
             things out without data.
         base: training of the base net, and of a ticket.

@@ -5,7 +5,9 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +39,9 @@ def build(name: str, seed: int, classes: int | None = None) -> nn.Module:
 
     Args:
         name: a key of `MODELS`, with Xavier-uniform weights and zero biases; "torchvision:NAME", or "resnet50" for
-            torchvision's; or "module:function", a function without arguments that returns a network, of a module
-            that can be imported from here. These are initialised as they do it themselves.
+            torchvision's; or "file.py:function" or "module:function", a function without arguments that returns a
+            network, of a file, or of a module that can be imported from here. These are initialised as they do it
+            themselves.
         seed: of the initial weights.
         classes: how many the network is to tell apart; None means as many as it does.
 
@@ -111,17 +114,35 @@ def _maker(name: str, classes: int | None) -> Callable[[], nn.Module]:
         if classes is not None:
             options = {**options, "num_classes": classes}
         return partial(models.get_model, theirs, weights=None, **options)
-    module_name, colon, function = name.partition(":")
+    module_name, colon, function = name.rpartition(":")
     if not colon:
-        known = [*MODELS, "resnet50", "torchvision:NAME", "FILE.py:FUNCTION"]
+        known = [*MODELS, "resnet50", "torchvision:NAME", "FILE.py:FUNCTION", "MODULE:FUNCTION"]
         raise UsageError(f"unknown model {name!r}: {suggestion(name, known)}")
-    here = str(Path.cwd())
-    if here not in sys.path:  # a console command does not look there
-        sys.path.insert(0, here)
     try:
-        make = getattr(importlib.import_module(module_name), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"model {name!r} cannot be imported from {here}: {error}") from error
+        make = getattr(_module(module_name), function)
+    except Exception as error:  # a module of anybody's can fail in any way
+        raise UsageError(f"model {name!r} cannot be imported from {Path.cwd()}: {error}") from error
     if not callable(make):
         raise UsageError(f"model {name!r} is not a function")
     return make  # type: ignore[no-any-return]  # what it returns is checked when it is called
+
+
+def _module(name: str) -> ModuleType:
+    """Return a module of the user's own by its name, or by its file, and let it import what lies beside it."""
+    file = Path(name).resolve()
+    is_file = file.suffix == ".py"
+    folder = str(file.parent if is_file else Path.cwd())
+    if folder not in sys.path:  # a console command does not look there
+        sys.path.insert(0, folder)
+    if not is_file:
+        return importlib.import_module(name)
+    if str(file) not in sys.modules:  # under its whole path, as its name may be another module's too
+        spec = spec_from_file_location(str(file), file)
+        assert spec is not None and spec.loader is not None  # the suffix is Python's
+        sys.modules[str(file)] = module = module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[str(file)]
+            raise
+    return sys.modules[str(file)]
