@@ -122,9 +122,32 @@ def test_finished_run_is_shown_again_and_left_alone(runs, capsys):
         return {path: path.read_bytes() for path in runs[0].rglob("*") if path.suffix in (".json", ".safetensors")}
 
     before = state()
+    capsys.readouterr()
     assert cli.run(["lottery", "lenet300", *SHORT, "--out", str(runs[0].parent)]) == 0
-    assert "ticket by GSM" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert said.err == f"{runs[0]}: finished already, nothing to do\n"
+    assert "ticket by GSM" in said.out
     assert state() == before
+
+
+def test_a_resumed_run_says_where_it_goes_on(tmp_path, monkeypatch, capsys):
+    def interrupted(stage, epoch):
+        def raising(self, record):
+            if (record["stage"], record["epoch"]) == (stage, epoch):
+                raise KeyboardInterrupt
+
+        return raising
+
+    words = ["prune", "lenet300", *SHORT, "--checkpoint-seconds", "0", "--out", str(tmp_path)]
+    path = tmp_path / "lenet300-prune-fast-x20-s0"
+    for stage, said in (("base", str(path)), ("gsm", f"{path}: resumes\nbase: goes on in epoch 1 of 2\n")):
+        with monkeypatch.context() as patch:
+            patch.setattr(observers.ProgressBars, "epoch", interrupted(stage, 1))
+            with pytest.raises(KeyboardInterrupt):
+                cli.run(words)
+        assert capsys.readouterr().err.startswith(said)
+    assert cli.run(words) == 0
+    assert capsys.readouterr().err.startswith(f"{path}: resumes, base done already\ngsm: goes on in epoch 1 of 2\n")
 
 
 def test_prune_and_lottery_are_not_mixed(runs, tmp_path, capsys):
@@ -151,6 +174,25 @@ def test_show_runs(runs, capsys):
         "made-up data",
     ):
         assert word in out
+
+
+def test_the_same_run_counts_once(runs, tmp_path, capsys):
+    """Its folder may be given by several names, or be copied, and finished or not."""
+    (tmp_path / "link").symlink_to(runs[0])
+    shutil.copytree(runs[0], tmp_path / "copy")
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(runs[0], unfinished)
+    (unfinished / "result.json").unlink()
+    words = [*runs, runs[0], runs[0] / ".." / runs[0].name, tmp_path / "link", tmp_path / "copy"]
+    words += [unfinished, unfinished / ".", runs[0] / "init.safetensors", runs[0] / "." / "init.safetensors"]
+    assert cli.run(["show", *map(str, words)]) == 0
+    said = capsys.readouterr()
+    assert "seeds 0, 1: 13,310" in " ".join(said.out.split())
+    assert said.out.count("not finished") == 1
+    assert " ".join(said.out.split()).count("init.safetensors") == 1
+    assert f"missing: {tmp_path / 'copy'} is left out: it is the same recipe and seed as" in said.err
+    assert cli.run(["report", *map(str, words[:-2]), "-o", str(tmp_path / "report.html")]) == 0
+    assert capsys.readouterr().err.count("is left out") == 1
 
 
 def test_show_file(runs, capsys):

@@ -222,7 +222,9 @@ def _run_parser(recipe: Recipe, command: str, description: str) -> ArgumentParse
 
 
 def _add_model(parser: ArgumentParser) -> None:
-    parser.add_argument("--model", type=str | None, default=None, help="a file.py:function or module:function that may build the net")
+    parser.add_argument(
+        "--model", type=str | None, default=None, help="a file.py:function or module:function that may build the net"
+    )
 
 
 def _add_data_dir(parser: ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,7 @@ from .export.verify import verify, verify_accuracy
 from .masks import LayerSparsity, is_prunable, sparsity_rows
 from .reports import html, nets, plots, tables
 from .reports.blocks import tried
-from .reports.runs import Run, by_recipe, read_run, summary
+from .reports.runs import WEIGHTS, Run, by_recipe, comparable, read_run, summary
 
 _COMMANDS = {"prune": prune, "lottery": lottery}
 
@@ -112,7 +113,7 @@ def _run(command: str, options: Namespace, console: Console, log: Console) -> No
     with ranks.joined(device) as device:
         for path, recipe in planned.items():
             with RunFolder(path, recipe, options.checkpoint_seconds) as folder:
-                log.print(str(path), highlight=False, soft_wrap=True)
+                log.print(f"{path}{_already(folder)}", highlight=False, soft_wrap=True)
                 folder.refuse_other_data(dataset.identity)
                 if not folder.finished:
                     folder.note_environment(device)
@@ -127,6 +128,16 @@ def _run(command: str, options: Namespace, console: Console, log: Console) -> No
         _print_results([read_run(path) for path in planned], console)
         for path in planned if options.get("target_size") is not None else ():
             _export_small(path, parse_size(options.target_size), console)
+
+
+def _already(folder: RunFolder) -> str:
+    """Return what is to be said of a run that an earlier command has begun, or ended; a stage says how far it was."""
+    if folder.finished:
+        return ": finished already, nothing to do"
+    done = [name for name in WEIGHTS if name != "init" and folder.has_weights(name)]
+    if done:
+        return f": resumes, {', '.join(done)} done already"
+    return ": resumes" if any(folder.path.glob("*.checkpoint")) else ""
 
 
 def _plan(command: str, options: Namespace, device: torch.device) -> dict[Path, Recipe]:
@@ -259,11 +270,13 @@ def _save_pictures(finished: Run, folder: RunFolder) -> None:
 
 def _show(paths: Sequence[Path], json_path: Path | None, console: Console, log: Console) -> None:
     """Show what can be read of runs and files, and say what cannot."""
+    paths = list({os.path.realpath(path): path for path in paths}.values())  # each once, however it is written
     files = [path for path in paths if path.is_file()]
     missing: list[str] = []
     runs = [one for path in paths if path not in files and (one := tried(missing, read_run, path))]
     if missing and (json_path is not None or not (runs or files)):
         raise UsageError("; ".join(missing))
+    groups = [comparable(group, missing) for group in by_recipe(runs)]
     for reason in missing:
         log.print(f"missing: {reason}", highlight=False, soft_wrap=True)
     if json_path is not None:
@@ -279,7 +292,7 @@ def _show(paths: Sequence[Path], json_path: Path | None, console: Console, log: 
     unfinished = [one for one in runs if one.result is None]
     for one in unfinished:
         console.print(tables.progress_table(one))
-    for group in by_recipe(runs):
+    for group in groups:
         _print_results(group, console)
 
 
@@ -334,8 +347,9 @@ def _replay(options: Namespace, console: Console, log: Console) -> None:
     which = tensors_hash(ticket.masks)[:12]  # another ticket of the same recipe and seed is another run
     name = f"{recipe.recipe}-replay-{ticket.method}-{recipe.preset}-x{recipe.compression:g}-s{recipe.seed}-{which}"
     with RunFolder(options.out / name, recipe) as folder:
-        log.print(str(folder.path), highlight=False, soft_wrap=True)
-        folder.note_environment(device)
+        log.print(f"{folder.path}{_already(folder)}", highlight=False, soft_wrap=True)
+        if not folder.finished:
+            folder.note_environment(device)
         with ProgressBars(log) as bars:
             again = replay(Job(recipe, dataset, folder, bars, device), ticket, options.file)
     if again.same_weights and again.top1 == ticket.top1:

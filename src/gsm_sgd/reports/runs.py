@@ -204,6 +204,26 @@ def by_recipe(runs: Sequence[Run]) -> list[list[Run]]:
     return [list(group.values()) for group in groups.values()]
 
 
+def comparable(runs: Sequence[Run], missing: list[str]) -> list[Run]:
+    """Return the runs of one recipe, each seed once, that have pruned the same layers as the first."""
+    kept: dict[int, Run] = {}
+    for run in runs:
+        seed = run.recipe["seed"]
+        first = next(iter(kept.values()), run)
+        if seed in kept:
+            missing.append(f"{run.path} is left out: it is the same recipe and seed as {kept[seed].path}")
+        elif _layers(run) != _layers(first):
+            missing.append(f"{run.path} is left out: its layers are not those of {first.path}")
+        else:
+            kept[seed] = run
+    return sorted(kept.values(), key=lambda run: run.recipe["seed"])
+
+
+def _layers(run: Run) -> list[Record]:
+    assert run.result is not None
+    return [{**layer, "nonzeros": None} for layer in run.result["layers"]]
+
+
 class Figure(NamedTuple):
     """An accuracy over the seeds, in percent: final mean, sample deviation, and mean of the last ten epochs."""
 

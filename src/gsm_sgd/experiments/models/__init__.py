@@ -138,7 +138,8 @@ def _module(name: str) -> ModuleType:
         return importlib.import_module(name)
     if str(file) not in sys.modules:  # under its whole path, as its name may be another module's too
         spec = spec_from_file_location(str(file), file)
-        assert spec is not None and spec.loader is not None  # the suffix is Python's
+        assert spec is not None  # the suffix is Python's
+        assert spec.loader is not None
         sys.modules[str(file)] = module = module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
