@@ -418,7 +418,9 @@ def test_a_cut_on_the_way_is_told(tmp_path, capsys):
 def test_a_warning_is_one_line(tmp_path):
     words = ["prune", "lenet300", "--dataset", "synthetic", "--gsm.epochs", "2", "--ramp", "0", "--out", str(tmp_path)]
     done = subprocess.run([sys.executable, "-m", "gsm_sgd", *words], capture_output=True, text=True, check=True)
-    assert any(line.startswith("warning: the cut will remove weights") for line in done.stderr.splitlines())
+    warned = [line for line in done.stderr.splitlines() if line.startswith("warning: the cut will remove weights")]
+    assert warned
+    assert all(line.count("the steps of --fade") and line.count("--gsm.momentum") for line in warned)  # not fade_steps
     assert ".py:" not in done.stderr
 
 
@@ -475,9 +477,27 @@ def test_weights_are_needed_once(runs, tmp_path):
 
 
 def test_a_net_for_other_images_leaves_no_folder_behind(tmp_path, capsys):
-    words = ("prune", "lenet300", *SHORT, "--model", "resnet20", "--out", tmp_path / "out")
-    assert "resnet20 does not take the 1x28x28 images of synthetic: choose another --model" in fails(capsys, *words)
+    """Made-up images fit every net for images; this one wants rows of twelve numbers."""
+    (tmp_path / "rows.py").write_text("from torch import nn\ndef make(): return nn.Linear(12, 10)\n")
+    model = f"{tmp_path / 'rows.py'}:make"
+    words = ("prune", "lenet300", *SHORT, "--model", model, "--out", tmp_path / "out")
+    said = f"{model} makes no logits of images of any of 1x28x28, 3x32x32, 3x224x224: choose another --model"
+    assert fails(capsys, *words) == said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_net_of_other_make_is_trained_on_images_that_fit_it_and_called_by_its_name(tmp_path, capsys):
+    (tmp_path / "mynet.py").write_text(
+        "from torch import nn\n"
+        "def make(): return nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.Flatten(), nn.Linear(64, 7))\n"
+    )
+    model = f"{tmp_path / 'mynet.py'}:make"
+    assert cli.run(["prune", "resnet20", *SHORT, "--model", model, "--out", str(tmp_path / "out")]) == 0
+    (run,) = (tmp_path / "out").iterdir()
+    assert run.name == "mynet-make-prune-fast-x20-s0"
+    result = json.loads((run / "result.json").read_text())
+    assert (result["recipe"], [layer["shape"] for layer in result["layers"]]) == ("resnet20", [[4, 3, 8, 8], [7, 64]])
+    assert "mynet-make at 20x, preset fast of resnet20, seed 0: 60" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_long_epoch_says_how_far_it_is(tmp_path, capsys, monkeypatch):

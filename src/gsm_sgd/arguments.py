@@ -30,6 +30,17 @@ _TYPES = {
     "NoneType": "null",
 }
 """What jsonargparse's errors expect, in words."""
+_OPTIONS = {
+    "total_steps": "the steps of --gsm.epochs",
+    "ramp_steps": "the steps of --ramp",
+    "fade_steps": "the steps of --fade",
+    "cut_step": "the step of --cut",
+    "momentum": "--gsm.momentum",
+    "weight_decay": "--gsm.weight_decay",
+    "passive_decay": "--passive_decay",
+    "shrink_to": "--shrink_to",
+}
+"""The options that the optimizer's arguments come from."""
 
 
 def parse(argv: Sequence[str]) -> Namespace:
@@ -44,6 +55,11 @@ def parse(argv: Sequence[str]) -> Namespace:
         return _parsed(argv or ["--help"])
     except argparse.ArgumentError as error:
         raise UsageError(_plainly(str(error), argv)) from error
+
+
+def in_options(text: str) -> str:
+    """Return what the optimizer says of its arguments in terms of the command's options."""
+    return re.sub(rf"\b({'|'.join(_OPTIONS)})\b", lambda found: _OPTIONS[found[0]], text)
 
 
 def _plainly(error: str, argv: Sequence[str]) -> str:

@@ -16,18 +16,18 @@ import yaml
 from jsonargparse import Namespace
 from rich.console import Console
 
-from .arguments import parse
+from .arguments import in_options, parse
 from .experiments import UsageError, bench, data, models, ranks, suggestion
 from .experiments.loop import Observer, fitting_precision
 from .experiments.lottery import lottery
 from .experiments.observers import ProgressBars, Several, TensorBoard
 from .experiments.pretrained import is_torchvisions, load_pretrained
 from .experiments.prune import Job, gsm, prune
-from .experiments.recipes import Recipe, Training
+from .experiments.recipes import Recipe, Training, net_name
 from .experiments.rundir import Record, RunFolder, refuse_other_recipe, tensors_hash
 from .export.files import layers_in
 from .export.inference import latency_table, measure_inference, verdict
-from .export.rebuild import load_data, recipe_of
+from .export.rebuild import image_shape, load_data, recipe_of
 from .export.run import export, export_name
 from .export.target import compression_for, parse_size
 from .export.ticket import read_ticket, replay, save_ticket
@@ -76,7 +76,9 @@ def run(argv: Sequence[str]) -> int:
                 _replay(options, console, log)
             case command:
                 with warnings.catch_warnings():
-                    warnings.showwarning = lambda message, *_: log.print(f"warning: {message}", soft_wrap=True)
+                    warnings.showwarning = lambda message, *_: log.print(
+                        f"warning: {in_options(str(message))}", highlight=False, soft_wrap=True
+                    )
                     _run(command, options, console, log)
     except UsageError as error:
         if debug:
@@ -158,7 +160,7 @@ def _plan(command: str, options: Namespace, device: torch.device) -> dict[Path, 
     for seed in seeds:
         seeded = replace(recipe, seed=seed)
         seeded.check()
-        name = f"{seeded.recipe}-{command}-{seeded.preset}-x{seeded.compression:g}-s{seed}"
+        name = f"{net_name(seeded.recipe, seeded.model)}-{command}-{seeded.preset}-x{seeded.compression:g}-s{seed}"
         planned[options.out / name] = scaled = seeded.scaled(options.epochs_scale)
         scaled.check()
     if recipe.weights is not None:
@@ -180,7 +182,7 @@ def _fitting_compression(options: Namespace, recipe: Recipe, seeds: Sequence[int
     """Return the compression ratio at which the sparse files of runs with these seeds have the size asked for."""
     target = parse_size(options.target_size)
     # only data can tell how many classes a net has that is not of a fixed number
-    classes = None if recipe.model in models.MODELS else data.load(recipe.dataset, options.data_dir).classes
+    classes = None if recipe.model in models.MODELS else load_data(recipe, options.data_dir).classes
     recipes = [replace(recipe, seed=seed).scaled(options.epochs_scale) for seed in seeds]
     return compression_for(target, models.build(recipe.model, recipe.seed, classes), recipes)
 
@@ -201,14 +203,14 @@ def _check_optimizer(recipe: Recipe) -> None:
             warnings.simplefilter("ignore")  # given again when the stage begins
             gsm(model, recipe, steps_per_epoch=1_000)
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(in_options(str(error))) from error
 
 
 def _check_net(planned: Mapping[Path, Recipe], classes: int) -> None:
     """Raise UsageError for a net or weights that a run would refuse, before its folder is made and belongs to them."""
     recipe = next(iter(planned.values()))
     model = models.build(recipe.model, recipe.seed, classes)
-    models.check_fits(model, recipe.model, recipe.dataset, data.IMAGE_SHAPES[recipe.dataset], classes)
+    models.check_fits(model, recipe.model, recipe.dataset, image_shape(recipe), classes)
     for source in _base_nets_to_load(planned):
         load_pretrained(model, recipe.model, source)
 
@@ -345,7 +347,8 @@ def _replay(options: Namespace, console: Console, log: Console) -> None:
     torch.set_num_threads(threads)
     dataset = load_data(recipe, options.data_dir).to(device)
     which = tensors_hash(ticket.masks)[:12]  # another ticket of the same recipe and seed is another run
-    name = f"{recipe.recipe}-replay-{ticket.method}-{recipe.preset}-x{recipe.compression:g}-s{recipe.seed}-{which}"
+    net = net_name(recipe.recipe, recipe.model)
+    name = f"{net}-replay-{ticket.method}-{recipe.preset}-x{recipe.compression:g}-s{recipe.seed}-{which}"
     with RunFolder(options.out / name, recipe) as folder:
         log.print(f"{folder.path}{_already(folder)}", highlight=False, soft_wrap=True)
         if not folder.finished:

@@ -8,6 +8,9 @@ import torch
 from . import UsageError, cifar10, image_folder, mnist, suggestion
 from .splits import Dataset, Images
 
+Shape = tuple[int, int, int]
+_PATTERNS = 10
+
 
 def load(name: str, data_dir: Path | None = None) -> Dataset:
     """Return a data set by name, fetched first if it is nowhere on this machine.
@@ -40,20 +43,26 @@ def describe(name: str, data_dir: Path | None = None) -> str:
             raise UsageError(f"unknown data set {name!r}: {suggestion(name, FETCHED)}")
 
 
-def synthetic(train: int = 2_048, test: int = 512) -> Dataset:
-    """Return made-up images like MNIST's in shape: ten random patterns under heavy noise, always the same."""
+def synthetic(train: int = 2_048, test: int = 512, shape: Shape = (1, 28, 28), classes: int = _PATTERNS) -> Dataset:
+    """Return made-up images: ten random patterns, or as many as there are classes, under heavy noise, always the same.
+
+    Args:
+        train, test: how many images.
+        shape: of each: (channels, height, width).
+        classes: how many a net is to tell apart.
+    """
     generator = torch.Generator().manual_seed(0)
-    patterns = torch.randn(10, 1, 28, 28, generator=generator)
+    patterns = torch.randn(min(classes, _PATTERNS), *shape, generator=generator)
 
     def split(count: int) -> Images:
-        labels = torch.randint(10, (count,), generator=generator)
-        return Images(patterns[labels] + 3 * torch.randn(count, 1, 28, 28, generator=generator), labels)
+        labels = torch.randint(len(patterns), (count,), generator=generator)
+        return Images(patterns[labels] + 3 * torch.randn(count, *shape, generator=generator), labels)
 
-    return Dataset(split(train), split(test))
+    return Dataset(split(train), split(test), classes)
 
 
-IMAGE_SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "imagenet": (3, 224, 224), "synthetic": (1, 28, 28)}
-"""(channels, height, width) of what a data set's batches hold."""
+IMAGE_SHAPES: dict[str, Shape] = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "imagenet": (3, 224, 224)}
+"""(channels, height, width) of what a data set's batches hold; synthetic ones have the first that fits the net."""
 
 FETCHED = ("mnist", "cifar10")  # others have to be there already
 DATASETS: dict[str, Callable[[Path | None], Dataset]] = {

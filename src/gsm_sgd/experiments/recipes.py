@@ -6,6 +6,7 @@ NeurIPS 2019, arXiv 1909.12778, and github.com/DingXiaoH/GSM-SGD.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
@@ -189,6 +190,11 @@ class Recipe:
                 f"a ramp of {self.ramp} and a fade of {self.fade} do not end before the cut, which comes after "
                 f"{self.cut_epoch} of {self.gsm.epochs} epochs: shorten them, or train for more epochs"
             )
+
+
+def net_name(recipe: str, model: str) -> str:
+    """Return what to call a recipe's net: as the recipe, or where it trains another, as that, fit for a file's name."""
+    return recipe if model == recipe else re.sub(r"^torchvision:|.*/|\.py(?=:)", "", model).replace(":", "-")
 
 
 def cut_epoch(cut: float, epochs: int) -> int:

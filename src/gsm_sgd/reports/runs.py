@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from ..experiments import UsageError
-from ..experiments.recipes import cut_epoch
+from ..experiments.recipes import cut_epoch, net_name
 from ..experiments.rundir import DEFAULTS, Record, dotted, in_use, read_metrics, read_processes
 
 TITLES = {
@@ -98,7 +98,10 @@ class Run:
     @property
     def title(self) -> str:
         """What was run, the seed left out."""
-        return f"{self.recipe['recipe']} at {self.recipe['compression']:g}x, preset {self.recipe['preset']}"
+        recipe = self.recipe["recipe"]
+        net = net_name(recipe, str(self.recipe.get("model", recipe)))
+        settings = f"preset {self.recipe['preset']}" + ("" if net == recipe else f" of {recipe}")
+        return f"{net} at {self.recipe['compression']:g}x, {settings}"
 
     @property
     def measured_on(self) -> str:

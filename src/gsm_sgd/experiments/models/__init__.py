@@ -4,16 +4,19 @@ import importlib
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...masks import is_prunable
 from .. import UsageError, suggestion
+from ..data import IMAGE_SHAPES, Shape
 from .densenet_cifar import DenseNet
 from .lenet import LeNet5, LeNet300
 from .resnet_cifar import ResNet
@@ -78,19 +81,41 @@ def check_fits(model: nn.Module, name: str, dataset: str, shape: Sequence[int], 
     if len({id(weight) for weight in parameters.values()}) < len(parameters):
         raise UsageError(f"{name} has a weight under two names, which a recipe cannot save: use GSM directly")
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            found = model.eval()(torch.zeros(2, *shape))
+        found = _outputs(model, shape)
     except Exception as error:  # a network of anybody's can fail in any way
         images = f"the {'x'.join(map(str, shape))} images of {dataset}"
         raise UsageError(f"{name} does not take {images}: choose another --model ({error})") from error
-    finally:
-        model.train()
     if not (isinstance(found, Tensor) and found.shape == (2, classes)):
         what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"type {type(found).__name__}"
         raise UsageError(
             f"{name} makes of 2 images of {dataset} something of {what}, not a tensor of (2, {classes}), a logit for "
             "each class: choose another --model"
         )
+
+
+def fitting_images(name: str) -> tuple[Shape, int]:
+    """Return the shape of images that a network takes, of those that data sets have, and the number of its classes.
+
+    Raises:
+        UsageError: it takes none of them, or does not tell classes apart.
+    """
+    model = build(name, seed=0)
+    for shape in IMAGE_SHAPES.values():
+        with suppress(Exception):  # a network of anybody's can fail in any way
+            found = _outputs(model, shape)
+            if isinstance(found, Tensor) and found.ndim == 2 and len(found) == 2:
+                return shape, found.shape[1]
+    shapes = ", ".join("x".join(map(str, shape)) for shape in IMAGE_SHAPES.values())
+    raise UsageError(f"{name} makes no logits of images of any of {shapes}: choose another --model")
+
+
+def _outputs(model: nn.Module, shape: Sequence[int]) -> Any:
+    """Return what a network makes of two black images, and leave it as it was."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            return model.eval()(torch.zeros(2, *shape))
+    finally:
+        model.train()
 
 
 def torchvision_name(name: str) -> str | None:
