@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import save_file
 
 from gsm_sgd import __version__, cli
-from gsm_sgd.experiments import observers
+from gsm_sgd.experiments import bench, observers
 from gsm_sgd.experiments.recipes import Recipe
 from gsm_sgd.experiments.rundir import RunFolder, read_weights
 
@@ -506,6 +506,43 @@ def test_a_long_epoch_says_how_far_it_is(tmp_path, capsys, monkeypatch):
     lines = capsys.readouterr().err.splitlines()
     assert any(re.fullmatch(r"base: epoch 2/2, step 3/4  [\d.]+ steps/s  \d+:\d\d:\d\d left", line) for line in lines)
     assert any(re.fullmatch(r"gsm: epoch 2/2  .* top-1 .*  if cut now .*  0:00:00 left", line) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("slow", "warning"), [(1.0, ""), (1.4, ""), (3.0, "warning: the times vary by ± 50%: measure")]
+)
+def test_bench_step_shows_how_much_its_figures_vary(slow, warning, monkeypatch, capsys):
+    """GSM's second and fourth step of four take longer: half of the measurements lie between 1 and that many ms."""
+    names, turns = [], []
+
+    def timed(step, device):
+        turns.append(step)
+        turn, place = divmod(len(turns) - 1, 5)
+        return 1e-3 * (slow if place == 2 and turn % 2 else 1.0)
+
+    monkeypatch.setattr(bench, "_timed", timed)
+    monkeypatch.setattr(bench, "_extra_mib", lambda *_: None)
+    costs = bench.measure(bench.workload("lenet300"), 4, torch.device("cpu"), names.append)
+    assert names[:2] == ["SGD, fused, its first step", "SGD, foreach, its first step"]
+    assert names[-1] == "published approach"
+    assert len(names) == len(turns) == bench.steps_in_all(4)
+    share = (slow - 1) / 2 / ((slow + 1) / 2)
+    spreads = {cost.name: (cost.milliseconds_spread, cost.ratio_spread) for cost in costs}
+    assert spreads.pop("GSM") == pytest.approx((share, share))
+    assert set(spreads.values()) == {(0.0, 0.0)}
+
+    turns.clear()
+    assert cli.run(["bench", "step", "lenet300", "--repeats", "4"]) == 0
+    said = capsys.readouterr()
+    assert f"{(slow + 1) / 2:.3g} ± {share:.0%}" in said.out
+    assert said.err.startswith("lenet300: 30 measurements\n")
+    assert said.err.removeprefix("lenet300: 30 measurements\n").startswith(warning)
+    assert bool(warning) == ("warning" in said.err)
+
+
+def test_one_measurement_has_no_spread():
+    assert bench.spread([2.0]) == 0.0
+    assert bench.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(1 / 3)
 
 
 def test_python_m_is_the_same_command():

@@ -6,8 +6,8 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from .arguments import in_options, parse
 from .experiments import UsageError, bench, data, models, ranks, suggestion
@@ -26,7 +27,7 @@ from .experiments.prune import Job, gsm, prune
 from .experiments.recipes import Recipe, Training, net_name
 from .experiments.rundir import Record, RunFolder, refuse_other_recipe, tensors_hash
 from .export.files import layers_in
-from .export.inference import latency_table, measure_inference, verdict
+from .export.inference import MEASUREMENTS, Latency, latency_table, measure_inference, verdict
 from .export.rebuild import image_shape, load_data, recipe_of
 from .export.run import export, export_name
 from .export.target import compression_for, parse_size
@@ -379,10 +380,11 @@ def _bench(options: Namespace, console: Console, log: Console) -> None:
             if not options.names:
                 raise UsageError("name the folders of the runs to measure: gsm bench inference RUN...")
             for folder in map(Path, options.names):
-                with log.status(f"{folder}: by turns"):
-                    latencies = measure_inference(folder)
+                with _progress(log, str(folder), MEASUREMENTS) as progress:
+                    latencies = measure_inference(folder, progress)
                 console.print(latency_table(str(folder), latencies))
                 console.print(verdict(latencies), highlight=False, soft_wrap=True)
+                _warn_if_busy(latencies, log)
         case subject:
             raise UsageError(f"unknown benchmark {subject!r}: {suggestion(subject, ('step', 'inference'))}")
 
@@ -394,6 +396,29 @@ def _bench_steps(options: Namespace, console: Console, log: Console) -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no CUDA is no news
     works = {name: bench.workload(name) for name in options.names or ("lenet300", "resnet56")}
     for name, work in works.items():
-        with log.status(f"{name}: compiling, then {options.repeats} turns"):
-            costs = bench.measure(work, options.repeats, device)
+        with _progress(log, name, bench.steps_in_all(options.repeats)) as progress:
+            costs = bench.measure(work, options.repeats, device, progress)
         console.print(tables.costs_table(name, work, costs))
+        _warn_if_busy(costs, log)
+
+
+@contextmanager
+def _progress(log: Console, title: str, total: int) -> Iterator[Callable[[str], None]]:
+    """Show how far a measurement is, as a bar that no thread draws, or without a terminal in a line at its start."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    bars = Progress(*columns, console=log, transient=True, auto_refresh=False, disable=not log.is_terminal)
+    task = bars.add_task(title, total=total)
+
+    def show(what: str) -> None:
+        if not (log.is_terminal or bars.tasks[task].completed):
+            log.print(f"{title}: {total} measurements", highlight=False, soft_wrap=True)
+        bars.update(task, advance=1, description=f"{title}: {what}", refresh=True)
+
+    with bars:
+        yield show
+
+
+def _warn_if_busy(measured: Sequence[bench.Cost] | Sequence[Latency], log: Console) -> None:
+    spreads = [spread for one in measured for spread in (one.milliseconds_spread, one.ratio_spread)]
+    if warning := bench.busy(spreads):
+        log.print(f"warning: {warning}", highlight=False, soft_wrap=True)
