@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -387,6 +388,23 @@ def test_no_data(no_network, capsys, tmp_path):
 def test_divergence_is_a_failure(capsys, tmp_path):
     assert cli.run(["prune", "lenet300", *SHORT, "--base.lr", "1e30", "--out", str(tmp_path)]) == 1
     assert "gsm: error: the loss of stage base is nan in epoch 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("size", "name"), [(500_000, "init.safetensors"), (1_500_000, "gsm.checkpoint")])
+def test_a_full_disk_is_told_with_path_and_cause_and_the_run_goes_on_later(size, name, tmp_path, capsys):
+    """A limit on the size of files, which the disk reports in the same way."""
+    words = ["prune", "lenet300", *SHORT, "--start", "init", "--checkpoint-seconds", "0", "--out", str(tmp_path)]
+    run = tmp_path / "lenet300-prune-fast-x20-s0"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        assert cli.run(words) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"gsm: error: {run / name}: File too large; make room, then give the same command again"
+    assert not list(run.glob("*partial*"))
+    assert cli.run(words) == 0
 
 
 def test_debug_shows_where():

@@ -1,5 +1,6 @@
 """The command `gsm`: recipes, pruning and lottery runs, what they came to, and the data."""
 
+import errno
 import json
 import logging
 import math
@@ -39,6 +40,7 @@ from .reports.blocks import tried
 from .reports.runs import WEIGHTS, Run, by_recipe, comparable, read_run, summary
 
 _COMMANDS = {"prune": prune, "lottery": lottery}
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, of a user's share of it, of what a file may have
 
 
 def run(argv: Sequence[str]) -> int:
@@ -93,11 +95,14 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _complain(error: Exception, status: int) -> int:
-    message = tables.printable(" ".join(str(error).split())) or type(error).__name__
-    if status == 1:
-        message = f"{message} ({type(error).__name__}; --debug shows where)"
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None:
+        again = "; make room, then give the same command again" if error.errno in _FULL else ""
+        text = f"{error.filename}: {error.strerror}{again}"
+    elif status == 1:
+        text += f" ({type(error).__name__}; --debug shows where)"
     who = f"gsm, process {ranks.rank()}" if ranks.rank() else "gsm"
-    print(f"{who}: error: {message}", file=sys.stderr)
+    print(f"{who}: error: {tables.printable(text)}", file=sys.stderr)
     return status
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from . import UsageError, ranks
 from .environment import environment
 from .recipes import Recipe, Training
-from .whole_files import replace_file
+from .whole_files import named, replace_file
 
 Record = dict[str, Any]
 _NUMBERS = ("epoch", "lr", "loss", "top1", "seconds")
@@ -117,8 +117,9 @@ class RunFolder:
     def save_figure(self, name: str, write: Callable[[Path], None]) -> None:
         """Have `write` make a file, and put it in its place as a whole."""
         partial = self.path / f".partial.{name}"
-        write(partial)
-        partial.replace(self.path / name)
+        with named(path := self.path / name):
+            write(partial)
+        partial.replace(path)
 
     # --- weights ---
 
@@ -205,7 +206,7 @@ class Stage:
         """Append a record to metrics.jsonl."""
         if not self._writes:
             return
-        with self._metrics.open("ab") as stream:
+        with named(self._metrics), self._metrics.open("ab") as stream:
             stream.write(_json_line(record))
             stream.flush()
             os.fsync(stream.fileno())

@@ -1,8 +1,8 @@
 """Files that are there whole or not at all, whatever happens while they are written."""
 
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ def replace_file(path: Path, content: bytes | bytearray | Callable[[Any], None],
     """
     unfinished = path.with_name(f"{path.name}.{partial}")
     try:
-        with unfinished.open("wb") as stream:
+        with named(path), unfinished.open("wb") as stream:
             if callable(content):
                 content(stream)
             else:
@@ -30,6 +30,18 @@ def replace_file(path: Path, content: bytes | bytearray | Callable[[Any], None],
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Have an error in writing a file name it and the disk's reason, in whose place torch gives its own."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, OSError) or cause.filename is not None:
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
 
 
 def write_whole(path: Path, content: bytes | bytearray, option: str) -> None:
