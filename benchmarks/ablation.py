@@ -123,7 +123,9 @@ def measure(name: str, recipe: Recipe, dataset: Dataset, runs: Path) -> dict[str
 
 def main() -> None:
     """Run what is not there yet, print means, and write them down if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="lenet300")
     parser.add_argument("--compression", type=float, default=60.0)
     parser.add_argument("--epochs", type=int, default=24)

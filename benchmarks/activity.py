@@ -63,7 +63,9 @@ def activity(path: Path, dataset: Dataset) -> dict[str, Any]:
 
 def main() -> None:
     """Print what each run shows, and write it down if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()

@@ -38,7 +38,9 @@ def phases(run: Run) -> dict[str, float]:
 
 def main() -> None:
     """Print the phases of runs, and write them down if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()

@@ -165,7 +165,9 @@ def picture(record: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Run what is not there yet, print means, and write them down if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="lenet300")
     parser.add_argument("--compressions", default="10,30,60,100,200,500,1000")
     parser.add_argument("--methods", default="0,1,2,3", help="numbers of: " + "; ".join(METHODS))

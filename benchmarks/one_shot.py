@@ -50,7 +50,9 @@ def one_shot(path: Path, recipe: Recipe) -> dict[str, float]:
 
 def main() -> None:
     """Run what is not there yet, print means over the runs of a compression ratio, and write them down if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of `gsm prune` runs with a base net")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, default=None)

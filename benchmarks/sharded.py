@@ -174,7 +174,9 @@ def _serve(rank: int, ranks: int, folder: str, kind: str, numel: int, repeats: i
 
 def main() -> None:
     """Measure and print each row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--numels", type=float, nargs="*", default=[1e6, 1e7, 1e8])
     parser.add_argument("--drawn", type=float, nargs="*", default=[1e9])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])

@@ -51,7 +51,9 @@ def picture(curve: list[dict[str, Any]]) -> Figure:
 
 def main() -> None:
     """Measure, print, and write down what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="*", default=list(bench.WORKLOADS))
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--sizes", type=int, nargs="*", default=SIZES)

@@ -84,7 +84,9 @@ def profile(name: str, repeats: int) -> dict[str, float]:
 
 def main() -> None:
     """Print each model's profile, and write it down if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="*", default=["lenet300", "resnet56", "resnet50"])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", type=Path, default=None)

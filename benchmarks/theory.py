@@ -15,7 +15,9 @@ _COLOURS = ("#000000", "#0072B2", "#009E73", "#D55E00")
 
 def main() -> None:
     """Draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--png", type=Path, default=Path("docs/vanishing.png"))
     options = parser.parse_args()
     figure = Figure(figsize=(9, 3.6), layout="constrained")

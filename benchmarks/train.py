@@ -112,7 +112,9 @@ def _grad(parameter: nn.Parameter) -> Tensor:
 
 def main() -> None:
     """Measure by turns and print medians and their ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=[name for name in RECIPES if name in models.MODELS], default="lenet300")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=None, help="of a turn; without it an epoch's")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import yaml
 from safetensors.torch import save_file
 
 from gsm_sgd import __version__, cli
-from gsm_sgd.experiments import UsageError, observers
+from gsm_sgd.experiments import UsageError, bench, observers
 from gsm_sgd.experiments.recipes import Recipe
 from gsm_sgd.experiments.rundir import RunFolder, read_weights
 from gsm_sgd.export import save_sparse
@@ -132,9 +133,32 @@ def test_finished_run_is_shown_again_and_left_alone(runs, capsys):
         return {path: path.read_bytes() for path in runs[0].rglob("*") if path.suffix in (".json", ".safetensors")}
 
     before = state()
+    capsys.readouterr()
     assert cli.run(["lottery", "lenet300", *SHORT, "--out", str(runs[0].parent)]) == 0
-    assert "ticket by GSM" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert said.err == f"{runs[0]}: finished already, nothing to do\n"
+    assert "ticket by GSM" in said.out
     assert state() == before
+
+
+def test_a_resumed_run_says_where_it_goes_on(tmp_path, monkeypatch, capsys):
+    def interrupted(stage, epoch):
+        def raising(self, record):
+            if (record["stage"], record["epoch"]) == (stage, epoch):
+                raise KeyboardInterrupt
+
+        return raising
+
+    words = ["prune", "lenet300", *SHORT, "--checkpoint-seconds", "0", "--out", str(tmp_path)]
+    path = tmp_path / "lenet300-prune-fast-x20-s0"
+    for stage, said in (("base", str(path)), ("gsm", f"{path}: resumes\nbase: goes on in epoch 1 of 2\n")):
+        with monkeypatch.context() as patch:
+            patch.setattr(observers.ProgressBars, "epoch", interrupted(stage, 1))
+            with pytest.raises(KeyboardInterrupt):
+                cli.run(words)
+        assert capsys.readouterr().err.startswith(said)
+    assert cli.run(words) == 0
+    assert capsys.readouterr().err.startswith(f"{path}: resumes, base done already\ngsm: goes on in epoch 1 of 2\n")
 
 
 def test_prune_and_lottery_are_not_mixed(runs, tmp_path, capsys):
@@ -161,6 +185,25 @@ def test_show_runs(runs, capsys):
         "made-up data",
     ):
         assert word in out
+
+
+def test_the_same_run_counts_once(runs, tmp_path, capsys):
+    """Its folder may be given by several names, or be copied, and finished or not."""
+    (tmp_path / "link").symlink_to(runs[0])
+    shutil.copytree(runs[0], tmp_path / "copy")
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(runs[0], unfinished)
+    (unfinished / "result.json").unlink()
+    words = [*runs, runs[0], runs[0] / ".." / runs[0].name, tmp_path / "link", tmp_path / "copy"]
+    words += [unfinished, unfinished / ".", runs[0] / "init.safetensors", runs[0] / "." / "init.safetensors"]
+    assert cli.run(["show", *map(str, words)]) == 0
+    said = capsys.readouterr()
+    assert "seeds 0, 1: 13,310" in " ".join(said.out.split())
+    assert said.out.count("not finished") == 1
+    assert " ".join(said.out.split()).count("init.safetensors") == 1
+    assert f"missing: {tmp_path / 'copy'} is left out: it is the same recipe and seed as" in said.err
+    assert cli.run(["report", *map(str, words[:-2]), "-o", str(tmp_path / "report.html")]) == 0
+    assert capsys.readouterr().err.count("is left out") == 1
 
 
 def test_show_file(runs, capsys):
@@ -289,8 +332,11 @@ def test_show_does_not_write_where_a_link_leads(runs, tmp_path):
         (["prune", "lenet300", "--seed", "-1"], "seed must be"),
         (["prune", "lenet300", "--device", "abacus"], "device 'abacus' cannot be used here"),
         (["prune", "lenet300", "--threads", "0"], "threads must be at least 1"),
-        (["prune", "lenet300", "--model", "vgg"], "unknown model 'vgg'"),
-        (["prune", "lenet300", "--dataset", "cifar"], "unknown dataset 'cifar': choose one of mnist, cifar10"),
+        (["prune", "lenet300", "--model", "vgg"], "unknown model 'vgg': choose one of lenet300, lenet5, resnet20"),
+        (["prune", "lenet300", "--model", "resnet65"], "unknown model 'resnet65': did you mean 'resnet56'?"),
+        (["prune", "lenet300", "--model", "torchvision:vgg_16"], "no classifier 'vgg_16': did you mean 'vgg16'?"),
+        (["prune", "lenet300", "--dataset", "cifar"], "unknown dataset 'cifar': did you mean 'cifar10'?"),
+        (["prune", "lenet300", "--dataset", "svhn"], "unknown dataset 'svhn': choose one of mnist, cifar10"),
         (["prune", "resnet50", "--data-dir", "."], "ImageNet has to be there already"),
         (["prune", "resnet20", "--weights", "no.safetensors"], "weights no.safetensors do not exist: give a file"),
         (["prune", "lenet300", "--weights", "torchvision"], "weights are a base net to start from: add --start base"),
@@ -299,22 +345,41 @@ def test_show_does_not_write_where_a_link_leads(runs, tmp_path):
             "a lottery trains its base net from the ticket's initialisation: leave out --weights",
         ),
         (["prune", "resnet20", "--precision", "float16"], "precision"),
-        (["prune", "lenet300", "--nonsense", "3"], "unrecognized arguments: --nonsense 3"),
+        (["prune", "lenet300", "--nonsense", "3"], "unrecognized arguments: --nonsense 3; gsm prune --help shows what"),
+        (["prune", "lenet300", "--epochs", "2"], "--epochs 2; did you mean --base.epochs or --gsm.epochs?"),
+        (["prune", "lenet300", "--epoch=2"], "--epoch=2; did you mean --base.epochs or --gsm.epochs?"),
+        (["prune", "lenet300", "--lr", "1"], "--lr 1; did you mean --base.lr or --gsm.lr?"),
+        (["prune", "lenet300", "--weight-decay", "1"], "did you mean --base.weight_decay or --gsm.weight_decay?"),
+        (["prune", "lenet300", "--gsm.epoch", "2"], "--gsm.epoch 2; did you mean --gsm.epochs?"),
+        (["lottery", "lenet300", "--batchsize", "2"], "--batchsize 2; did you mean --batch_size?"),
+        (["prune", "lenet300", "--thread", "1"], "--thread 1; did you mean --threads?"),
+        (["export", "run", "--form", "onnx"], "unrecognized arguments: --form onnx; did you mean --format?"),
+        (["ticket", "save", "run", "--meth", "gsm"], "unrecognized arguments: --meth gsm; did you mean --method?"),
+        (["show", "run", "--jso", "x"], "unrecognized arguments: --jso x; did you mean --json?"),
+        (["--versio"], "unrecognized arguments: --versio; did you mean --version?"),
         (["prune"], "the following arguments are required: recipe; gsm prune --help shows what there is"),
         (["bench"], "the following arguments are required: subject, names"),
         (["prune", "lenet300", "--preset", "best"], "preset takes fast or paper or repo, not 'best'"),
+        (["prune", "lenet300", "--preset", "papr"], "fast or paper or repo, not 'papr': did you mean 'paper'?"),
         (["prune", "lenet300", "--gsm.epochs", "few"], "gsm.epochs takes a whole number, not 'few'"),
         (["prune", "lenet300", "--passive-decay", "x"], "passive_decay takes a number or auto or null, not 'x'"),
         (["prune", "lenet300", "--config", "no.yaml"], "config: File does not exist: "),
         (["show", "nowhere"], "nowhere is not a run's folder"),
         (["show"], "runs"),
-        (["data", "imagenet"], "unknown data set 'imagenet': there are mnist and cifar10"),
-        (["frobnicate"], "frobnicate"),
+        (["data", "imagenet"], "unknown data set 'imagenet': choose one of mnist, cifar10"),
+        (["data", "minst"], "unknown data set 'minst': did you mean 'mnist'?"),
+        (["bench", "steps"], "unknown benchmark 'steps': did you mean 'step'?"),
+        (["bench", "step", "resnet"], "no parameter shapes are known for 'resnet': did you mean 'resnet56'?"),
+        (["frobnicate"], "unknown command 'frobnicate': choose one of list, prune, lottery, show"),
+        (["prun", "lenet300"], "unknown command 'prun': did you mean 'prune'?"),
+        (["ticket", "rply"], "unknown action 'rply': did you mean 'replay'?"),
     ],
 )
 def test_bad_usage(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert message in fails(capsys, *words)
+    said = fails(capsys, *words)
+    assert message in said
+    assert said.count("did you mean") <= 1
     assert not list(tmp_path.iterdir())
 
 
@@ -435,6 +500,23 @@ def test_divergence_is_a_failure(capsys, tmp_path):
     assert "gsm: error: the loss of stage base is nan in epoch 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("size", "name"), [(500_000, "init.safetensors"), (1_500_000, "gsm.checkpoint")])
+def test_a_full_disk_is_told_with_path_and_cause_and_the_run_goes_on_later(size, name, tmp_path, capsys):
+    """A limit on the size of files, which the disk reports in the same way."""
+    words = ["prune", "lenet300", *SHORT, "--start", "init", "--checkpoint-seconds", "0", "--out", str(tmp_path)]
+    run = tmp_path / "lenet300-prune-fast-x20-s0"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        assert cli.run(words) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"gsm: error: {run / name}: File too large; make room, then give the same command again"
+    assert not list(run.glob("*partial*"))
+    assert cli.run(words) == 0
+
+
 def test_debug_shows_where():
     with pytest.raises(Exception, match="unknown recipe"):
         cli.run(["prune", "nope", "--debug"])
@@ -464,7 +546,9 @@ def test_a_cut_on_the_way_is_told(tmp_path, capsys):
 def test_a_warning_is_one_line(tmp_path):
     words = ["prune", "lenet300", "--dataset", "synthetic", "--gsm.epochs", "2", "--ramp", "0", "--out", str(tmp_path)]
     done = subprocess.run([sys.executable, "-m", "gsm_sgd", *words], capture_output=True, text=True, check=True)
-    assert any(line.startswith("warning: the cut will remove weights") for line in done.stderr.splitlines())
+    warned = [line for line in done.stderr.splitlines() if line.startswith("warning: the cut will remove weights")]
+    assert warned
+    assert all(line.count("the steps of --fade") and line.count("--gsm.momentum") for line in warned)  # not fade_steps
     assert ".py:" not in done.stderr
 
 
@@ -521,9 +605,27 @@ def test_weights_are_needed_once(runs, tmp_path):
 
 
 def test_a_net_for_other_images_leaves_no_folder_behind(tmp_path, capsys):
-    words = ("prune", "lenet300", *SHORT, "--model", "resnet20", "--out", tmp_path / "out")
-    assert "resnet20 does not take the 1x28x28 images of synthetic: choose another --model" in fails(capsys, *words)
+    """Made-up images fit every net for images; this one wants rows of twelve numbers."""
+    (tmp_path / "rows.py").write_text("from torch import nn\ndef make(): return nn.Linear(12, 10)\n")
+    model = f"{tmp_path / 'rows.py'}:make"
+    words = ("prune", "lenet300", *SHORT, "--model", model, "--out", tmp_path / "out")
+    said = f"{model} makes no logits of images of any of 1x28x28, 3x32x32, 3x224x224: choose another --model"
+    assert fails(capsys, *words) == said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_net_of_other_make_is_trained_on_images_that_fit_it_and_called_by_its_name(tmp_path, capsys):
+    (tmp_path / "mynet.py").write_text(
+        "from torch import nn\n"
+        "def make(): return nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.Flatten(), nn.Linear(64, 7))\n"
+    )
+    model = f"{tmp_path / 'mynet.py'}:make"
+    assert cli.run(["prune", "resnet20", *SHORT, "--model", model, "--out", str(tmp_path / "out")]) == 0
+    (run,) = (tmp_path / "out").iterdir()
+    assert run.name == "mynet-make-prune-fast-x20-s0"
+    result = json.loads((run / "result.json").read_text())
+    assert (result["recipe"], [layer["shape"] for layer in result["layers"]]) == ("resnet20", [[4, 3, 8, 8], [7, 64]])
+    assert "mynet-make at 20x, preset fast of resnet20, seed 0: 60" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_long_epoch_says_how_far_it_is(tmp_path, capsys, monkeypatch):
@@ -534,6 +636,84 @@ def test_a_long_epoch_says_how_far_it_is(tmp_path, capsys, monkeypatch):
     assert any(re.fullmatch(r"gsm: epoch 2/2  .* top-1 .*  if cut now .*  0:00:00 left", line) for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("slow", "warning"), [(1.0, ""), (1.4, ""), (3.0, "warning: the times vary by ± 50%: measure")]
+)
+def test_bench_step_shows_how_much_its_figures_vary(slow, warning, monkeypatch, capsys):
+    """GSM's second and fourth step of four take longer: half of the measurements lie between 1 and that many ms."""
+    names, turns = [], []
+
+    def timed(step, device):
+        turns.append(step)
+        turn, place = divmod(len(turns) - 1, 5)
+        return 1e-3 * (slow if place == 2 and turn % 2 else 1.0)
+
+    monkeypatch.setattr(bench, "_timed", timed)
+    monkeypatch.setattr(bench, "_extra_mib", lambda *_: None)
+    costs = bench.measure(bench.workload("lenet300"), 4, torch.device("cpu"), names.append)
+    assert names[:2] == ["SGD, fused, its first step", "SGD, foreach, its first step"]
+    assert names[-1] == "published approach"
+    assert len(names) == len(turns) == bench.steps_in_all(4)
+    share = (slow - 1) / 2 / ((slow + 1) / 2)
+    spreads = {cost.name: (cost.milliseconds_spread, cost.ratio_spread) for cost in costs}
+    assert spreads.pop("GSM") == pytest.approx((share, share))
+    assert set(spreads.values()) == {(0.0, 0.0)}
+
+    turns.clear()
+    assert cli.run(["bench", "step", "lenet300", "--repeats", "4"]) == 0
+    said = capsys.readouterr()
+    assert f"{(slow + 1) / 2:.3g} ± {share:.0%}" in said.out
+    assert said.err.startswith("lenet300: 30 measurements\n")
+    assert said.err.removeprefix("lenet300: 30 measurements\n").startswith(warning)
+    assert bool(warning) == ("warning" in said.err)
+
+
+def test_one_measurement_has_no_spread():
+    assert bench.spread([2.0]) == 0.0
+    assert bench.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(1 / 3)
+
+
 def test_python_m_is_the_same_command():
     done = subprocess.run([sys.executable, "-m", "gsm_sgd", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"gsm-sgd {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"), [(["prune", "lenet300"], ": give the same command again"), (["list"], "\n")]
+)
+@pytest.mark.parametrize("when", ["torch", "rich", "run"])
+def test_however_often_it_is_interrupted_it_says_so_in_one_line(words, hint, when):
+    """Ctrl-C in the first seconds too, while slow packages are imported, some of which swallow it; and at the end."""
+    code = f"""if True:
+        import atexit, os, signal, sys
+        interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)
+
+        class Packages:
+            def find_spec(self, name, *_):
+                try:
+                    if name == {when!r}:
+                        interrupt()
+                except KeyboardInterrupt:
+                    pass
+
+        def run(argv):
+            try:
+                interrupt()
+            finally:
+                interrupt()
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.meta_path.insert(0, Packages())
+        sys.argv = ["gsm", *{words}]
+        atexit.register(interrupt)
+        from gsm_sgd.__main__ import main
+        if {when!r} == "run":
+            import gsm_sgd.cli
+            gsm_sgd.cli.run = run
+        sys.exit(main())
+    """
+    # `python -m` would have imported the package already
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr.startswith(f"gsm: interrupted{hint}")
+    assert done.stderr.count("\n") == 1

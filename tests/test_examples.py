@@ -26,7 +26,7 @@ def run(name, *words, launcher=()):
 
 
 def needs(package):
-    return pytest.mark.skipif(find_spec(package) is None, reason=f"needs {package}: pip install 'gsm-sgd[examples]'")
+    return pytest.mark.skipif(find_spec(package) is None, reason=f"needs {package}: pip install -e '.[examples]'")
 
 
 @needs("lightning")

@@ -510,7 +510,7 @@ def test_onnx_that_computes_something_else_is_not_written(own, capsys, monkeypat
 def test_missing_packages_are_named(own, capsys, monkeypatch, kind, module):
     monkeypatch.setitem(sys.modules, module, None)
     said = fails(capsys, "export", own, "--format", kind)
-    assert said.endswith(f"needs {module}: pip install 'gsm-sgd[export]'")
+    assert said.endswith(f"needs {module}: in a clone of gsm-sgd, pip install -e '.[export]'")
 
 
 def test_a_state_that_was_not_pruned_at_all(tmp_path):

@@ -145,7 +145,7 @@ def without(code, *more):
 def test_the_library_loads_without_the_extras():
     done = without("import gsm_sgd\nfrom gsm_sgd.__main__ import main\nsys.exit(main())\n")
     assert done.returncode == 2
-    assert done.stderr.endswith("is missing: pip install 'gsm-sgd[experiments]'\n")
+    assert done.stderr.endswith("is missing: in a clone of gsm-sgd, pip install -e '.[experiments]'\n")
     assert done.stderr.count("\n") == 1
 
 

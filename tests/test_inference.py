@@ -320,7 +320,8 @@ def test_bench_inference(tmp_path, capsys, monkeypatch):
     (run,) = out.iterdir()
     capsys.readouterr()
     assert cli.run(["bench", "inference", str(run)]) == 0
-    said = capsys.readouterr().out
+    said, told = capsys.readouterr()
+    assert told.startswith(f"{run}: 6 measurements\n")
     rows = json.loads((run / "inference.json").read_text())["rows"]
     assert {(row["engine"], row["batch"], row["threads"]) for row in rows} == {
         (engine, batch, threads)
@@ -332,6 +333,9 @@ def test_bench_inference(tmp_path, capsys, monkeypatch):
         assert row["milliseconds"] > 0
         if row["engine"] == inference.DENSE:
             assert row["ratio"] == 1
+            assert row["ratio_spread"] == 0
+        assert f"{row['milliseconds']:.3g} ± {row['milliseconds_spread']:.0%}" in said
+        assert f"{row['ratio']:.2f} ± {row['ratio_spread']:.0%}" in said
     assert "Linear layers in CSR are " in said
     assert cli.run(["report", str(run), "-o", str(tmp_path / "report.html")]) == 0
     assert inference.SPARSE in (tmp_path / "report.html").read_text()
@@ -347,5 +351,5 @@ def test_bad_usage(capsys, tmp_path):
     assert fails(capsys, "bench", "inference") == (
         "name the folders of the runs to measure: gsm bench inference RUN..."
     )
-    assert "there are step and inference" in fails(capsys, "bench", "nothing")
+    assert "choose one of step, inference" in fails(capsys, "bench", "nothing")
     assert "is not a run's folder" in fails(capsys, "bench", "inference", tmp_path)

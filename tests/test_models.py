@@ -117,6 +117,34 @@ def test_the_users_own_network(tmp_path, monkeypatch):
             models.build(name, 0)
 
 
+def test_the_users_own_network_in_a_file(tmp_path, monkeypatch):
+    """Wherever it lies, and whatever it is called: it may import what lies beside it, as a script may."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "beside_it.py").write_text("SIZE = 3\n")
+    (folder / "random.py").write_text(
+        "from dataclasses import dataclass\nfrom torch import nn\nfrom beside_it import SIZE\n"
+        "@dataclass\nclass Settings:\n    size: 'int' = SIZE\n"
+        "def make(): return nn.Linear(Settings().size, 2)\n"
+    )
+    (folder / "wrong.py").write_text("def make(:\n")
+    (folder / "failing.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("elsewhere/random.py:make", f"{folder / 'random.py'}:make"):
+        assert models.build(name, 0).weight.shape == (2, 3)
+    for name, message in (
+        ("random.py:make", "cannot be imported from .*No such file"),
+        ("elsewhere/random.py:mak", "cannot be imported from .*no attribute 'mak'"),
+        ("elsewhere/wrong.py:make", "cannot be imported from .*invalid syntax"),
+        ("elsewhere/failing.py:make", "cannot be imported from .*division by zero"),
+        ("elsewhere/random.py", "unknown model"),
+    ):
+        for _ in range(2):  # what fails once fails again
+            with pytest.raises(UsageError, match=message):
+                models.build(name, 0)
+
+
 def test_unknown_models():
     with pytest.raises(UsageError, match="unknown model 'vgg': choose one of lenet300, lenet5, resnet20"):
         models.build("vgg", 0)

@@ -6,9 +6,37 @@ import pytest
 from gsm_sgd.budget import shrinkage
 from gsm_sgd.experiments import UsageError, data, models
 from gsm_sgd.experiments.loop import lr_factor, parameter_groups
-from gsm_sgd.experiments.recipes import RECIPES, Training, find_recipe, published
+from gsm_sgd.experiments.recipes import RECIPES, Training, find_recipe, net_name, published
+from gsm_sgd.export.rebuild import image_shape, load_data
 
 LENETS = ("lenet300", "lenet5")
+
+
+@pytest.mark.parametrize("name", [*RECIPES, "resnet110", "torchvision:inception_v3"])
+def test_made_up_images_fit_every_net(name):
+    recipe = find_recipe(name if name in RECIPES else "lenet300")
+    recipe = replace(recipe, model=name, dataset="synthetic")
+    images = load_data(recipe, None)
+    model = models.build(name, 0, images.classes)
+    models.check_fits(model, name, "synthetic", image_shape(recipe), images.classes)
+    assert images.classes == models.build(name, 0).eval()(images.test.images[:2]).shape[1]
+    assert images.train.images.shape[1:] == image_shape(recipe)
+    assert images.train.images.numel() < 5e7
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("resnet20", "resnet20"),
+        ("resnet56", "resnet56"),
+        ("torchvision:mobilenet_v3_small", "mobilenet_v3_small"),
+        ("mynet.py:make", "mynet-make"),
+        ("../nets/mynet.py:make", "mynet-make"),
+        ("package.module:make", "package.module-make"),
+    ],
+)
+def test_a_net_is_called_what_it_is(model, name):
+    assert net_name("resnet20", model) == name
 
 
 @pytest.mark.parametrize(("preset", "epochs"), [("paper", 840), ("repo", 880)])
@@ -98,7 +126,7 @@ def test_epochs_scale_shortens_milestones_alike():
     [
         ("lenet30", "did you mean 'lenet300'?"),
         ("LeNet5", "did you mean 'lenet5'?"),
-        ("xyz", "there are lenet300, lenet5"),
+        ("xyz", "choose one of lenet300, lenet5"),
     ],
 )
 def test_unknown_recipe_suggests_the_nearest(name, hint):

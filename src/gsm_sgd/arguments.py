@@ -1,17 +1,18 @@
 """The options of the command `gsm`: its subcommands, their parsers, and the fields of a recipe as options."""
 
 import argparse
+import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from . import __version__
-from .experiments import UsageError, bench, data
+from .experiments import UsageError, bench, data, suggestion
 from .experiments.lottery import TRAINED
 from .experiments.models import check_named
 from .experiments.reading import cause, read_yaml
@@ -32,6 +33,17 @@ _TYPES = {
     "NoneType": "null",
 }
 """What jsonargparse's errors expect, in words."""
+_OPTIONS = {
+    "total_steps": "the steps of --gsm.epochs",
+    "ramp_steps": "the steps of --ramp",
+    "fade_steps": "the steps of --fade",
+    "cut_step": "the step of --cut",
+    "momentum": "--gsm.momentum",
+    "weight_decay": "--gsm.weight_decay",
+    "passive_decay": "--passive_decay",
+    "shrink_to": "--shrink_to",
+}
+"""The options that the optimizer's arguments come from."""
 
 
 def parse(argv: Sequence[str]) -> Namespace:
@@ -48,6 +60,11 @@ def parse(argv: Sequence[str]) -> Namespace:
         raise UsageError(_plainly(str(error), argv)) from error
 
 
+def in_options(text: str) -> str:
+    """Return what the optimizer says of its arguments in terms of the command's options."""
+    return re.sub(rf"\b({'|'.join(_OPTIONS)})\b", lambda found: _OPTIONS[found[0]], text)
+
+
 def _plainly(error: str, argv: Sequence[str]) -> str:
     """Return what is wrong in the words of a user, who knows none of the parser's types and keys."""
     error = " ".join(error.split()).rstrip(".")
@@ -56,17 +73,22 @@ def _plainly(error: str, argv: Sequence[str]) -> str:
     if wrong and kinds:
         key, value = wrong.groups()
         expected = [choices.replace(", ", " or ").replace("'", "") or _TYPES.get(kind, kind) for kind, choices in kinds]
-        return f"{key} takes {' or '.join(expected)}, not {value!r}"
-    command = "" if not argv or argv[0].startswith("-") or "choice" in error else f"{argv[0]} "
+        hint = suggestion(value, re.findall(r"'(\w+)'", " ".join(choices for _, choices in kinds)), otherwise="")
+        return f"{key} takes {' or '.join(expected)}, not {value!r}{hint and f': {hint}'}"
+    if choice := re.search(r"argument (\w+): invalid choice: '(.*)' \(choose from (.*)\)", error):
+        what, word, choices = choice.groups()
+        return f"unknown {what} {word!r}: {suggestion(word, re.findall('[a-z]+', choices))}"
+    command = "" if not argv or argv[0].startswith("-") else f"{argv[0]} "
     if "required:" in error:
         error = re.sub(r"(\w+\.)+", "", error)  # the names of the commands that the arguments are of
     error = re.sub(r'Parser key "(\S+)"', r"\1", error)
-    return f"{error}; gsm {command}--help shows what there is"
+    return error if error.endswith("?") else f"{error}; gsm {command}--help shows what there is"
 
 
 def _parsed(argv: Sequence[str]) -> Namespace:
     """Return what `parse` does, but raise argparse's errors."""
     names = {field.name for field in fields(Recipe)}
+    names |= {f"{stage}.{field.name}" for stage in ("base", "gsm") for field in fields(Training)}
     words = [_underscored(word, names) for word in argv]
     recipe = find_recipe("lenet300")
     if words and words[0] in _RUNS:
@@ -126,8 +148,7 @@ def _underscored(word: str, names: set[str]) -> str:
     """Let a recipe's fields be written with dashes too: --batch-size is --batch_size."""
     option, equals, value = word.partition("=")
     field = option[2:].replace("-", "_")
-    is_field = option.startswith("--") and field.rpartition(".")[2] in names | {f.name for f in fields(Training)}
-    return f"--{field}{equals}{value}" if is_field else word
+    return f"--{field}{equals}{value}" if option.startswith("--") and field in names else word
 
 
 def _parser(recipe: Recipe) -> ArgumentParser:
@@ -245,7 +266,9 @@ def _run_parser(recipe: Recipe, command: str, description: str) -> ArgumentParse
 
 
 def _add_model(parser: ArgumentParser) -> None:
-    parser.add_argument("--model", type=str | None, default=None, help="a module:function that may build the net")
+    parser.add_argument(
+        "--model", type=str | None, default=None, help="a file.py:function or module:function that may build the net"
+    )
 
 
 def _add_data_dir(parser: ArgumentParser) -> None:
@@ -253,7 +276,22 @@ def _add_data_dir(parser: ArgumentParser) -> None:
 
 
 class _Parser(ArgumentParser):
-    """A parser that raises instead of printing its usage, so that an error is one line."""
+    """A parser that raises instead of printing its usage, so that an error is one line; it takes no abbreviations."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(exit_on_error=False, **options)
+        super().__init__(exit_on_error=False, allow_abbrev=False, **options)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise what is wrong, with the options that are meant if one is misspelt, or lacks its stage."""
+        misspelt = re.match(r"unrecognized arguments: --?([^ =]+)", message)
+        if misspelt and ex is None:  # else it has been said by the parser of a subcommand
+            meant = self._like(misspelt[1])
+            message += f"; did you mean {' or '.join(meant)}?" if meant else ""
+        super().error(message, ex)
+
+    def _like(self, word: str) -> list[str]:
+        """Return the options that have the name nearest to a word, or have it as their last part: --lr is --gsm.lr."""
+        options = [option for option in self._option_string_actions if option.startswith("--")]
+        names = {option: {option[2:], option[2:].rpartition(".")[2]} for option in options}
+        near = difflib.get_close_matches(word, set().union(*names.values()), n=1)
+        return [option for option in options if near and near[0] in names[option]]

@@ -1,13 +1,14 @@
 """The command `gsm`: recipes, pruning and lottery runs, what they came to, and the data."""
 
+import errno
 import json
 import logging
 import math
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,22 +16,23 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from .arguments import parse
-from .experiments import UsageError, bench, data, models, ranks
+from .arguments import in_options, parse
+from .experiments import UsageError, bench, data, models, ranks, suggestion
 from .experiments.loop import Observer, fitting_precision
 from .experiments.lottery import lottery
 from .experiments.observers import ProgressBars, Several, TensorBoard
 from .experiments.pretrained import is_torchvisions, load_pretrained
 from .experiments.prune import Job, gsm, prune
 from .experiments.reading import read_yaml
-from .experiments.recipes import Recipe, Training
+from .experiments.recipes import Recipe, Training, net_name
 from .experiments.rundir import Record, RunFolder, refuse_other_recipe
 from .experiments.states import tensors_hash
 from .export.files import layers_in
-from .export.inference import latency_table, measure_inference, verdict
-from .export.rebuild import load_data, recipe_of
+from .export.inference import MEASUREMENTS, Latency, latency_table, measure_inference, verdict
+from .export.rebuild import image_shape, load_data, recipe_of
 from .export.run import export, export_name
 from .export.target import compression_for, parse_size
 from .export.ticket import check_fits, read_ticket, replay, save_ticket
@@ -38,9 +40,10 @@ from .export.verify import verify, verify_accuracy
 from .masks import LayerSparsity, is_prunable, sparsity_rows
 from .reports import html, nets, plots, tables
 from .reports.blocks import tried
-from .reports.runs import Run, by_recipe, read_run, summary
+from .reports.runs import WEIGHTS, Run, by_recipe, comparable, read_run, summary
 
 _COMMANDS = {"prune": prune, "lottery": lottery}
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, of a user's share of it, of what a file may have
 
 
 class _Console(Console):
@@ -88,11 +91,10 @@ def run(argv: Sequence[str]) -> int:
                 _replay(options, console, log)
             case command:
                 with warnings.catch_warnings():
-                    warnings.showwarning = lambda message, *_: log.print(f"warning: {message}", soft_wrap=True)
+                    warnings.showwarning = lambda message, *_: log.print(
+                        f"warning: {in_options(str(message))}", highlight=False, soft_wrap=True
+                    )
                     _run(command, options, console, log)
-    except KeyboardInterrupt:
-        log.print("interrupted: give the same command again to go on where it was")
-        return 130
     except UsageError as error:
         if debug:
             raise
@@ -105,11 +107,14 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _complain(error: Exception, status: int) -> int:
-    message = tables.printable(" ".join(str(error).split())) or type(error).__name__
-    if status == 1:
-        message = f"{message} ({type(error).__name__}; --debug shows where)"
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None:
+        again = "; make room, then give the same command again" if error.errno in _FULL else ""
+        text = f"{error.filename}: {error.strerror}{again}"
+    elif status == 1:
+        text += f" ({type(error).__name__}; --debug shows where)"
     who = f"gsm, process {ranks.rank()}" if ranks.rank() else "gsm"
-    print(f"{who}: error: {message}", file=sys.stderr)
+    print(f"{who}: error: {tables.printable(text)}", file=sys.stderr)
     return status
 
 
@@ -128,7 +133,7 @@ def _run(command: str, options: Namespace, console: Console, log: Console) -> No
     with ranks.joined(device) as device:
         for path, recipe in planned.items():
             with RunFolder(path, recipe, options.checkpoint_seconds) as folder:
-                log.print(str(path), highlight=False, soft_wrap=True)
+                log.print(f"{path}{_already(folder)}", highlight=False, soft_wrap=True)
                 folder.refuse_other_data(dataset.identity)
                 if not folder.finished:
                     folder.note_environment(device)
@@ -143,6 +148,16 @@ def _run(command: str, options: Namespace, console: Console, log: Console) -> No
         _print_results([read_run(path) for path in planned], console)
         for path in planned if options.get("target_size") is not None else ():
             _export_small(path, parse_size(options.target_size), console)
+
+
+def _already(folder: RunFolder) -> str:
+    """Return what is to be said of a run that an earlier command has begun, or ended; a stage says how far it was."""
+    if folder.finished:
+        return ": finished already, nothing to do"
+    done = [name for name in WEIGHTS if name != "init" and folder.has_weights(name)]
+    if done:
+        return f": resumes, {', '.join(done)} done already"
+    return ": resumes" if any(folder.path.glob("*.checkpoint")) else ""
 
 
 def _plan(command: str, options: Namespace, device: torch.device) -> dict[Path, Recipe]:
@@ -163,7 +178,7 @@ def _plan(command: str, options: Namespace, device: torch.device) -> dict[Path, 
     for seed in seeds:
         seeded = replace(recipe, seed=seed)
         seeded.check()
-        name = f"{seeded.recipe}-{command}-{seeded.preset}-x{seeded.compression:g}-s{seed}"
+        name = f"{net_name(seeded.recipe, seeded.model)}-{command}-{seeded.preset}-x{seeded.compression:g}-s{seed}"
         planned[options.out / name] = scaled = seeded.scaled(options.epochs_scale)
         scaled.check()
     if recipe.weights is not None:
@@ -185,7 +200,7 @@ def _fitting_compression(options: Namespace, recipe: Recipe, seeds: Sequence[int
     """Return the compression ratio at which the sparse files of runs with these seeds have the size asked for."""
     target = parse_size(options.target_size)
     # only data can tell how many classes a net has that is not of a fixed number
-    classes = None if recipe.model in models.MODELS else data.load(recipe.dataset, options.data_dir).classes
+    classes = None if recipe.model in models.MODELS else load_data(recipe, options.data_dir).classes
     recipes = [replace(recipe, seed=seed).scaled(options.epochs_scale) for seed in seeds]
     return compression_for(target, models.build(recipe.model, recipe.seed, classes), recipes)
 
@@ -206,14 +221,14 @@ def _check_optimizer(recipe: Recipe) -> None:
             warnings.simplefilter("ignore")  # given again when the stage begins
             gsm(model, recipe, steps_per_epoch=1_000)
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(in_options(str(error))) from error
 
 
 def _check_net(planned: Mapping[Path, Recipe], classes: int) -> None:
     """Raise UsageError for a net or weights that a run would refuse, before its folder is made and belongs to them."""
     recipe = next(iter(planned.values()))
     model = models.build(recipe.model, recipe.seed, classes)
-    models.check_fits(model, recipe.model, recipe.dataset, data.IMAGE_SHAPES[recipe.dataset], classes)
+    models.check_fits(model, recipe.model, recipe.dataset, image_shape(recipe), classes)
     for source in _base_nets_to_load(planned):
         load_pretrained(model, recipe.model, source)
 
@@ -275,12 +290,14 @@ def _save_pictures(finished: Run, folder: RunFolder) -> None:
 
 def _show(paths: Sequence[Path], json_path: Path | None, console: Console, log: Console) -> None:
     """Show what can be read of runs and files, and say what cannot."""
+    paths = list({os.path.realpath(path): path for path in paths}.values())  # each once, however it is written
     files = [path for path in paths if os.path.isfile(path)]  # noqa: PTH113  # False of what may not be looked at
     missing: list[str] = []
     layers = {path: rows for path in files if (rows := tried(missing, layers_in, path)) is not None}
     runs = [one for path in paths if path not in files and (one := tried(missing, read_run, path))]
     if missing and (json_path is not None or not (runs or layers)):
         raise UsageError("; ".join(missing))
+    groups = [comparable(group, missing) for group in by_recipe(runs)]
     for reason in missing:
         log.print(f"missing: {reason}", highlight=False, soft_wrap=True)
     if json_path is not None:
@@ -296,7 +313,7 @@ def _show(paths: Sequence[Path], json_path: Path | None, console: Console, log: 
     unfinished = [one for one in runs if one.result is None]
     for one in unfinished:
         console.print(tables.progress_table(one))
-    for group in by_recipe(runs):
+    for group in groups:
         _print_results(group, console)
 
 
@@ -359,10 +376,12 @@ def _replay(options: Namespace, console: Console, log: Console) -> None:
     dataset = load_data(recipe, options.data_dir).to(device)
     check_fits(ticket, recipe, dataset.classes, options.file)
     which = tensors_hash(ticket.masks)[:12]  # another ticket of the same recipe and seed is another run
-    name = f"{recipe.recipe}-replay-{ticket.method}-{recipe.preset}-x{recipe.compression:g}-s{recipe.seed}-{which}"
+    net = net_name(recipe.recipe, recipe.model)
+    name = f"{net}-replay-{ticket.method}-{recipe.preset}-x{recipe.compression:g}-s{recipe.seed}-{which}"
     with RunFolder(options.out / name, recipe) as folder:
-        log.print(str(folder.path), highlight=False, soft_wrap=True)
-        folder.note_environment(device)
+        log.print(f"{folder.path}{_already(folder)}", highlight=False, soft_wrap=True)
+        if not folder.finished:
+            folder.note_environment(device)
         with ProgressBars(log) as bars:
             again = replay(Job(recipe, dataset, folder, bars, device), ticket, options.file)
     if again.same_weights and again.top1 == ticket.top1:
@@ -389,12 +408,13 @@ def _bench(options: Namespace, console: Console, log: Console) -> None:
             if not options.names:
                 raise UsageError("name the folders of the runs to measure: gsm bench inference RUN...")
             for folder in map(Path, options.names):
-                with log.status(log.render_str(f"{folder}: by turns")):
-                    latencies = measure_inference(folder, options.model)
+                with _progress(log, str(folder), MEASUREMENTS) as progress:
+                    latencies = measure_inference(folder, options.model, progress)
                 console.print(latency_table(str(folder), latencies))
                 console.print(verdict(latencies), highlight=False, soft_wrap=True)
+                _warn_if_busy(latencies, log)
         case subject:
-            raise UsageError(f"unknown benchmark {subject!r}: there are step and inference")
+            raise UsageError(f"unknown benchmark {subject!r}: {suggestion(subject, ('step', 'inference'))}")
 
 
 def _bench_steps(options: Namespace, console: Console, log: Console) -> None:
@@ -404,6 +424,29 @@ def _bench_steps(options: Namespace, console: Console, log: Console) -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no CUDA is no news
     works = {name: bench.workload(name) for name in options.names or ("lenet300", "resnet56")}
     for name, work in works.items():
-        with log.status(f"{name}: compiling, then {options.repeats} turns"):
-            costs = bench.measure(work, options.repeats, device)
+        with _progress(log, name, bench.steps_in_all(options.repeats)) as progress:
+            costs = bench.measure(work, options.repeats, device, progress)
         console.print(tables.costs_table(name, work, costs))
+        _warn_if_busy(costs, log)
+
+
+@contextmanager
+def _progress(log: Console, title: str, total: int) -> Iterator[Callable[[str], None]]:
+    """Show how far a measurement is, as a bar that no thread draws, or without a terminal in a line at its start."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    bars = Progress(*columns, console=log, transient=True, auto_refresh=False, disable=not log.is_terminal)
+    task = bars.add_task(title, total=total)
+
+    def show(what: str) -> None:
+        if not (log.is_terminal or bars.tasks[task].completed):
+            log.print(f"{title}: {total} measurements", highlight=False, soft_wrap=True)
+        bars.update(task, advance=1, description=f"{title}: {what}", refresh=True)
+
+    with bars:
+        yield show
+
+
+def _warn_if_busy(measured: Sequence[bench.Cost] | Sequence[Latency], log: Console) -> None:
+    spreads = [spread for one in measured for spread in (one.milliseconds_spread, one.ratio_spread)]
+    if warning := bench.busy(spreads):
+        log.print(f"warning: {warning}", highlight=False, soft_wrap=True)

@@ -5,9 +5,9 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +16,15 @@ from torch.optim import SGD, Optimizer
 
 from .. import GSM
 from ..selection import kept_weights
-from . import UsageError, models
+from . import UsageError, models, suggestion
 
 Shapes = list[tuple[int, ...]]
 BASELINE = "SGD, fused"
+CAPTION = "±: half of the interquartile range over the turns"
 _SETTINGS: dict[str, Any] = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4}
+_WARM_UP = 2  # turns
+_OPTIMIZERS = 5
+_SPREAD = 0.25  # beyond it a figure says little
 _GRADIENT_SETS = 3  # a threshold that never moves would flatter the fused step, which starts from the last one
 
 
@@ -37,6 +41,8 @@ class Cost(NamedTuple):
     name: str
     milliseconds: float  # median
     ratio: float  # of SGD(fused=True), in the same run
+    milliseconds_spread: float  # as `spread` has it
+    ratio_spread: float
     extra_mib: float | None  # memory beyond parameters, gradients and momenta at its peak; None where unknown
     first_seconds: float  # the first step, compilation included
 
@@ -48,17 +54,35 @@ def workload(name: str) -> Workload:
         UsageError: there is none of that name.
     """
     if name not in WORKLOADS:
-        raise UsageError(f"no parameter shapes are known for {name!r}: choose one of {', '.join(WORKLOADS)}")
+        raise UsageError(f"no parameter shapes are known for {name!r}: {suggestion(name, WORKLOADS)}")
     return WORKLOADS[name]()
 
 
-def measure(work: Workload, repeats: int, device: torch.device) -> list[Cost]:
+def spread(values: Sequence[float]) -> float:
+    """Return by what share of their median half of some measurements lie around it, 0 if there is one alone."""
+    if len(values) == 1:
+        return 0.0
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return (high - low) / 2 / median(values)
+
+
+def busy(spreads: Iterable[float]) -> str | None:
+    """Return a warning if measurements vary so much that they say little, else None."""
+    if (largest := max(spreads)) <= _SPREAD:
+        return None
+    return f"the times vary by ± {largest:.0%}: measure again when the machine is not busy with something else"
+
+
+def measure(
+    work: Workload, repeats: int, device: torch.device, progress: Callable[[str], object] = lambda _: None
+) -> list[Cost]:
     """Return what a step of each optimizer costs, all of them by turns, `repeats` times.
 
     Args:
         work: what to step.
         repeats: at least 1.
         device: where.
+        progress: is told of each of the `steps_in_all(repeats)` steps before it is taken.
     """
     torch.manual_seed(0)
     start = [torch.randn(shape, device=device) * 0.05 for shape in work.shapes]
@@ -79,19 +103,33 @@ def measure(work: Workload, repeats: int, device: torch.device) -> list[Cost]:
 
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     first: dict[str, float] = {}
-    for turn in range(-2, repeats):  # two turns to warm up
+    for turn in range(-_WARM_UP, repeats):
         for name, (optimizer, params) in contestants.items():
             for param, grad in zip(params, grads[turn % _GRADIENT_SETS], strict=True):
                 param.grad = grad
+            progress(name if name in first else f"{name}, its first step")
             duration = _timed(optimizer.step, device)
             first.setdefault(name, duration)
             if turn >= 0:
                 seconds[name].append(duration)
-    baseline = median(seconds[BASELINE])
+    baseline = seconds[BASELINE]
     return [
-        Cost(name, 1e3 * median(times), median(times) / baseline, _extra_mib(contestants[name][0], device), first[name])
+        Cost(
+            name,
+            milliseconds=1e3 * median(times),
+            ratio=median(times) / median(baseline),
+            milliseconds_spread=spread(times),
+            ratio_spread=spread([time / base for time, base in zip(times, baseline, strict=True)]),
+            extra_mib=_extra_mib(contestants[name][0], device),
+            first_seconds=first[name],
+        )
         for name, times in seconds.items()
     ]
+
+
+def steps_in_all(repeats: int) -> int:
+    """Return how many steps `measure` takes."""
+    return _OPTIMIZERS * (_WARM_UP + repeats)
 
 
 class _Published(SGD):

@@ -73,7 +73,7 @@ class CutNow:
             "passive": self._optimizer.passive_shrinkage,
         }
         if top1 - cut_top1 > _POINTS and (left := self._left(steps_left)) > _LEFT:
-            more = "lower shrink_to" if self._recipe.passive_decay == "auto" else "raise passive_decay"
+            more = "lower --shrink_to" if self._recipe.passive_decay == "auto" else "raise --passive_decay"
             record["warning"] = (
                 f"the cut will not be lossless: now it would cost {top1 - cut_top1:.2f} points, and until it comes "
                 f"a weight that turns passive now shrinks to {left:.0%} only; train longer, or {more}"

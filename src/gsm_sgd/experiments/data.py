@@ -5,9 +5,12 @@ from pathlib import Path
 
 import torch
 
-from . import UsageError, cifar10, image_folder, mnist
+from . import UsageError, cifar10, image_folder, mnist, suggestion
 from .recipes import Normalization
 from .splits import Dataset, Images
+
+Shape = tuple[int, int, int]
+_PATTERNS = 10
 
 
 def load(name: str, data_dir: Path | None = None, normalization: Normalization = "dataset") -> Dataset:
@@ -17,7 +20,7 @@ def load(name: str, data_dir: Path | None = None, normalization: Normalization =
         UsageError: no data set has that name, a file is damaged, or none can be had.
     """
     if name not in DATASETS:
-        raise UsageError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
+        raise UsageError(f"unknown dataset {name!r}: {suggestion(name, DATASETS)}")
     if (name, normalization) == ("cifar10", "imagenet"):
         return cifar10.load(data_dir, image_folder.MEAN, image_folder.STD)
     return DATASETS[name](data_dir)
@@ -40,23 +43,29 @@ def describe(name: str, data_dir: Path | None = None) -> str:
                 f"in {place}"
             )
         case _:
-            raise UsageError(f"unknown data set {name!r}: there are {' and '.join(FETCHED)}")
+            raise UsageError(f"unknown data set {name!r}: {suggestion(name, FETCHED)}")
 
 
-def synthetic(train: int = 2_048, test: int = 512) -> Dataset:
-    """Return made-up images like MNIST's in shape: ten random patterns under heavy noise, always the same."""
+def synthetic(train: int = 2_048, test: int = 512, shape: Shape = (1, 28, 28), classes: int = _PATTERNS) -> Dataset:
+    """Return made-up images: ten random patterns, or as many as there are classes, under heavy noise, always the same.
+
+    Args:
+        train, test: how many images.
+        shape: of each: (channels, height, width).
+        classes: how many a net is to tell apart.
+    """
     generator = torch.Generator().manual_seed(0)
-    patterns = torch.randn(10, 1, 28, 28, generator=generator)
+    patterns = torch.randn(min(classes, _PATTERNS), *shape, generator=generator)
 
     def split(count: int) -> Images:
-        labels = torch.randint(10, (count,), generator=generator)
-        return Images(patterns[labels] + 3 * torch.randn(count, 1, 28, 28, generator=generator), labels)
+        labels = torch.randint(len(patterns), (count,), generator=generator)
+        return Images(patterns[labels] + 3 * torch.randn(count, *shape, generator=generator), labels)
 
-    return Dataset(split(train), split(test))
+    return Dataset(split(train), split(test), classes)
 
 
-IMAGE_SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "imagenet": (3, 224, 224), "synthetic": (1, 28, 28)}
-"""(channels, height, width) of what a data set's batches hold."""
+IMAGE_SHAPES: dict[str, Shape] = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "imagenet": (3, 224, 224)}
+"""(channels, height, width) of what a data set's batches hold; synthetic ones have the first that fits the net."""
 
 FETCHED = ("mnist", "cifar10")  # others have to be there already
 DATASETS: dict[str, Callable[[Path | None], Dataset]] = {

@@ -68,7 +68,7 @@ class ProgressBars:
             rate="",
             outcome="",
         )
-        if not self._console.is_terminal and first_step:
+        if first_step:
             self._console.print(f"{stage}: goes on in epoch {epoch + 1} of {epochs}")
 
     def step(self) -> None:

@@ -63,7 +63,8 @@ def _torchvision(name: str, source: str) -> dict[str, Tensor]:
     except Exception as error:  # whatever the network and the disk can do
         raise UsageError(
             f"torchvision's weights of {theirs} cannot be downloaded, or their file in {torch.hub.get_dir()} is "
-            f"damaged: connect to the network, delete that file, or give another ({error})"
+            f"damaged: connect to the network, delete that file, give another, or --weights null to train a base net "
+            f"({error})"
         ) from error
     return state
 

@@ -5,13 +5,13 @@ Settings and figures: Ding et al., "Global Sparse Momentum SGD for Pruning Very 
 NeurIPS 2019, arXiv 1909.12778, and github.com/DingXiaoH/GSM-SGD.
 """
 
-import difflib
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from . import UsageError
+from . import UsageError, suggestion
 
 Preset = Literal["fast", "paper", "repo"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -86,7 +86,7 @@ class Recipe:
     Args:
         recipe: name of the published experiment.
         preset: whose settings these are.
-        model: network to train.
+        model: network to train: one of the recipes', "torchvision:NAME", "file.py:function" or "module:function".
         dataset: images to train it on; "imagenet" is any folder of images by class, "synthetic" is made up, for trying
             things out without data.
         base: training of the base net, and of a ticket.
@@ -215,6 +215,11 @@ def check_stages(settings: object) -> None:
     for stage in ("base", "gsm"):
         if not (isinstance(theirs := settings.get(stage, {}), Mapping) and known.issuperset(theirs)):
             raise ValueError(f"{stage} has settings that are none, or is none")
+
+
+def net_name(recipe: str, model: str) -> str:
+    """Return what to call a recipe's net: as the recipe, or where it trains another, as that, fit for a file's name."""
+    return recipe if model == recipe else re.sub(r"^torchvision:|.*/|\.py(?=:)", "", model).replace(":", "-")
 
 
 def cut_epoch(cut: float, epochs: int) -> int:
@@ -360,10 +365,8 @@ def find_recipe(name: str, preset: str = "fast") -> Recipe:
         UsageError: no recipe or preset has that name; the nearest is suggested.
     """
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(RECIPES)}"
-        raise UsageError(f"unknown recipe {name!r}: {hint}")
+        raise UsageError(f"unknown recipe {name!r}: {suggestion(name, RECIPES)}")
     presets = get_args(Preset)
     if preset not in presets:
-        raise UsageError(f"unknown preset {preset!r}: choose one of {', '.join(presets)}")
+        raise UsageError(f"unknown preset {preset!r}: {suggestion(preset, presets)}")
     return RECIPES[name](preset)  # type: ignore[arg-type]  # narrowed by the check above

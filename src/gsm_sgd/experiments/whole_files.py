@@ -2,8 +2,8 @@
 
 import os
 import secrets
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ def replace_file(path: Path, content: bytes | bytearray | Callable[[Any], None],
     unfinished = path.with_name(f"{path.name}.{partial}")
     unfinished.unlink(missing_ok=True)
     try:
-        with unfinished.open("xb") as stream:  # which follows no link that somebody has put there
+        with named(path), unfinished.open("xb") as stream:  # which follows no link that somebody has put there
             if callable(content):
                 content(stream)
             else:
@@ -35,6 +35,18 @@ def replace_file(path: Path, content: bytes | bytearray | Callable[[Any], None],
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Have an error in writing a file name it and the disk's reason, in whose place torch gives its own."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, OSError) or cause.filename is not None:
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
 
 
 def write_whole(path: Path, content: bytes | bytearray, option: str) -> None:
@@ -53,7 +65,7 @@ def write_whole(path: Path, content: bytes | bytearray, option: str) -> None:
 
 def append(path: Path, content: bytes) -> None:
     """Add bytes to the end of a file, to the disk; a link is not followed."""
-    with open(path, "ab", opener=_no_link) as stream:
+    with named(path), open(path, "ab", opener=_no_link) as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())

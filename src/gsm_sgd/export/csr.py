@@ -193,6 +193,11 @@ def seconds_of(functions: list[Callable[[Tensor], object]], inputs: Tensor) -> l
 
     Whatever else a machine does can only add to it.
     """
+    return [min(seconds) for seconds in turns_of(functions, inputs)]
+
+
+def turns_of(functions: list[Callable[[Tensor], object]], inputs: Tensor) -> list[list[float]]:
+    """Return the seconds that each function takes for some inputs in each of several turns."""
     calls = []
     for function in functions:
         for _ in range(_WARM_UP):
@@ -209,4 +214,4 @@ def seconds_of(functions: list[Callable[[Tensor], object]], inputs: Tensor) -> l
             for _ in range(count):
                 function(inputs)
             seconds.append((time.perf_counter() - began) / count)
-    return [min(seconds) for seconds in turns]
+    return turns

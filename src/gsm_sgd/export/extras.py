@@ -15,4 +15,4 @@ def needed(module: str, purpose: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise UsageError(f"{purpose} needs {error.name}: pip install 'gsm-sgd[export]'") from error
+        raise UsageError(f"{purpose} needs {error.name}: in a clone of gsm-sgd, pip install -e '.[export]'") from error

@@ -10,10 +10,11 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from ..experiments import bench
 from ..experiments.environment import environment
 from ..experiments.whole_files import replace_file
 from ..reports.runs import read_run
-from .csr import as_sparse, linear_layers, seconds_of
+from .csr import as_sparse, linear_layers, turns_of
 from .extras import needed
 from .onnx_file import to_onnx
 from .rebuild import pruned_net
@@ -22,6 +23,7 @@ Engines = dict[str, Callable[[Tensor], Any]]  # each from images to logits
 
 BATCHES = (1, 16, 256)
 THREADS = (1, 2)
+MEASUREMENTS = len(BATCHES) * len(THREADS)
 DENSE, SPARSE, ONNX = "torch, dense", "torch, linear layers in CSR", "onnxruntime, dense"
 _TOLERANCE = 1e-5  # of the largest logit, or of 1 if that is more
 
@@ -34,14 +36,19 @@ class Latency(NamedTuple):
     threads: int
     milliseconds: float
     ratio: float  # of torch's dense time to it: how many times as fast it is
+    milliseconds_spread: float  # over the turns, as `bench.spread` has it
+    ratio_spread: float
 
 
-def measure_inference(folder: Path, allowed: str | None = None) -> list[Latency]:
+def measure_inference(
+    folder: Path, allowed: str | None = None, progress: Callable[[str], object] = lambda _: None
+) -> list[Latency]:
     """Measure the pruned net of a run on random images, and leave the figures in its folder as inference.json.
 
     Args:
         folder: the run's.
         allowed: as of `recipe_of`.
+        progress: told of each of the `MEASUREMENTS` before it is taken.
 
     Raises:
         UsageError: the run is not over, or onnxruntime is not installed.
@@ -58,6 +65,7 @@ def measure_inference(folder: Path, allowed: str | None = None) -> list[Latency]
             engines: Engines = {DENSE: model, SPARSE: in_csr(copy.deepcopy(model))}
             engines[ONNX] = _session(content, threads)
             for batch in BATCHES:
+                progress(f"batch {batch}, {threads} threads".replace(" 1 threads", " 1 thread"))
                 latencies += _by_turns(engines, torch.randn(batch, *shape), threads)
     finally:
         torch.set_num_threads(threads_before)
@@ -91,11 +99,13 @@ def verdict(latencies: Sequence[Latency]) -> str:
 
 def latency_table(title: str, latencies: Sequence[Latency]) -> Table:
     """Return the figures as a table for the terminal."""
-    table = Table(title=title)
+    table = Table(title=title, caption=bench.CAPTION)
     for column in ("engine", "batch", "threads", "ms", "times as fast"):
         table.add_column(column, justify="left" if column == "engine" else "right")
     for one in latencies:
-        table.add_row(one.engine, str(one.batch), str(one.threads), f"{one.milliseconds:.3g}", f"{one.ratio:.2f}")
+        milliseconds = f"{one.milliseconds:.3g} ± {one.milliseconds_spread:.0%}"
+        times = f"{one.ratio:.2f} ± {one.ratio_spread:.0%}"
+        table.add_row(one.engine, str(one.batch), str(one.threads), milliseconds, times)
     return table
 
 
@@ -107,9 +117,18 @@ def _by_turns(engines: Engines, images: Tensor, threads: int) -> list[Latency]:
     difference = float((logits[SPARSE] - logits[DENSE]).abs().max())
     if not difference <= bound:
         raise RuntimeError(f"sparse layers' logits differ from dense ones' by {difference:.2g}, more than {bound:.2g}")
-    seconds = dict(zip(engines, seconds_of(list(engines.values()), images), strict=True))
+    seconds = dict(zip(engines, turns_of(list(engines.values()), images), strict=True))
+    dense = seconds[DENSE]
     return [
-        Latency(name, len(images), threads, round(1000 * taken, 5), round(seconds[DENSE] / taken, 3))
+        Latency(
+            name,
+            len(images),
+            threads,
+            milliseconds=round(1000 * min(taken), 5),
+            ratio=round(min(dense) / min(taken), 3),
+            milliseconds_spread=round(bench.spread(taken), 3),
+            ratio_spread=round(bench.spread([ours / its for ours, its in zip(dense, taken, strict=True)]), 3),
+        )
         for name, taken in seconds.items()
     ]
 

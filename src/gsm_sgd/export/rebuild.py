@@ -46,9 +46,19 @@ def recipe_of(fields: Mapping[str, Any], source: Path, allowed: str | None = Non
 
 
 def load_data(recipe: Recipe, data_dir: Path | None) -> Dataset:
-    """Return what a recipe trains on and measures accuracy on."""
-    dataset = data.load(recipe.dataset, data_dir, recipe.normalization)
+    """Return what a recipe trains on and measures accuracy on; made-up images fit its net."""
+    if recipe.dataset == "synthetic":
+        shape, classes = models.fitting_images(recipe.model)
+        counts = (2_048, 512) if shape < data.IMAGE_SHAPES["imagenet"] else (256, 64)  # which are as large
+        dataset = data.synthetic(*counts, shape, classes)
+    else:
+        dataset = data.load(recipe.dataset, data_dir, recipe.normalization)
     return dataset.hold_out(recipe.holdout) if recipe.holdout else dataset
+
+
+def image_shape(recipe: Recipe) -> tuple[int, int, int]:
+    """Return the shape of the images that a recipe trains on: (channels, height, width)."""
+    return data.IMAGE_SHAPES.get(recipe.dataset) or models.fitting_images(recipe.model)[0]
 
 
 def build(recipe: Recipe, tensors: Mapping[str, Tensor], classes: int | None = None) -> nn.Module:
@@ -74,7 +84,7 @@ def pruned_net(run: Run, allowed: str | None = None) -> tuple[nn.Module, tuple[i
     recipe = recipe_of(run.recipe, run.path, allowed)
     classes = len(list(prunable_weights(run, run.net).values())[-1])
     model = build(recipe, read_weights(run.path / f"{run.net}.safetensors"), classes)
-    return model, data.IMAGE_SHAPES[recipe.dataset]
+    return model, image_shape(recipe)
 
 
 def measure(recipe: Recipe, tensors: Mapping[str, Tensor], data_dir: Path | None) -> float:

@@ -13,7 +13,7 @@ from ..experiments.rundir import Record, dotted
 from ..experiments.whole_files import write_whole
 from . import accuracy, production, structure
 from .blocks import Block, Group, Picture, Table, tried
-from .runs import Run, by_recipe, read_run
+from .runs import Run, by_recipe, comparable, read_run
 
 _PANELS = {
     "results": "Results",
@@ -62,32 +62,12 @@ def _readable(paths: Sequence[Path], missing: list[str]) -> list[Run]:
 
 def _groups(runs: Sequence[Run], missing: list[str]) -> list[Group]:
     """Return the finished runs in groups that differ in the seed alone, then each that is not finished."""
-    finished = [_comparable(group, missing) for group in by_recipe(runs)]
+    finished = [comparable(group, missing) for group in by_recipe(runs)]
     groups = [Group(title, group) for title, group in zip(_titles(finished), finished, strict=True)]
     for run in runs:
         if tried(missing, run.finished) is None:
             groups.append(Group(f"{run.title}, seed {run.recipe['seed']}: not finished", [run]))
     return groups
-
-
-def _comparable(runs: Sequence[Run], missing: list[str]) -> list[Run]:
-    """Return the runs of one recipe, each seed once, that have pruned the same layers as the first."""
-    kept: dict[int, Run] = {}
-    for run in runs:
-        seed = run.recipe["seed"]
-        first = next(iter(kept.values()), run)
-        if seed in kept:
-            missing.append(f"{run.path} is left out: it is the same recipe and seed as {kept[seed].path}")
-        elif _layers(run) != _layers(first):
-            missing.append(f"{run.path} is left out: its layers are not those of {first.path}")
-        else:
-            kept[seed] = run
-    return sorted(kept.values(), key=lambda run: run.recipe["seed"])
-
-
-def _layers(run: Run) -> list[Record]:
-    assert run.result is not None
-    return [{**layer, "nonzeros": None} for layer in run.result["layers"]]
 
 
 def _titles(groups: Sequence[Sequence[Run]]) -> list[str]:

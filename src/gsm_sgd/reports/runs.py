@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ..experiments import UsageError
 from ..experiments.reading import cause, read_json, read_yaml
-from ..experiments.recipes import cut_epoch
+from ..experiments.recipes import cut_epoch, net_name
 from ..experiments.rundir import DEFAULTS, Record, dotted, in_use, read_metrics, read_processes
 
 TITLES = {
@@ -102,7 +102,10 @@ class Run:
     @property
     def title(self) -> str:
         """What was run, the seed left out."""
-        return f"{self.recipe['recipe']} at {self.recipe['compression']:g}x, preset {self.recipe['preset']}"
+        recipe = self.recipe["recipe"]
+        net = net_name(recipe, str(self.recipe.get("model", recipe)))
+        settings = f"preset {self.recipe['preset']}" + ("" if net == recipe else f" of {recipe}")
+        return f"{net} at {self.recipe['compression']:g}x, {settings}"
 
     @property
     def measured_on(self) -> str:
@@ -236,6 +239,26 @@ def by_recipe(runs: Sequence[Run]) -> list[list[Run]]:
             key = repr([run.result["command"], run.net, settings])  # a replay is of one of two tickets
             groups.setdefault(key, {})[run.path.resolve()] = run
     return [list(group.values()) for group in groups.values()]
+
+
+def comparable(runs: Sequence[Run], missing: list[str]) -> list[Run]:
+    """Return the runs of one recipe, each seed once, that have pruned the same layers as the first."""
+    kept: dict[int, Run] = {}
+    for run in runs:
+        seed = run.recipe["seed"]
+        first = next(iter(kept.values()), run)
+        if seed in kept:
+            missing.append(f"{run.path} is left out: it is the same recipe and seed as {kept[seed].path}")
+        elif _layers(run) != _layers(first):
+            missing.append(f"{run.path} is left out: its layers are not those of {first.path}")
+        else:
+            kept[seed] = run
+    return sorted(kept.values(), key=lambda run: run.recipe["seed"])
+
+
+def _layers(run: Run) -> list[Record]:
+    assert run.result is not None
+    return [{**layer, "nonzeros": None} for layer in run.result["layers"]]
 
 
 class Figure(NamedTuple):

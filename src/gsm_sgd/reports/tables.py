@@ -7,7 +7,7 @@ from typing import get_args
 
 from rich.table import Table
 
-from ..experiments.bench import BASELINE, Cost, Workload
+from ..experiments.bench import BASELINE, CAPTION, Cost, Workload
 from ..experiments.recipes import RECIPES, Preset, published
 from ..masks import LayerSparsity
 from .runs import Run, outcomes
@@ -133,10 +133,12 @@ def _percent(part: int, whole: int) -> str:
 def costs_table(name: str, work: Workload, costs: Sequence[Cost]) -> Table:
     """Return what a step of each optimizer costs."""
     total = sum(math.prod(shape) for shape in work.shapes)
-    table = Table(title=f"a step on {name}'s {total:,} parameters, {work.compression:g}x")
+    table = Table(title=f"a step on {name}'s {total:,} parameters, {work.compression:g}x", caption=CAPTION)
     for column in ("optimizer", "ms", f"of {BASELINE}", "extra MiB", "first step, s"):
         table.add_column(column, justify="left" if column == "optimizer" else "right")
     for cost in costs:
         extra = "" if cost.extra_mib is None else f"{cost.extra_mib:.1f}"
-        table.add_row(cost.name, f"{cost.milliseconds:.3g}", f"{cost.ratio:.2f}", extra, f"{cost.first_seconds:.2f}")
+        milliseconds = f"{cost.milliseconds:.3g} ± {cost.milliseconds_spread:.0%}"
+        ratio = f"{cost.ratio:.2f} ± {cost.ratio_spread:.0%}"
+        table.add_row(cost.name, milliseconds, ratio, extra, f"{cost.first_seconds:.2f}")
     return table

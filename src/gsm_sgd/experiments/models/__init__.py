@@ -4,14 +4,19 @@ import importlib
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...masks import is_prunable, prunable_parameters
-from .. import UsageError
+from .. import UsageError, suggestion
+from ..data import IMAGE_SHAPES, Shape
 from ..states import plain_state
 from .densenet_cifar import DenseNet
 from .lenet import LeNet5, LeNet300
@@ -40,8 +45,9 @@ def build(name: str, seed: int, classes: int | None = None) -> nn.Module:
 
     Args:
         name: a key of `MODELS`, with Xavier-uniform weights and zero biases; "torchvision:NAME", or "resnet50" for
-            torchvision's; or "module:function", a function without arguments that returns a network, of a module
-            that can be imported from here. These are initialised as they do it themselves.
+            torchvision's; or "file.py:function" or "module:function", a function without arguments that returns a
+            network, of a file, or of a module that can be imported from here. These are initialised as they do it
+            themselves.
         seed: of the initial weights.
         classes: how many the network is to tell apart; None means as many as it does.
 
@@ -100,19 +106,41 @@ def check_fits(model: nn.Module, name: str, dataset: str, shape: Sequence[int], 
     if len({id(weight) for weight in parameters.values()}) < len(parameters):
         raise UsageError(f"{name} has a weight under two names, which a recipe cannot save: use GSM directly")
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            found = model.eval()(torch.zeros(2, *shape))
+        found = _outputs(model, shape)
     except Exception as error:  # a network of anybody's can fail in any way
         images = f"the {'x'.join(map(str, shape))} images of {dataset}"
         raise UsageError(f"{name} does not take {images}: choose another --model ({error})") from error
-    finally:
-        model.train()
     if not (isinstance(found, Tensor) and found.shape == (2, classes)):
         what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"type {type(found).__name__}"
         raise UsageError(
             f"{name} makes of 2 images of {dataset} something of {what}, not a tensor of (2, {classes}), a logit for "
             "each class: choose another --model"
         )
+
+
+def fitting_images(name: str) -> tuple[Shape, int]:
+    """Return the shape of images that a network takes, of those that data sets have, and the number of its classes.
+
+    Raises:
+        UsageError: it takes none of them, or does not tell classes apart.
+    """
+    model = build(name, seed=0)
+    for shape in IMAGE_SHAPES.values():
+        with suppress(Exception):  # a network of anybody's can fail in any way
+            found = _outputs(model, shape)
+            if isinstance(found, Tensor) and found.ndim == 2 and len(found) == 2:
+                return shape, found.shape[1]
+    shapes = ", ".join("x".join(map(str, shape)) for shape in IMAGE_SHAPES.values())
+    raise UsageError(f"{name} makes no logits of images of any of {shapes}: choose another --model")
+
+
+def _outputs(model: nn.Module, shape: Sequence[int]) -> Any:
+    """Return what a network makes of two black images, and leave it as it was."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            return model.eval()(torch.zeros(2, *shape))
+    finally:
+        model.train()
 
 
 def torchvision_name(name: str) -> str | None:
@@ -130,22 +158,42 @@ def _maker(name: str, classes: int | None) -> Callable[[], nn.Module]:
         from torchvision import models  # slow to import
 
         if theirs not in models.list_models(module=models):
-            raise UsageError(f"torchvision has no classifier {theirs!r}: torchvision.models.list_models() names them")
+            hint = suggestion(theirs, models.list_models(module=models), "torchvision.models.list_models() names them")
+            raise UsageError(f"torchvision has no classifier {theirs!r}: {hint}")
         options = _INCEPTION if theirs in ("googlenet", "inception_v3") else {}
         if classes is not None:
             options = {**options, "num_classes": classes}
         return partial(models.get_model, theirs, weights=None, **options)
-    module_name, colon, function = name.partition(":")
+    module_name, colon, function = name.rpartition(":")
     if not colon:
-        known = ", ".join([*MODELS, "resnet50"])
-        raise UsageError(f"unknown model {name!r}: choose one of {known}, or torchvision:NAME, or module:function")
-    here = str(Path.cwd())
-    if here not in sys.path:  # a console command does not look there
-        sys.path.insert(0, here)
+        known = [*MODELS, "resnet50", "torchvision:NAME", "FILE.py:FUNCTION", "MODULE:FUNCTION"]
+        raise UsageError(f"unknown model {name!r}: {suggestion(name, known)}")
     try:
-        make = getattr(importlib.import_module(module_name), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"model {name!r} cannot be imported from {here}: {error}") from error
+        make = getattr(_module(module_name), function)
+    except Exception as error:  # a module of anybody's can fail in any way
+        raise UsageError(f"model {name!r} cannot be imported from {Path.cwd()}: {error}") from error
     if not callable(make):
         raise UsageError(f"model {name!r} is not a function")
     return make  # type: ignore[no-any-return]  # what it returns is checked when it is called
+
+
+def _module(name: str) -> ModuleType:
+    """Return a module of the user's own by its name, or by its file, and let it import what lies beside it."""
+    file = Path(name).resolve()
+    is_file = file.suffix == ".py"
+    folder = str(file.parent if is_file else Path.cwd())
+    if folder not in sys.path:  # a console command does not look there
+        sys.path.insert(0, folder)
+    if not is_file:
+        return importlib.import_module(name)
+    if str(file) not in sys.modules:  # under its whole path, as its name may be another module's too
+        spec = spec_from_file_location(str(file), file)
+        assert spec is not None  # the suffix is Python's
+        assert spec.loader is not None
+        sys.modules[str(file)] = module = module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[str(file)]
+            raise
+    return sys.modules[str(file)]
