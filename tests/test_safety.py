@@ -213,6 +213,21 @@ def test_n_and_q_follow_what_is_unfrozen():
     assert list(masks) == ["0.weight", "2.weight", "4.weight"]
 
 
+def test_what_is_left_to_train_after_the_cut_may_be_fewer_weights_than_the_ratio():
+    model = small_net()
+    optimizer = GSM(model.named_parameters(), 0.1, compression=60)
+    backward(model)
+    optimizer.step()
+    optimizer.finalize()
+    model[0].requires_grad_(False)
+    model[2].requires_grad_(False)  # 32 weights are left
+    before = model[4].bias.detach().clone()
+    backward(model)
+    optimizer.step()
+    assert (optimizer.num_prunable, optimizer.nonzeros) == (352, 5)
+    assert not torch.equal(model[4].bias, before)
+
+
 def test_everything_prunable_may_be_frozen_for_a_while():
     model = small_net()
     optimizer = GSM(model.named_parameters(), 0.1, compression=4)

@@ -364,6 +364,7 @@ def test_numpy_numbers_and_a_state_that_loads(settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"total_steps": "40", "compression_schedule": "cubic"}, "total_steps must be a whole number, not '40'"),
         ({"total_steps": 40.0}, r"total_steps must be a whole number, not 40\.0"),
         ({"cut_step": True}, "cut_step must be a whole number, not True"),
         ({"compression": "4"}, "compression must be a number, not '4'"),
@@ -421,6 +422,17 @@ def test_asking_a_fresh_optimizer_for_its_state_counts_no_step():
         backward(opt[0], one)
         opt[1].step()
     assert same_bits(model, before)
+
+
+def test_places_for_masks_to_load_are_no_masks():
+    model = net()
+    optimizer = GSM(model.named_parameters(), 0.1, compression=4, **HYPER)
+    get_optimizer_state_dict(model, optimizer)
+    model[0].weight.requires_grad_(False)
+    backward(model, 0)
+    optimizer.step()
+    assert list(optimizer.finalize()) == ["4.weight"]
+    assert optimizer.nonzeros == 16
 
 
 def test_a_flat_state_without_its_masks_is_refused():

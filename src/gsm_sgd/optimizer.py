@@ -151,8 +151,6 @@ class GSM(Optimizer):
             if ramp_steps:
                 raise ValueError("ramp_steps is for compression_schedule='cubic' only")
             ramp_steps = 0
-        elif ramp_steps is None and total_steps is not None:
-            ramp_steps = round(0.4 * (total_steps if cut_step is None else min(total_steps, cut_step)))
         self._schedule = compression_schedule if callable(compression_schedule) else None
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -181,6 +179,9 @@ class GSM(Optimizer):
         }
         settle(defaults)
         check_compression(defaults["compression"])
+        if defaults["ramp_steps"] is None and defaults["total_steps"] is not None:
+            end = min(step for step in (defaults["total_steps"], defaults["cut_step"]) if step is not None)
+            defaults["ramp_steps"] = round(0.4 * end)
         self._choose_rule(foreach, fused)
         self._shards: Shards | None = None
         self._agreed = False  # whether all processes are known to go by the same numbers
@@ -230,8 +231,12 @@ class GSM(Optimizer):
 
     @property
     def num_prunable(self) -> int:
-        """N, the number of weights that the rule governs: those of prunable parameters that are not frozen."""
-        return sum(param.numel() for param in self._governed())
+        """N, the number of weights that the rule governs: those of prunable parameters that are not frozen.
+
+        Once the masks are fixed, of the parameters that have them.
+        """
+        masked = (param for param, param_state in self.state.items() if "mask" in param_state)
+        return sum(param.numel() for param in (masked if self._fixed else self._governed()))
 
     @property
     def nonzeros(self) -> int:
@@ -262,7 +267,8 @@ class GSM(Optimizer):
 
         The largest of all groups.
         """
-        return max(abs(float(group["passive_weight"][0])) for group in self.param_groups if _governs(group))
+        left = (abs(float(group["passive_weight"][0])) for group in self.param_groups if _governs(group))
+        return max(left, default=1.0)
 
     @property
     def memory(self) -> Tensor:
@@ -339,9 +345,8 @@ class GSM(Optimizer):
         self._check_step(governed)
         check_finite = partial(_refuse_nonfinite_gradients, self, chosen_from, shards)
         self._cut_or_fade_if_due(check_finite)
-        num_prunable = sum(param.numel() for param in governed)
-        compression = self.compression
-        kept = kept_weights(num_prunable, compression) if governed else 0
+        num_prunable, compression = self.num_prunable, self.compression
+        kept = kept_weights(num_prunable, compression) if num_prunable else 0
         ramp_is_over = compression >= self.param_groups[0]["compression"]
         all_active, fixed, finalized = kept == num_prunable, self._fixed, self.finalized
         if not self.param_groups[0]["steps"] and not all_active:
@@ -495,6 +500,8 @@ class GSM(Optimizer):
         if not self._fixed:
             governed = self._governed_by_key()
             masks = magnitude_masks(governed, self.param_groups[0]["compression"])
+            for param_state in self.state.values():
+                param_state.pop("mask", None)  # one that was only a place to load another into
             for key, param in governed.items():
                 self.state[param]["mask"] = masks[key]
             for group in self.param_groups:
@@ -709,7 +716,7 @@ class GSM(Optimizer):
         settings |= {"the number of prunable weights": self.num_prunable, "compression": self.compression}
         refuse_disagreement(settings, device)  # first how many there are: else the next call would not fit
         refuse_disagreement(_settings(self), device)
-        self._agreed = group["compression_schedule"] != "custom"
+        self._agreed = shards is None or group["compression_schedule"] != "custom"
         if check:
             refuse_differing_copies(named_in(self) or {f"number {i}": param for i, param in enumerate(params)})
 

@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..optimizer import CutWarning
 from . import ranks
 from .recipes import Precision, Recipe, Training
 from .rundir import Record, Stage
@@ -195,7 +197,9 @@ def _snapshot(parts: _Parts, device: torch.device) -> dict[str, Any]:
     random = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(device)
-    return {**{name: part.state_dict() for name, part in parts.items()}, "random": random}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CutWarning)  # a stage is cut after its last checkpoint
+        return {**{name: part.state_dict() for name, part in parts.items()}, "random": random}
 
 
 def _resumed(stage: Stage, parts: _Parts, loss_sum: Tensor, device: torch.device) -> tuple[int, int, float]:
