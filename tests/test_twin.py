@@ -239,6 +239,17 @@ def test_a_parameter_that_changed_its_shape_is_named(compression, shape):
     assert same_bits(model, before)
 
 
+def test_a_parameter_that_does_not_fit_its_mask_is_named():
+    model = net()
+    optimizer = GSM(model.named_parameters(), 0.1, compression=4, momentum=0.0)
+    optimizer.finalize()
+    model[4].weight.data = torch.ones(5, 16)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match=r"'4.weight' has shape \(5, 16\), its mask \(4, 16\)"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("lr", [math.nan, math.inf, -0.1])
 def test_a_rate_gone_wrong_is_refused_before_anything_moves(lr):
     model = net()

@@ -388,7 +388,7 @@ class GSM(Optimizer):
             self._check_frozen(governed)
 
     def _check_frozen(self, governed: list[Tensor]) -> None:
-        """Raise if parameters have been frozen or unfrozen where the masks do not allow it any more."""
+        """Raise if parameters have been frozen, unfrozen or replaced where the masks do not allow it any more."""
         new = next((param for param in governed if "mask" not in self.state.get(param, {})), None)
         if new is not None:
             raise ValueError(
@@ -400,6 +400,13 @@ class GSM(Optimizer):
         if frozen is not None and not self.finalized:
             name = self._name_of(frozen)
             raise ValueError(f"{name} was frozen during the fade: freeze it before, or after the cut")
+        changed = next((param for param in masked if self.state[param]["mask"].shape != param.shape), None)
+        if changed is not None:
+            shape, mask_shape = tuple(changed.shape), tuple(self.state[changed]["mask"].shape)
+            raise ValueError(
+                f"{self._name_of(changed)} has shape {shape}, its mask {mask_shape}: "
+                "build a new optimizer after a parameter has changed its shape"
+            )
 
     def _is_torchs_initialisation(self, trained: list[Tensor], shards: Shards | None) -> bool:
         """Return whether torch's distributed checkpoints ask for empty state, by a step without rates and gradients.
