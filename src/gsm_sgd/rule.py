@@ -1,10 +1,10 @@
 """One step of the rule on all weights that it governs, in eager operations. fused.py has the compiled ones.
 
-With weights W, gradients G, momenta Z and active weights B, the rule is momentum SGD along D, so torch's own kernels
-make the update:
+With weights W, gradients G, momenta Z and active weights B, the rule is momentum SGD with the gradient D, so that
+torch's own kernels make the update:
 
-    D  = G + eta W where B, else eta_p W
-    Z <- beta Z + D
+    D  = G where B, else (eta_p - eta) W
+    Z <- beta Z + D + eta W
     W <- W - alpha Z
 
 Half precision has its own update: there a step of decay is often less than half a unit in the last place, and rounded
@@ -147,16 +147,14 @@ class EagerRule:
             if not part.params:
                 continue
             mine = [b.to(param.dtype) for b, param in zip(mine, part.params, strict=True)]
-            decay = part.passive_decay
-            if part.weight_decay == decay:
+            extra = part.passive_decay - part.weight_decay
+            if extra:  # of passive weights; lerp takes either end as it is, so that gradients are not rounded away
+                directions = [*torch._foreach_mul(part.params, extra)]
+                torch._foreach_lerp_(directions, part.grads, mine)
+            else:
                 torch._foreach_mul_(mine, part.grads)
                 directions = mine
-            else:  # lerp takes either end as it is; a sum of both decays would round small gradients away
-                directions = [*torch._foreach_mul(part.params, decay)]
-                ends = torch._foreach_add(part.grads, part.params, alpha=part.weight_decay)
-                torch._foreach_lerp_(directions, ends, mine)
-                decay = 0.0
-            self._kernel.or_quickest(part.params).sgd_(part, directions, decay)
+            self._kernel.or_quickest(part.params).sgd_(part, directions, part.weight_decay)
 
     def decay_(self, part: Part) -> None:
         """Update parameters of which all weights are passive."""
