@@ -37,9 +37,8 @@ def main(dataset: str = "mnist", epochs: str = "10") -> None:
             accelerator.backward(nn.functional.cross_entropy(model(inputs), labels))
             optimizer.step()
 
-    masks = (
-        optimizer.optimizer.finalize()
-    )  # GSM is inside Accelerate's wrapper; it has cut already: these are its masks
+    # GSM is inside Accelerate's wrapper; it has cut already: these are its masks
+    masks = optimizer.optimizer.finalize()
     net = accelerator.unwrap_model(model)
     finetuner = accelerator.prepare(torch.optim.AdamW(net.parameters(), 1e-3))
     freeze(finetuner, masks, net)

@@ -453,7 +453,10 @@ def test_a_recipe_of_others_as_config_runs_no_code(runs, tmp_path, capsys, monke
     path = tmp_path / "theirs.yaml"
     for change, message in (
         ({"model": "wicked:make"}, "if you trust that code, add --model wicked:make"),
-        ({"base": {"class_path": "wicked.Training", "init_args": recipe["base"]}}, "base has settings that are none"),
+        (
+            {"base": {"class_path": "wicked.Training", "init_args": recipe["base"]}},
+            "base has a setting that no stage has",
+        ),
         ({"base.class_path": "wicked.Training"}, "it names another file, or a part of a setting"),
         ({"config": "other.yaml"}, "it names another file, or a part of a setting"),
     ):

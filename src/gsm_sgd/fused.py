@@ -82,17 +82,17 @@ class FusedRule:
             return self._eager.update_(parts, find, check_finite)
         try:
             cut = find(partial(self._scores_of, weights, grads), False)
-            self._hints.threshold = cut.value
-            thresholds = cut.value.repeat(len(weights))
-            if cut.tensor + 1 < len(weights):
-                thresholds[cut.tensor + 1 :] = _next_larger(cut.value)
-            if any(weight.dtype in HALF for weight in weights):
-                return self.update_masked_(parts, _masks(weights, grads, thresholds, cut))
-            passive = _passive_values(parts, cut)
-            self._update(*lists, thresholds, *_settings(parts))
         except NotFiniteError:
             check_finite()
             return self._eager.update_(parts, find, check_finite)
+        self._hints.threshold = cut.value
+        thresholds = cut.value.repeat(len(weights))
+        if cut.tensor + 1 < len(weights):
+            thresholds[cut.tensor + 1 :] = _next_larger(cut.value)
+        if any(weight.dtype in HALF for weight in weights):
+            return self.update_masked_(parts, _masks(weights, grads, thresholds, cut))
+        passive = _passive_values(parts, cut)
+        self._update(*lists, thresholds, *_settings(parts))
         for tensor, values in passive:
             tensor[cut.surplus] = values
         return None

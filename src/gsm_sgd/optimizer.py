@@ -476,9 +476,9 @@ class GSM(Optimizer):
         """
         cut_already = self.finalized
         self._fix_what_is_kept()
-        if not cut_already:
-            self._warn_of_cut()
         masks, masked = self.masks, self._masked()
+        if not cut_already:
+            self._warn_of_cut(masked, masks)
         apply_masks_(masked, masks)
         for key, param in masked.items():
             if "momentum_buffer" in self.state[param]:  # it would push a weight that was cut away from zero
@@ -515,9 +515,9 @@ class GSM(Optimizer):
                 group["fixed"] = True
             self._rule.memory = torch.empty(0)  # nothing is chosen any more
 
-    def _warn_of_cut(self) -> None:
+    def _warn_of_cut(self, masked: dict[Any, Tensor], masks: Masks) -> None:
         """Warn if the cut that is about to be made takes weights that matter, or all weights of a layer."""
-        left = self.passive_residual
+        left = residual(masked, masks)
         if left > _LOSSLESS:
             reason = why_passive_weights_stay(self.param_groups[0], self.passive_shrinkage)
             warnings.warn(
@@ -525,7 +525,7 @@ class GSM(Optimizer):
                 CutWarning,
                 stacklevel=4,
             )
-        kept = sparsity_rows({str(key): mask for key, mask in self.masks.items()})
+        kept = sparsity_rows({str(key): mask for key, mask in masks.items()})
         if empty := [row.name for row in kept if row.params and not row.nonzeros]:
             warnings.warn(
                 f"no weight of {_quoted(empty)} is kept, so nothing passes through it: lower the compression, or leave "

@@ -180,7 +180,7 @@ class EagerRule:
             for weight, end in zip(weights, ends, strict=False)
         ]
         grads = [grad for part in parts for grad in part.grads]
-        if any(score_dtype([weight]) != dtype for weight in weights):
+        if len({weight.dtype for weight in weights}) > 1:
             for view, weight, grad in zip(views, weights, grads, strict=True):
                 view.copy_(importance(weight, grad))
         else:

@@ -9,7 +9,7 @@ class UsageError(Exception):
 
 
 def suggestion(name: str, choices: Iterable[str], otherwise: str | None = None) -> str:
-    """Return what to say of a name that is none of the choices: the nearest one, or all, or `otherwise`."""
+    """Return what to say of a name that is not one of the choices: the nearest one, or all, or `otherwise`."""
     near = difflib.get_close_matches(name.lower(), choices := list(choices), n=1)
     if near:
         return f"did you mean {near[0]!r}?"

@@ -74,7 +74,7 @@ def parse_json(text: bytes) -> Any:
     """Return what JSON says.
 
     Raises:
-        ValueError: it is damaged, too deep, or has a name twice, or a number that is none, infinite or gigantic.
+        ValueError: it is damaged, too deep, repeats a name, or has a number that is NaN, infinite or gigantic.
     """
     return _plain(lambda: json.loads(text, object_pairs_hook=_once))
 
@@ -111,7 +111,7 @@ def cause(error: Exception) -> str:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    """Open a file as ever, but do not wait for someone to write to it if it is a FIFO."""
+    """Open a file as usual, but do not wait for someone to write to it if it is a FIFO."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 

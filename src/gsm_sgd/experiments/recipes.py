@@ -214,7 +214,7 @@ def check_stages(settings: object) -> None:
         raise ValueError("it names another file, or a part of a setting")
     for stage in ("base", "gsm"):
         if not (isinstance(theirs := settings.get(stage, {}), Mapping) and known.issuperset(theirs)):
-            raise ValueError(f"{stage} has settings that are none, or is none")
+            raise ValueError(f"{stage} has a setting that no stage has, or is not a group of settings")
 
 
 def net_name(recipe: str, model: str) -> str:

@@ -198,4 +198,4 @@ def _number(value: object) -> Any:
     """Return the number that NumPy has put into a box of its own."""
     if isinstance(value, np.generic):
         return value.item()
-    raise TypeError(f"{type(value).__name__} is none of JSON's types")
+    raise TypeError(f"{type(value).__name__} is not a JSON type")
