@@ -13,7 +13,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from . import __version__
 from .experiments import UsageError, bench, data, suggestion
-from .experiments.lottery import TRAINED
+from .experiments.lottery import TICKETS as TRAINED
 from .experiments.models import check_named
 from .experiments.reading import cause, read_yaml
 from .experiments.recipes import RECIPES, Preset, Recipe, Training, check_stages, find_recipe

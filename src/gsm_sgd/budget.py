@@ -1,101 +1,82 @@
-"""How fast passive weights have to decay to vanish in the steps given, and how many weights are active meanwhile.
-
-A weight w that stays passive is moved by its own decay alone. With learning rate alpha, momentum coefficient beta and
-decay eta, a step is linear in it and its momentum z:
-
-    z <- beta z + eta w
-    w <- w - alpha z                         Nesterov: w <- w - alpha (eta w + beta z)
-
-With x = alpha eta, a constant step multiplies both by an eigenvalue lambda of that map, which solves
-
-    x = (1 - lambda) (lambda - beta) / lambda
-    Nesterov:  x = (1 - lambda) (lambda - beta) / ((1 + beta) lambda - beta)
-
-For small x that is the paper's w_k = w_0 exp(-alpha eta k / (1 - beta)) (Ding et al., 2019, section 3.3). x is largest
-at lambda = sqrt(beta), where it is (1 - sqrt(beta))^2; Nesterov: at 2 beta / (1 + beta), where it is
-((1 - beta) / (1 + beta))^2. Any more, and lambda is complex: the weight oscillates about zero, and by |lambda| it
-shrinks no faster, with Nesterov's by |lambda| = sqrt(beta (1 - x)).
-"""
+"""Budgets: how many weights of a model are kept, given in one of four ways."""
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+import sys
+from typing import NamedTuple, Self
+
+from .schedules import real_number, whole_number
+
+_ROUNDING = 4 * sys.float_info.epsilon  # of N: N / C and N (1 - s) may just miss the whole number that is meant
 
 
-class PassiveWeight(NamedTuple):
-    """A weight that is passive, and its momentum."""
+class Budget(NamedTuple):
+    """A budget: one of `compression` C, `density`, `sparsity` and `num_kept` Q, and its value."""
 
-    weight: float = 1.0
-    momentum: float = 0.0
+    kind: str
+    value: float
 
-    def step(self, lr: float, decay: float, momentum: float, nesterov: bool = False) -> "PassiveWeight":
-        """Return what a step makes of it: the recurrence, exactly."""
-        pull = decay * self.weight
-        moved = momentum * self.momentum + pull
-        return PassiveWeight(self.weight - lr * (pull + momentum * moved if nesterov else moved), moved)
+    @classmethod
+    def of(
+        cls,
+        compression: float | None = None,
+        density: float | None = None,
+        sparsity: float | None = None,
+        num_kept: int | None = None,
+    ) -> Self:
+        """Return the one budget that is given.
 
+        Raises:
+            ValueError: none is given, or several, or its value is out of range.
+        """
+        given = {"compression": compression, "density": density, "sparsity": sparsity, "num_kept": num_kept}
+        found = [(kind, value) for kind, value in given.items() if value is not None]
+        if len(found) != 1:
+            names = " and ".join(kind for kind, _ in found) or "none"
+            raise ValueError(f"give exactly one of compression, density, sparsity and num_kept, not {names}")
+        kind, value = found[0]
+        value = whole_number(kind, value) if kind == "num_kept" else real_number(kind, value)
+        if kind == "compression" and not (math.isfinite(value) and value >= 1):
+            raise ValueError(f"compression must be a finite number of at least 1, not {value}")
+        if kind == "density" and not 0 < value <= 1:
+            raise ValueError(f"density must be above 0 and at most 1, not {value}")
+        if kind == "sparsity" and not 0 <= value < 1:
+            raise ValueError(f"sparsity must be at least 0 and below 1, not {value}")
+        if kind == "num_kept" and value < 1:
+            raise ValueError(f"num_kept must be at least 1, not {value}")
+        return cls(kind, value)
 
-def shrinkage(decay: float, lrs: Iterable[float], momentum: float, nesterov: bool = False) -> float:
-    """Return by what factor steps at these learning rates shrink a weight that stays passive, |w_T / w_0|."""
-    passive = PassiveWeight()
-    for lr in lrs:
-        passive = passive.step(lr, decay, momentum, nesterov)
-    return abs(passive.weight)
+    def num_kept(self, num_prunable: int) -> int:
+        """Return Q, the number of weights that are kept of N: floor(N / C), floor(N density), floor(N (1 - sparsity)).
 
+        Raises:
+            ValueError: nothing would be kept, or more than there is.
+        """
+        kept = rounded_down(self._exact(num_prunable), num_prunable)
+        if not 1 <= kept <= num_prunable:
+            most = "use at least 1 / N" if self.kind == "density" else f"use at most {num_prunable}"
+            what = "leaves none" if kept < 1 else "is more than"
+            advice = "" if self.kind == "sparsity" else f"; {most}"
+            raise ValueError(f"{self.kind} {self.value:g} {what} of {num_prunable} weights{advice}")
+        return kept
 
-def fastest_rate(momentum: float, nesterov: bool = False) -> float:
-    """Return the smallest factor per step that a passive weight can shrink by without oscillating."""
-    return 2 * momentum / (1 + momentum) if nesterov else math.sqrt(momentum)
-
-
-def decay_for_rate(rate: float, lr: float, momentum: float, nesterov: bool = False) -> float:
-    """Return the decay at which a step at this learning rate multiplies a passive weight by `rate` in the long run.
-
-    Args:
-        rate: lambda, at most 1; below `fastest_rate` the decay for that one is returned.
-        lr: alpha, above 0.
-        momentum: beta.
-        nesterov: whether momentum is Nesterov's.
-    """
-    rate = max(rate, fastest_rate(momentum, nesterov))
-    if momentum == 0:  # the momentum is not there, so lambda = 1 - x
-        return (1 - rate) / lr
-    return (1 - rate) * (rate - momentum) / ((1 + momentum) * rate - momentum if nesterov else rate) / lr
-
-
-def decay_for_shrinkage(factor: float, lrs: Sequence[float], momentum: float, nesterov: bool = False) -> float:
-    """Return the constant decay that shrinks a passive weight by a factor in steps at these learning rates.
-
-    Solved with the exact recurrence, by bisection: up to the decay at which the highest learning rate would make
-    the weight oscillate, a higher decay shrinks it more.
-
-    Raises:
-        ValueError: the factor is not between 0 and 1, or so few steps cannot shrink a weight that much.
-    """
-    if not 0 < factor < 1:
-        raise ValueError(f"the factor that passive weights shrink by must be above 0 and below 1, not {factor}")
-    low, high = 0.0, 0.0
-    if max(lrs, default=0.0) > 0:
-        high = decay_for_rate(0.0, max(lrs), momentum, nesterov)
-    best = shrinkage(high, lrs, momentum, nesterov)
-    if best > factor:
-        raise ValueError(
-            f"{len(lrs)} steps shrink a passive weight by {best:.2g} at best without oscillating, not by {factor:.2g}: "
-            "train longer, with a higher learning rate, or with less momentum"
-        )
-    while high - low > 1e-9 * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if shrinkage(middle, lrs, momentum, nesterov) <= factor else (middle, high)
-    return high
+    def _exact(self, total: int) -> float:
+        match self.kind:
+            case "compression":
+                return total / self.value
+            case "density":
+                return total * self.value
+            case "sparsity":
+                return total - total * self.value
+            case _:
+                return self.value
 
 
-def cubic_compression(compression: float, step: int, ramp_steps: int) -> float:
-    """Return the compression ratio at a step, where the share of passive weights rises to 1 - 1/C by the cubic rule.
+def rounded_down(exact: float, total: int) -> int:
+    """Return floor(exact), or the whole number that it misses by a rounding error of arithmetic with `total`."""
+    whole = round(exact)
+    return whole if abs(exact - whole) <= _ROUNDING * total else math.floor(exact)
 
-    Most weights become passive early, when there are many to choose from (Zhu and Gupta, "To prune, or not to
-    prune", 2017): s_t = (1 - 1/C) (1 - (1 - t/T)^3).
-    """
-    if step >= ramp_steps:
-        return compression
-    passive = (1 - 1 / compression) * (1 - (1 - step / ramp_steps) ** 3)
-    return 1 / (1 - passive)
+
+def kept_weights(num_prunable: int, compression: float) -> int:
+    """Return Q = floor(N / C)."""
+    return Budget.of(compression=compression).num_kept(num_prunable)

@@ -1,24 +1,36 @@
-"""What is prunable, which weights to keep by magnitude, the cut, and keeping zeros zero.
-
-Masks are bool tensors, True where a weight is kept, in a dict: keyed by parameter name, or by position among
-the prunable parameters where names are not known. Of weights that are DTensors they are DTensors, spread alike.
-"""
+"""Masks: which weights are kept, and how the others are cut and stay at zero in any optimizer."""
 
 import math
+import os
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any, NamedTuple, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .selection import StoredScores, kept_weights, score_dtype, select_top
-from .sharded import Shards, cut_out, here, is_dtensor, spread_as
+from .budget import Budget
+from .distributed import is_dtensor, like_dtensor, local_slice, placed_like, to_local
+from .names import (
+    bare_names,
+    is_prunable,
+    named_in,
+    own_names,
+    prunable_in,
+    prunable_parameters,
+    tensors_of,
+    without_prune,
+)
+from .patterns import Pattern
+from .scores import score_dtype
+from .selection.sharded import Sharded, Shards
+from .selection.stored import StoredScores, select_top
+from .selection.threshold import find_threshold
 
-Masks = dict[str, Tensor] | dict[int, Tensor]
-_Key = TypeVar("_Key", str, int)
+_FORMAT = {"format": "gsm-sgd masks"}
 
 
 class LayerSparsity(NamedTuple):
@@ -30,102 +42,143 @@ class LayerSparsity(NamedTuple):
     nonzeros: int
 
 
-def is_prunable(parameter: Tensor, group: Mapping[str, Any] | None = None) -> bool:
-    """Return whether a parameter may be pruned: as its group's `prunable` says, else if `ndim >= 2`."""
-    chosen = group.get("prunable") if group else None
-    return parameter.ndim >= 2 if chosen is None else bool(chosen)
+class Masks(dict[str, Tensor]):
+    """Bool tensors by parameter name, True where a weight is kept; DTensors of parameters that are DTensors.
 
+    The keys of parameters without names are their positions among the prunable ones: "0", "1", ... Every method
+    returns one of these, and whatever works with masks takes it.
 
-def is_governed(parameter: Tensor, group: Mapping[str, Any]) -> bool:
-    """Return whether the rule governs a parameter of a group now: it is prunable, and not frozen."""
-    return parameter.requires_grad and is_prunable(parameter, group)
-
-
-def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the weights of two or more dimensions by bare name, in model order, tied weights once.
-
-    Raises:
-        ValueError: torch.nn.utils.prune holds one of them, and what counts is its product with a mask.
+    Example:
+        >>> masks = optimizer.finalize()
+        >>> masks.save("masks.safetensors")
+        >>> Masks.load("masks.safetensors").apply_(model)
     """
-    tensors = _tensors_of(model)
-    for name in held_by_prune(tensors):
-        module, _, weight = name.rpartition(".")
-        raise ValueError(
-            f"torch.nn.utils.prune holds {name}: make it a plain weight with "
-            f"torch.nn.utils.prune.remove(model.get_submodule({module!r}), {weight!r})"
-        )
-    names = bare_names(tensors)
-    return {names[name]: parameter for name, parameter in model.named_parameters() if is_prunable(parameter)}
 
+    @property
+    def num_kept(self) -> int:
+        """How many weights are kept, of all processes."""
+        return sum(row.nonzeros for row in self.table())
 
-def prunable_in(optimizer: Optimizer) -> dict[str, Tensor] | dict[int, Tensor]:
-    """Return the prunable parameters of an optimizer by name, or by position where names are missing or not unique."""
-    prunable = [p for group in optimizer.param_groups for p in group["params"] if is_prunable(p, group)]
-    names = {parameter: name for name, parameter in named_in(optimizer).items()}
-    return {names[parameter]: parameter for parameter in prunable} if names else dict(enumerate(prunable))
+    def density(self) -> float:
+        """Return the share of the masked parameters' weights that is kept."""
+        return self.num_kept / max(1, sum(mask.numel() for mask in self.values()))
+
+    def table(self) -> list[LayerSparsity]:
+        """Return a row for each parameter: name, shape, number of weights, and how many are kept."""
+        return sparsity_rows(self)
+
+    @torch.no_grad()
+    def apply_(self, target: nn.Module | Mapping[str, Tensor]) -> None:
+        """Set the weights of a model, or of parameters by name, that are not kept to zero, in place.
+
+        Raises:
+            ValueError: a mask has no parameter, or another shape; nothing has changed.
+        """
+        parameters = prunable_parameters(target) if isinstance(target, nn.Module) else target
+        for parameter, mask in match(parameters, self):
+            to_local(parameter).masked_fill_(~mask, 0)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the masks to a safetensors file, whole or not at all; of DTensors every process has to call."""
+        from safetensors.torch import save
+
+        whole: dict[str, Any] = {key: mask.full_tensor() if is_dtensor(mask) else mask for key, mask in self.items()}
+        content = save({key: mask.cpu().contiguous() for key, mask in whole.items()}, _FORMAT)
+        partial = Path(f"{os.fspath(path)}.partial")
+        partial.write_bytes(content)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Return the masks of a safetensors file.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is no safetensors file, or holds something else than masks.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                masks = cls({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118  # not a dict
+        except SafetensorError as error:
+            raise ValueError(f"{os.fspath(path)} is not a safetensors file, or damaged") from error
+        if not masks or any(mask.dtype != torch.bool for mask in masks.values()):
+            raise ValueError(f"{os.fspath(path)} holds something else than masks: Masks.save writes them")
+        return masks
 
 
 @torch.no_grad()
-def magnitude_masks(parameters: Mapping[_Key, Tensor], compression: float) -> dict[_Key, Tensor]:
-    """Keep the floor(N / compression) largest |W| of all parameters together, ties to the earlier weight.
+def magnitude_masks(
+    parameters: Mapping[str, Tensor],
+    *,
+    compression: float | None = None,
+    density: float | None = None,
+    sparsity: float | None = None,
+    num_kept: int | None = None,
+) -> Masks:
+    """Keep the Q largest |w| of all parameters together, ties to the earlier weight.
 
     Args:
         parameters: as `prunable_parameters` returns them. If any is a DTensor, every process has to call.
-        compression: C >= 1.
-
-    Returns:
-        Bool masks with the keys and shapes of `parameters`, exactly floor(N / C) True in all; DTensors of DTensors.
+        compression, density, sparsity, num_kept: the budget, one of them, as of `GSM`.
 
     Raises:
-        ValueError: C is below 1, not finite, or leaves no weight; or a parameter contains NaN.
+        ValueError: the budget is out of range, or a parameter contains NaN.
     """
-    kept = kept_weights(sum(parameter.numel() for parameter in parameters.values()), float(compression))
+    budget = Budget.of(compression, density, sparsity, num_kept)
+    return largest(parameters, budget.num_kept(sum(parameter.numel() for parameter in parameters.values())))
+
+
+@torch.no_grad()
+def largest(parameters: Mapping[str, Tensor], num_kept: int, pattern: Pattern | None = None) -> Masks:
+    """Return masks of the `num_kept` largest |w|, or of the units of a pattern with the largest."""
     weights = list(parameters.values())
-    nan = [bool(here(weight).isnan().any()) for weight in weights]
-    if any(is_dtensor(weight) for weight in weights):
+    nan = [bool(to_local(weight).isnan().any()) for weight in weights]
+    sharded = any(is_dtensor(weight) for weight in weights)
+    if sharded:
         nan = [total > 0 for total in Shards(weights).totals(nan)]
     if any(nan):
         name = list(parameters)[nan.index(True)]
         raise ValueError(f"parameter {name!r} contains NaN, so nothing can be kept by magnitude: training has diverged")
-    if any(is_dtensor(weight) for weight in weights):
-        masks = _sharded_masks(weights, kept)
+    if sharded:
+        masks = _largest_sharded(weights, num_kept)
     else:
-        masks = select_top([weight.abs() for weight in weights], kept)
-    return dict(zip(parameters, masks, strict=True))
+        masks = choose([weight.abs() for weight in weights], num_kept, pattern or Pattern())
+    return Masks(zip(parameters, masks, strict=True))
 
 
-def _sharded_masks(weights: list[Tensor], kept: int) -> list[Tensor]:
-    """Return masks of the largest |W| of all processes."""
+def choose(scores: Sequence[Tensor], num_kept: int, pattern: Pattern, positive: bool = False) -> list[Tensor]:
+    """Pool, select, expand: return bool masks of the weights that a pattern keeps by their scores."""
+    units = pattern.pool(scores)
+    kept = pattern.select(units, num_kept, lambda scores, k: select_top(scores, k, positive))
+    return list(pattern.expand(kept, scores))
+
+
+def _largest_sharded(weights: list[Tensor], num_kept: int) -> list[Tensor]:
+    """Return masks of the largest |w| of all processes."""
     dtype = score_dtype(weights)
-    scores = [here(weight).abs().to(dtype).contiguous() for weight in weights]
+    scores = [to_local(weight).abs().to(dtype).contiguous() for weight in weights]
     shards = Shards(weights, scores)
-    if kept == len(shards):
+    if num_kept == shards.total:
         return [torch.ones_like(weight, dtype=torch.bool) for weight in weights]
     flat = [score.view(-1) for score in scores]
-    cut = shards.find_cut(lambda numbers: StoredScores([flat[number] for number in numbers]), kept, suspect=False)
-    masks = [mask.view(score.shape) for mask, score in zip(cut.masks(flat), scores, strict=True)]
-    return [spread_as(weight, mask) for weight, mask in zip(weights, masks, strict=True)]
+    search = Sharded(shards, lambda numbers: StoredScores([flat[number] for number in numbers]))
+    masks = find_threshold(search, num_kept).masks(flat)
+    return [
+        like_dtensor(weight, mask.view(score.shape))
+        for weight, mask, score in zip(weights, masks, scores, strict=True)
+    ]
 
 
 @torch.no_grad()
-def apply_masks_(parameters: Mapping[str, Tensor] | Mapping[int, Tensor], masks: Masks) -> None:
-    """Set the weights that the masks do not keep to zero, in place.
-
-    Raises:
-        ValueError: a mask has no parameter, or another shape; nothing has changed.
-    """
-    for parameter, mask in _matched(parameters, masks):
-        here(parameter).masked_fill_(~mask, 0)
-
-
-@torch.no_grad()
-def residual(parameters: Mapping[Any, Tensor], masks: Mapping[Any, Tensor]) -> float:
+def residual(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> float:
     """Return what share of the weights' L2 norm lies outside masks with the same keys: what a cut would take."""
     weights = list(parameters.values())
-    outside = [here(weight).masked_fill(here(masks[key]), 0) for key, weight in parameters.items()]
+    outside = [to_local(weight).masked_fill(to_local(masks[key]), 0) for key, weight in parameters.items()]
     squares = [
         float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
-        for tensor in (*outside, *(here(weight) for weight in weights))
+        for tensor in (*outside, *(to_local(weight) for weight in weights))
     ]
     lost, whole = squares[: len(weights)], squares[len(weights) :]
     if any(is_dtensor(weight) for weight in weights):
@@ -134,15 +187,15 @@ def residual(parameters: Mapping[Any, Tensor], masks: Mapping[Any, Tensor]) -> f
     return math.sqrt(sum(lost) / sum(whole)) if sum(whole) else 0.0
 
 
-def freeze(optimizer: Optimizer, masks: Masks, model: nn.Module | None = None) -> RemovableHandle:
-    """Keep the masked weights and their gradients at exactly zero, now and in every step of any torch optimizer.
+def keep_masked(optimizer: Optimizer, masks: Mapping[str, Tensor], model: nn.Module | None = None) -> RemovableHandle:
+    """Keep the weights that the masks cut, and their gradients, at zero in every step of any torch optimizer.
 
     Masks with names meet the parameters of these names, in the model if it is given, else in the optimizer if it was
     given named parameters. Otherwise masks meet the optimizer's prunable parameters in order, which needs a single
     parameter group.
 
-    The next step masks dense weights that are loaded later. Freeze LBFGS before its first step: it searches along
-    directions of earlier ones. Freeze after anything that replaces parameters, such as `fully_shard`.
+    The next step masks dense weights that are loaded later. Call this before the first step of LBFGS: it searches along
+    directions of earlier ones. Call it after anything that replaces parameters, such as `fully_shard`.
 
     Args:
         optimizer: any of torch's kind, or the wrapper that Accelerate or Lightning has around one.
@@ -151,8 +204,8 @@ def freeze(optimizer: Optimizer, masks: Masks, model: nn.Module | None = None) -
             Trainer's.
 
     Returns:
-        A handle whose `remove()` lets the weights move again. Copies and checkpoints do not carry it: freeze again
-        after building the optimizer anew.
+        A handle whose `remove()` lets the weights move again. Copies and checkpoints do not carry it: call again after
+        rebuilding the optimizer.
 
     Raises:
         ValueError: a mask has no parameter, or one that the optimizer does not train, or another shape, or the
@@ -161,13 +214,13 @@ def freeze(optimizer: Optimizer, masks: Masks, model: nn.Module | None = None) -
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     named = named_in(optimizer) if model is None else dict(model.named_parameters())
-    by_name = bool(named) and all(isinstance(key, str) for key in masks)
+    by_name = bool(named) and not _positional(masks)
     if not by_name and len(optimizer.param_groups) > 1:
         raise ValueError(
-            "freeze cannot tell which mask belongs to which parameter of several groups: give it masks with names "
-            "(GSM(model.named_parameters(), ...) returns such) and the model: freeze(optimizer, masks, model)"
+            "keep_masked cannot tell which mask belongs to which parameter of several groups: give it masks with names "
+            "(GSM(model.named_parameters(), ...) returns such) and the model: keep_masked(optimizer, masks, model)"
         )
-    matched = _matched(named if by_name else prunable_in(optimizer), masks)
+    matched = match(named if by_name else prunable_in(optimizer), masks)
     _check_trained(optimizer, named, {parameter for parameter, _ in matched})
     cut = [(parameter, _Cut(~mask)) for parameter, mask in matched]
 
@@ -179,13 +232,13 @@ def freeze(optimizer: Optimizer, masks: Masks, model: nn.Module | None = None) -
     @torch.no_grad()
     def zero_weights(*_: object) -> None:
         for parameter, away in cut:
-            away.zero_(here(parameter))
+            away.zero_(to_local(parameter))
 
     try:
         hooks = [optimizer.register_step_pre_hook(zero_gradients), optimizer.register_step_post_hook(zero_weights)]
     except AttributeError as error:
         raise ValueError(
-            f"{type(optimizer).__name__} calls no hooks at its steps: give freeze the torch optimizer in it"
+            f"{type(optimizer).__name__} calls no hooks at its steps: give keep_masked the torch optimizer in it"
         ) from error
     zero_weights()
     zero_gradients()
@@ -198,7 +251,7 @@ def mask_gradients(cut: Iterable[tuple[Tensor, Tensor]]) -> RemovableHandle:
     So neither gradient clipping nor GradScaler nor a logged norm counts them. Copies of the parameters are free.
 
     Args:
-        cut: parameters, and for each a bool tensor, True where a weight was cut; of a DTensor for the part held here.
+        cut: parameters, and for each a bool tensor, True where a weight was cut; of a DTensor for the local part.
 
     Returns:
         A handle whose `remove()` lets the gradients be.
@@ -215,7 +268,7 @@ def mask_gradients(cut: Iterable[tuple[Tensor, Tensor]]) -> RemovableHandle:
 
 
 class _Cut:
-    """Which weights of the part held here were cut; it goes where the parameter goes."""
+    """Which weights of the local part were cut; it goes where the parameter goes."""
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
@@ -225,13 +278,15 @@ class _Cut:
         tensor.masked_fill_(self.mask, 0)
 
     def zero_gradient_(self, parameter: Tensor) -> None:
-        grad: Any = parameter.grad
-        if is_dtensor(grad) and grad.placements != (placements := getattr(parameter, "placements", None)):
-            parameter.grad = grad = grad.redistribute(placements=placements)
-        if grad is not None and grad.is_sparse:
+        if parameter.grad is None:
+            return
+        grad = placed_like(parameter, parameter.grad)
+        if grad is not parameter.grad:
+            parameter.grad = grad
+        if grad.is_sparse:
             _Cut(self.mask.to(grad.device)[tuple(grad._indices())]).zero_(grad._values())
-        elif grad is not None:
-            self.zero_(here(grad))
+        else:
+            self.zero_(to_local(grad))
 
 
 class _Handles(RemovableHandle):
@@ -252,7 +307,7 @@ def _check_trained(optimizer: Optimizer, named: Mapping[str, Tensor], masked: Se
     trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in named.items():
         if parameter in masked - trained:
-            raise ValueError(f"the optimizer does not train {name}, but a mask is of it: leave it to apply_masks_")
+            raise ValueError(f"the optimizer does not train {name}, but a mask is of it: leave it to Masks.apply_")
 
 
 def sparsity_table(model: nn.Module) -> list[LayerSparsity]:
@@ -260,7 +315,7 @@ def sparsity_table(model: nn.Module) -> list[LayerSparsity]:
 
     A weight that torch.nn.utils.prune holds is counted as its mask leaves it.
     """
-    tensors = without_prune(_tensors_of(model))
+    tensors = without_prune(tensors_of(model))
     names, buffers = bare_names(tensors), dict(model.named_buffers(remove_duplicate=False))
     return sparsity_rows({names[name]: t for name, t in tensors.items() if name not in buffers and is_prunable(t)})
 
@@ -270,7 +325,7 @@ def sparsity_rows(weights: Mapping[str, Tensor]) -> list[LayerSparsity]:
 
     If any is a DTensor, every process has to call, and gets the rows of the whole model.
     """
-    counts = [_count_nonzero(here(weight.detach())) for weight in weights.values()]
+    counts = [_count_nonzero(to_local(weight.detach())) for weight in weights.values()]
     if any(is_dtensor(weight) for weight in weights.values()):
         counts = [int(total) for total in Shards(list(weights.values())).totals(counts)]
     return [
@@ -286,94 +341,33 @@ def _count_nonzero(weight: Tensor) -> int:
         return int(weight.double().count_nonzero())
 
 
-def named_in(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return all parameters of an optimizer by bare name; none if it was given no names, or a name twice."""
-    named: dict[str, Tensor] = {}
-    for group in optimizer.param_groups:
-        names = group.get("param_names", [])
-        if len(names) < len(group["params"]):
-            return {}
-        named.update(zip(names, group["params"], strict=True))
-    bare = bare_names(named)
-    unique = len(named) == sum(len(group["params"]) for group in optimizer.param_groups)
-    return {bare[name]: parameter for name, parameter in named.items()} if unique else {}
+def _positional(masks: Mapping[str, Tensor]) -> bool:
+    """Return whether the keys of masks are positions, not names."""
+    return list(masks) == [str(number) for number in range(len(masks))]
 
 
-def bare_name(name: str) -> str:
-    """Return a parameter's name without the modules that torch.compile, DDP and DataParallel put into it."""
-    *modules, last = name.split(".")
-    return ".".join([*(module for module in modules if module not in ("_orig_mod", "module")), last])
+def match(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Pair parameters with the local parts of masks, by name where the masks have names, else in order.
 
-
-def bare_names(names: Iterable[str]) -> dict[str, str]:
-    """Return the bare name of each name in a model, for masks and files that other models are to load.
-
-    A `module.` is taken for a wrapper's only where all names begin with it: a model may have a module of that name.
+    Raises:
+        ValueError: a mask has no parameter, or another shape.
     """
-    bare = {name: ".".join(part for part in name.split(".") if part != "_orig_mod") for name in names}
-    while bare and all(name.startswith("module.") for name in bare.values()):
-        bare = {name: short.removeprefix("module.") for name, short in bare.items()}
-    return bare if len(set(bare.values())) == len(bare) else {name: name for name in bare}
-
-
-def own_names(ours: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
-    """Map each of their names to ours: the same one, else one with the same bare name, else, to no avail, itself."""
-    ours = set(ours)
-    by_bare = {bare_name(name): name for name in ours}
-    return {name: name if name in ours else by_bare.get(bare_name(name), name) for name in theirs}
-
-
-def held_by_prune(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the weights that torch.nn.utils.prune keeps as a tensor NAME_orig and its mask NAME_mask."""
-    names = [name.removesuffix("_orig") for name in tensors if name.endswith("_orig")]
-    pairs = {name: (tensors[f"{name}_orig"], tensors.get(f"{name}_mask")) for name in names if name not in tensors}
-    return [name for name, (weight, mask) in pairs.items() if mask is not None and _is_mask(mask, weight)]
-
-
-def _is_mask(mask: Tensor, weight: Tensor) -> bool:
-    values = here(mask)
-    return mask.shape == weight.shape and (mask.is_meta or bool(((values == 0) | (values == 1)).all()))
-
-
-def without_prune(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors with each weight that torch.nn.utils.prune holds in one piece, as the net computes with it."""
-    joined = {}
-    held = {f"{name}_orig": name for name in held_by_prune(tensors)}
-    masks = {f"{name}_mask" for name in held.values()}
-    for name, tensor in tensors.items():
-        if name in held:
-            joined[held[name]] = tensor.detach() * tensors[f"{held[name]}_mask"].to(tensor.dtype)
-        elif name not in masks:
-            joined[name] = tensor
-    return joined
-
-
-def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters of a model, each once, and then its buffers, by name."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers(remove_duplicate=False))}
-
-
-def _matched(parameters: Mapping[str, Tensor] | Mapping[int, Tensor], masks: Masks) -> list[tuple[Tensor, Tensor]]:
-    """Pair parameters with the parts of masks that lie here, by name where both have names, else in order.
-
-    All is checked beforehand.
-    """
-    by_key: dict[Any, Tensor] = dict(parameters)
-    pairs: list[tuple[Any, Tensor, Tensor]]
-    if {type(key) for key in (*parameters, *masks)} == {str}:
-        names = own_names(by_key, map(str, masks))
-        if unknown := [key for key, name in names.items() if name not in by_key]:
+    if _positional(masks) and not set(masks) <= set(parameters):
+        if len(parameters) != len(masks):
+            raise ValueError(f"{len(masks)} masks for {len(parameters)} prunable parameters")
+        pairs = list(zip(parameters, masks.values(), strict=True))
+    else:
+        names = own_names(parameters, masks)
+        if unknown := [key for key, name in names.items() if name not in parameters]:
             raise ValueError(f"no prunable parameter is named {unknown[0]!r}, but a mask is")
         if len(set(names.values())) < len(names):
             raise ValueError("two masks are for one parameter: their names differ only in what a wrapper adds")
-        pairs = [(name, by_key[name], mask) for name, mask in zip(names.values(), masks.values(), strict=True)]
-    elif set(masks) <= set(by_key):
-        pairs = [(key, by_key[key], mask) for key, mask in masks.items()]
-    elif len(parameters) == len(masks):
-        pairs = list(zip(masks, by_key.values(), masks.values(), strict=True))
-    else:
-        raise ValueError(f"{len(masks)} masks for {len(parameters)} prunable parameters")
-    for key, parameter, mask in pairs:
-        if parameter.shape != mask.shape:
-            raise ValueError(f"mask {key!r} has shape {tuple(mask.shape)}, its parameter {tuple(parameter.shape)}")
-    return [(param, cut_out(param, mask).to(here(param).device, torch.bool)) for _, param, mask in pairs]
+        pairs = list(zip(names.values(), masks.values(), strict=True))
+    for key, mask in pairs:
+        if parameters[key].shape != mask.shape:
+            shape = tuple(parameters[key].shape)
+            raise ValueError(f"the mask of {key!r} has shape {tuple(mask.shape)}, its parameter {shape}")
+    return [
+        (parameters[key], local_slice(parameters[key], mask).to(to_local(parameters[key]).device, torch.bool))
+        for key, mask in pairs
+    ]

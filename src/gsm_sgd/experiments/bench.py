@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from .. import GSM
-from ..selection import kept_weights
+from ..budget import Budget
 from . import UsageError, models, suggestion
 
 Shapes = list[tuple[int, ...]]
@@ -92,7 +92,7 @@ def measure(
         BASELINE: lambda params: SGD(params, fused=True, **_SETTINGS),
         "SGD, foreach": lambda params: SGD(params, foreach=True, **_SETTINGS),
         "GSM": lambda params: GSM(params, compression=work.compression, **_SETTINGS),
-        "GSM, fused": lambda params: GSM(params, compression=work.compression, fused=True, **_SETTINGS),
+        "GSM, compiled": lambda params: GSM(params, compression=work.compression, compiled=True, **_SETTINGS),
         "published approach": lambda params: _Published(params, work.compression),
     }
     contestants = {}
@@ -138,7 +138,8 @@ class _Published(SGD):
     def __init__(self, params: Sequence[nn.Parameter], compression: float) -> None:
         super().__init__(params, **_SETTINGS)
         self._prunable = [param for param in params if param.ndim >= 2]
-        self._kept = kept_weights(sum(param.numel() for param in self._prunable), compression)
+        total = sum(param.numel() for param in self._prunable)
+        self._kept = Budget.of(compression=compression).num_kept(total)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # a benchmark has no closure
@@ -167,7 +168,7 @@ def _synchronize(device: torch.device) -> None:
 
 def _extra_mib(optimizer: Optimizer, device: torch.device) -> float | None:
     """Return the peak of memory that a step needs beyond what is there before it, and what it keeps for the next."""
-    kept = optimizer.memory.nbytes if isinstance(optimizer, GSM) else 0
+    kept = optimizer.buffer_bytes if isinstance(optimizer, GSM) else 0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..budget import shrinkage
-from ..groups import passive_decay
-from ..masks import apply_masks_, magnitude_masks, own_names, prunable_parameters
-from ..optimizer import GSM
+from ..decay import shrinkage
+from ..masks import Masks, magnitude_masks
+from ..names import own_names, prunable_parameters
+from ..optim.gsm import GSM
+from ..schedules import Phase, Schedule
 from .loop import evaluate, lr_factor
 from .recipes import Recipe
 from .rundir import Record
@@ -48,21 +49,21 @@ class CutNow:
             cut, when it comes, will cost accuracy.
         """
         weights = prunable_parameters(self._model)
-        fixed: dict[Any, Tensor] = dict(self._optimizer.masks)
-        names = own_names(fixed, weights)
-        if fixed:
-            masks = {name: fixed[names[name]] for name in weights}
+        masks = self._optimizer.masks
+        if masks:
+            names = own_names(masks, weights)
+            masks = Masks({name: masks[names[name]] for name in weights})
         else:
-            masks = magnitude_masks(weights, self._recipe.compression)
+            masks = magnitude_masks(weights, compression=self._recipe.compression)
         kept = torch.cat([mask.view(-1) for mask in masks.values()]).cpu()
         entered = kept & ~self._kept
         counts = {"entered": int(entered.sum()), "returned": int((entered & self._ever).sum())}
         self._kept, self._ever = kept, self._ever | kept
 
         cut_top1 = top1
-        if not self._optimizer.finalized:  # else it is cut already
+        if self._optimizer.phase is not Phase.DONE:  # else it is cut already
             before = {name: weight.clone() for name, weight in weights.items()}
-            apply_masks_(weights, masks)
+            masks.apply_(weights)
             cut_top1 = evaluate(self._model, self._test)
             for name, weight in weights.items():
                 weight.copy_(before[name])
@@ -82,14 +83,15 @@ class CutNow:
 
     def _left(self, steps_left: int) -> float:
         """Return what is left at the cut of a weight that turns passive now, 0 if the cut is due or a fade comes."""
-        group = self._optimizer.param_groups[0]
-        end = self._recipe.cut_epoch * self._steps_per_epoch
+        schedule, group = self._optimizer.schedule, self._optimizer.param_groups[0]
+        assert isinstance(schedule, Schedule)
         now = self._recipe.gsm.epochs * self._steps_per_epoch - steps_left
-        if not group["ramp_steps"] <= now < end or (group["fade_steps"] and not group["fading"]):
+        fade_comes = self._recipe.fade > 0 and self._optimizer.phase is not Phase.FADE
+        if not schedule.ramp_steps <= now < schedule.cut_step or fade_comes:
             return 0.0
         factor = lr_factor(self._recipe.gsm, self._steps_per_epoch)
-        lrs = [self._recipe.gsm.lr * factor(step) for step in range(now, end)]
-        return shrinkage(passive_decay(group), lrs, group["momentum"], group["nesterov"])
+        lrs = [self._recipe.gsm.lr * factor(step) for step in range(now, schedule.cut_step)]
+        return shrinkage(self._optimizer.passive_decay(group), lrs, group["momentum"], group["nesterov"])
 
     def state_dict(self) -> dict[str, Any]:
         """Return what later measurements depend on."""

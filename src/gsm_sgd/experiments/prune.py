@@ -4,13 +4,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.swa_utils import update_bn
 
 from .. import __version__
-from ..masks import apply_masks_, freeze, magnitude_masks, prunable_parameters, sparsity_table
-from ..optimizer import GSM
+from ..masks import Masks, keep_masked, magnitude_masks, sparsity_table
+from ..names import prunable_parameters
+from ..optim.gsm import GSM
+from ..schedules import Schedule
 from . import UsageError, models
 from .cutnow import CutNow
 from .environment import device_name
@@ -53,6 +55,7 @@ def prune_steps(job: Job) -> tuple[nn.Module, dict[str, float]]:
         top1["base"] = train_base(job, model)
 
     # 3. Train with GSM: all but Q weights shrink to nothing. They may be cut before the end.
+    prunable = prunable_parameters(model)
     steps = steps_per_epoch(job.data, recipe)
     optimizer = gsm(model, recipe, steps)
     train_stage(job, "gsm", model, recipe.gsm, optimizer, probe=CutNow(model, optimizer, recipe, test, steps))
@@ -68,13 +71,15 @@ def prune_steps(job: Job) -> tuple[nn.Module, dict[str, float]]:
     else:
         top1["gsm_before_cut"] = evaluate(model, test)
 
-    # 4. Cut: the same as GSM.finalize(), which a stage that was finished earlier no longer has.
-    prunable = prunable_parameters(model)
-    left = sum(int(weight.count_nonzero()) for weight in prunable.values())
-    apply_masks_(prunable, magnitude_masks(prunable, recipe.compression))
+    # 4. Cut. The optimizer has the masks, unless the stage was over before this process began.
+    left = sum(layer.nonzeros for layer in sparsity_table(model))
+    if not run.has_weights("masks"):
+        run.save_masks("masks", optimizer.masks or magnitude_masks(prunable, compression=recipe.compression))
+    masks = run.load_masks("masks", prunable)
+    masks.apply_(prunable)
     pruned = evaluate(model, test)
     top1.setdefault("gsm_after_cut", pruned)
-    if recipe.recalibrate and left > optimizer.nonzeros:
+    if recipe.recalibrate and left > masks.num_kept:
         update_bn(job.data.train.shuffled(recipe.batch_size, recipe.seed, epoch=0), model)
         pruned = evaluate(model, test)
     top1["pruned"] = pruned
@@ -106,7 +111,7 @@ def train_stage(
     model: nn.Module,
     training: Training,
     optimizer: Optimizer,
-    masks: dict[str, Tensor] | None = None,
+    masks: Masks | None = None,
     probe: Probe | None = None,
 ) -> None:
     """Train `model` as one stage of the run, or load what the stage left if it is over.
@@ -116,9 +121,9 @@ def train_stage(
     """
     stage = job.run.stage(name)
     if not job.run.has_weights(name):
-        masks = masks or {}
+        masks = masks or Masks()
         if masks:
-            freeze(optimizer, masks)
+            keep_masked(optimizer, masks)
         train(model, optimizer, training, job.recipe, job.data, stage, job.observer, probe)
         weights = prunable_parameters(model)
         for key, mask in masks.items():
@@ -142,6 +147,7 @@ def plain_sgd(model: nn.Module, training: Training) -> SGD:
 
 def gsm(model: nn.Module, recipe: Recipe, steps_per_epoch: int) -> GSM:
     """Return the optimizer of GSM training."""
+    cut = recipe.cut_epoch / recipe.gsm.epochs
     total = recipe.gsm.epochs * steps_per_epoch
     return GSM(
         parameter_groups(model, recipe.gsm),
@@ -149,13 +155,9 @@ def gsm(model: nn.Module, recipe: Recipe, steps_per_epoch: int) -> GSM:
         compression=recipe.compression,
         momentum=recipe.gsm.momentum,
         nesterov=recipe.gsm.nesterov,
-        passive_decay=recipe.passive_decay,
-        total_steps=total,
-        shrink_to=recipe.shrink_to,
-        compression_schedule="cubic" if recipe.ramp else "constant",
-        ramp_steps=round(recipe.ramp * total),
-        fade_steps=round(recipe.fade * total),
-        cut_step=recipe.cut_epoch * steps_per_epoch if recipe.cut_epoch < recipe.gsm.epochs else None,
+        schedule=Schedule(total, ramp=recipe.ramp, fade=recipe.fade, cut=cut, shrink_to=recipe.shrink_to),
+        passive_decay=recipe.gsm.weight_decay if recipe.passive_decay is None else recipe.passive_decay,
+        score=recipe.score,
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
+from ..scores import SCORES
 from . import UsageError, suggestion
 
 Preset = Literal["fast", "paper", "repo"]
@@ -103,6 +104,7 @@ class Recipe:
         passive_decay: weight decay of passive weights in GSM training; null means gsm.weight_decay, the paper's rule;
             "auto" chooses it so that they shrink to `shrink_to` between the ramp and the cut, or the fade, and in it.
         shrink_to: what "auto" aims at.
+        score: by what GSM chooses the active weights: taylor |w g|, magnitude |w|, or random.
         batch_size: images per step.
         seed: of the initial weights and of the order of the images.
         recalibrate: whether to measure the batch norms' means and variances anew if the cut, when training is over, has
@@ -129,6 +131,7 @@ class Recipe:
     fade: float = 0.0
     passive_decay: float | Literal["auto"] | None = None
     shrink_to: float = 1e-6
+    score: str = "taylor"
     batch_size: int = 256
     seed: int = 0
     recalibrate: bool = False
@@ -182,6 +185,8 @@ class Recipe:
             raise UsageError(f"batch_size must be at least 1 and at most {_LARGEST_BATCH:,}, not {self.batch_size}")
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"seed must be at least 0 and below 2**32, not {self.seed}")
+        if self.score not in SCORES:
+            raise UsageError(f"unknown score {self.score!r}: {suggestion(self.score, SCORES)}")
         if self.weights is not None and self.start != "base":
             raise UsageError("weights are a base net to start from: add --start base, or leave them out")
         if not 0 <= self.holdout < 2**32:

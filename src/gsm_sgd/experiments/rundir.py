@@ -6,7 +6,7 @@ is over when its weights are there; until then its checkpoint, and the metrics u
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ..masks import Masks, match
 from . import UsageError, ranks
 from .environment import environment
 from .reading import cause, check_regular, is_number, load_tensors, open_regular, read_json, read_yaml
@@ -155,6 +156,22 @@ class RunFolder:
             load_state(model, weights)
         except RuntimeError as error:
             raise UsageError(f"{path} does not fit the model: delete it to run its stage again") from error
+
+    def save_masks(self, name: str, masks: Masks) -> None:
+        """Write masks to `<name>.safetensors`."""
+        if self.writes:
+            masks.save(self.path / f"{name}.safetensors")
+        ranks.wait()
+
+    def load_masks(self, name: str, weights: Mapping[str, Tensor]) -> Masks:
+        """Return the masks of `<name>.safetensors`, checked against the weights that they are of."""
+        path = self.path / f"{name}.safetensors"
+        try:
+            masks = read_masks(path)
+            match(weights, masks)
+        except (UsageError, ValueError) as error:
+            raise UsageError(f"{error}; delete {path} to choose again what is kept") from error
+        return Masks({key: mask.to(weights[key].device) for key, mask in masks.items()})
 
     def stage(self, name: str) -> "Stage":
         """Return the stage that ends with `<name>.safetensors`."""
@@ -314,6 +331,21 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if expected is not None and expected != tensors_hash(tensors):
         raise UsageError(f"{path} is damaged: its weights are not those that were saved")
     return tensors
+
+
+def read_masks(path: Path) -> Masks:
+    """Return the masks of a file.
+
+    Raises:
+        UsageError: the file is missing, damaged, or holds something else.
+    """
+    try:
+        check_regular(path)
+        return Masks.load(path)
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} does not exist") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is damaged: it holds no masks") from error
 
 
 def _defaults(kind: type, prefix: str = "") -> Record:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..masks import bare_names, own_names, without_prune
-from ..sharded import is_dtensor
+from ..distributed import is_dtensor
+from ..names import bare_names, own_names, without_prune
 from . import UsageError
 
 
@@ -62,7 +62,7 @@ def _not_plain(value: Any) -> str | None:
     if is_lazy(value):
         return "not initialized yet: call the net once before"
     if is_dtensor(value):
-        return "spread over processes: give its full_tensor(), for which every process has to call"
+        return "sharded over processes: give its full_tensor(), for which every process has to call"
     if value.is_quantized:
         return "quantized: give its dequantize(), or leave it out"
     if value.is_nested:

@@ -5,7 +5,8 @@ from pathlib import Path
 from ..experiments.reading import open_regular
 from ..experiments.rundir import read_weights
 from ..experiments.states import plain_state
-from ..masks import LayerSparsity, is_prunable, sparsity_rows
+from ..masks import LayerSparsity, sparsity_rows
+from ..names import is_prunable
 from . import sparse, ticket
 from .container import format_of
 from .hdf5_file import MAGIC, read_hdf5

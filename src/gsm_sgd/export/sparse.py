@@ -17,7 +17,7 @@ from torch import Tensor
 from ..experiments import UsageError
 from ..experiments.states import plain_state, tensors_hash
 from ..experiments.whole_files import write_whole
-from ..masks import is_prunable, own_names
+from ..names import is_prunable, own_names
 from . import container, indices
 from .container import NUMBER_BYTES, Container, FormatError
 from .indices import Coding

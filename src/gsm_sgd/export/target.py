@@ -9,8 +9,8 @@ from torch import nn
 
 from ..experiments import UsageError
 from ..experiments.recipes import Recipe
-from ..masks import prunable_parameters
-from ..selection import kept_weights
+from ..names import prunable_parameters
+from ..budget import kept_weights
 from .sparse import largest_size
 
 _UNITS = {"b": 1, "kb": 10**3, "kib": 2**10, "mb": 10**6, "mib": 2**20}

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from ..experiments import UsageError, models
-from ..experiments.lottery import TRAINED, retrain_ticket
+from ..experiments.lottery import TICKETS as TRAINED, retrain_ticket
 from ..experiments.prune import Job, finish, initial_net
 from ..experiments.recipes import Recipe
 from ..experiments.rundir import read_weights
 from ..experiments.states import tensors_hash
 from ..experiments.whole_files import write_whole
-from ..masks import magnitude_masks, prunable_parameters
+from ..masks import magnitude_masks
+from ..names import prunable_parameters
 from ..reports.runs import read_run
-from ..selection import kept_weights
+from ..budget import kept_weights
 from . import container, indices
 from .container import Container, FormatError
 from .table import Row, check_rows, codings_from_text, codings_to_text, rows_from_json, rows_to_json

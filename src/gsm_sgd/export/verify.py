@@ -4,8 +4,8 @@ from pathlib import Path
 
 from ..experiments import UsageError
 from ..experiments.loop import evaluate
-from ..masks import prunable_parameters
-from ..selection import kept_weights
+from ..names import prunable_parameters
+from ..budget import kept_weights
 from .rebuild import build, load_data, recipe_of
 from .sparse import SparseFile, certify, read_sparse
 

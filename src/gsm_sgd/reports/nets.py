@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..experiments import UsageError
-from ..experiments.rundir import read_weights
+from ..experiments.lottery import TICKETS
+from ..experiments.rundir import read_masks, read_weights
 from ..masks import magnitude_masks
 from .runs import Run
 
@@ -68,10 +69,13 @@ def mask(run: Run, method: str) -> dict[str, Tensor]:
         UsageError: the weights that this is to be told from cannot be read.
     """
     assert run.result is not None
+    stored = run.path / f"{TICKETS[method.lower()]}.safetensors"
+    if stored.exists():
+        return read_masks(stored)
     if method == methods(run)[0]:  # what the run's own net keeps
         return {name: weight != 0 for name, weight in prunable_weights(run, run.net).items()}
     try:
-        return magnitude_masks(prunable_weights(run, "base"), run.result["compression"])
+        return magnitude_masks(prunable_weights(run, "base"), compression=run.result["compression"])
     except ValueError as error:
         raise UsageError(f"{run.path / 'result.json'} is damaged: {error}") from error
 

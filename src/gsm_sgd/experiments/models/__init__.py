@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...masks import is_prunable, prunable_parameters
+from ...names import is_prunable, prunable_parameters
 from .. import UsageError, suggestion
 from ..data import IMAGE_SHAPES, Shape
 from ..states import plain_state

@@ -1,0 +1,141 @@
+"""One phase: the optimizer and the learning rate schedule that take a model, fresh or trained, to a sparsity."""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatch
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.optim.lr_scheduler import LambdaLR
+
+from ..budget import Budget
+from ..schedules import Schedule
+from .gsm import GSM
+
+_WARM_UP = 0.03  # share of the steps in which the learning rate rises: a trained net survives its first steps
+_ANNEAL = 0.5  # share of the steps after which the learning rate falls along a cosine
+_EMBEDDINGS = re.compile(r"embed|_token")  # parameters that are added to activations, such as pos_embed and cls_token
+
+
+def one_phase(
+    model: nn.Module,
+    total_steps: int,
+    lr: float,
+    *,
+    compression: float | None = None,
+    density: float | None = None,
+    sparsity: float | None = None,
+    num_kept: int | None = None,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    dense: Sequence[str] = ("embeddings", "depthwise"),
+    compiled: bool = False,
+) -> tuple[GSM, LambdaLR]:
+    """Set up the training of a model to an exact sparsity, from a random start or a trained net.
+
+    The density falls over the first 30 % of the steps, the passive weights have vanished after 70 % and are cut, and the
+    rest trains the kept weights. The learning rate rises over 3 % of the steps and falls along a cosine from the middle
+    on. Biases and norms are trained without weight decay, and frozen parameters are left out.
+
+    Args:
+        model: what to train.
+        total_steps: optimizer steps of the training: batches of all epochs, divided by the batches of a step.
+        lr: the highest learning rate; start with what trains the dense net from scratch, or half of it.
+        compression, density, sparsity, num_kept: the budget, one of them, as of `GSM`.
+        momentum: of SGD.
+        weight_decay: of weights of two or more dimensions.
+        dense: what to leave dense, beside biases and norms: "embeddings", positional ones included; "depthwise"
+            convolutions; the "head", which is the last linear or convolutional layer; or parameter names, in which "*"
+            stands for anything. These weights do not count in N.
+        compiled: as of `GSM`.
+
+    Returns:
+        The optimizer, and the scheduler to step after each optimizer step.
+
+    Raises:
+        ValueError: an argument is out of range, a name in `dense` is no parameter's, or nothing is left to prune.
+
+    Example:
+        >>> optimizer, scheduler = one_phase(model, total_steps=epochs * len(loader), lr=0.1, compression=10)
+        >>> for _ in range(epochs):
+        ...     for images, labels in loader:
+        ...         optimizer.zero_grad()
+        ...         F.cross_entropy(model(images), labels).backward()
+        ...         optimizer.step()
+        ...         scheduler.step()
+        >>> optimizer.finalize().save("masks.safetensors")
+    """
+    budget = Budget.of(compression, density, sparsity, num_kept)
+    amount: dict[str, Any] = {budget.kind: budget.value}
+    schedule = Schedule(total_steps, peak_lr=lr)
+    groups = parameter_groups(model, weight_decay, dense)
+    optimizer = GSM(groups, lr=lr, momentum=momentum, schedule=schedule, compiled=compiled, **amount)
+    return optimizer, LambdaLR(optimizer, lr_factor(schedule.total_steps))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, dense: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Return the named parameters that are not frozen as groups: prunable, dense weights, and what does not decay.
+
+    Raises:
+        ValueError: a name in `dense` is no parameter's.
+    """
+    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    left_dense: set[str] = set()
+    for what in dense:
+        names = set(_KINDS[what](model)) if what in _KINDS else {name for name in trained if fnmatch(name, what)}
+        if not names and what not in _KINDS:
+            raise ValueError(f"no parameter that is trained is named {what!r}: {', '.join(_KINDS)} are kinds of layers")
+        left_dense |= names
+    kinds: dict[str, list[tuple[str, Tensor]]] = {"prunable": [], "dense": [], "vectors": []}
+    for name, param in trained.items():
+        kinds["vectors" if param.ndim < 2 else "dense" if name in left_dense else "prunable"].append((name, param))
+    settings = {
+        "prunable": {"weight_decay": weight_decay},
+        "dense": {"weight_decay": weight_decay, "prunable": False},
+        "vectors": {"weight_decay": 0.0, "prunable": False},
+    }
+    return [{"params": params, **settings[kind]} for kind, params in kinds.items() if params]
+
+
+def lr_factor(total_steps: int, warm_up: float = _WARM_UP, anneal: float = _ANNEAL) -> Callable[[int], float]:
+    """Return what to multiply the learning rate by as a function of the step: a linear rise, 1, half a cosine."""
+
+    return partial(_factor, total_steps=total_steps, rise=round(warm_up * total_steps), anneal=anneal)
+
+
+def _factor(step: int, total_steps: int, rise: int, anneal: float) -> float:
+    if step < rise:
+        return (step + 1) / rise
+    done = (step / total_steps - anneal) / (1 - anneal)
+    return 0.5 + 0.5 * math.cos(math.pi * min(1.0, max(0.0, done)))
+
+
+def _weights_of(model: nn.Module, kinds: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the name of the weight of each module of these kinds, and the module."""
+    for name, module in model.named_modules():
+        if isinstance(module, kinds):
+            yield f"{name}.weight" if name else "weight", module
+
+
+def _embeddings(model: nn.Module) -> list[str]:
+    layers = [name for name, _ in _weights_of(model, (nn.Embedding, nn.EmbeddingBag))]
+    added = [name for name, _ in model.named_parameters() if _EMBEDDINGS.search(name.rpartition(".")[2])]
+    return [*layers, *added]
+
+
+def _depthwise(model: nn.Module) -> list[str]:
+    return [name for name, conv in _weights_of(model, _ConvNd) if 1 < conv.groups == conv.in_channels]
+
+
+def _head(model: nn.Module) -> list[str]:
+    return [name for name, _ in _weights_of(model, (nn.Linear, _ConvNd))][-1:]
+
+
+_KINDS: dict[str, Callable[[nn.Module], list[str]]] = {
+    "embeddings": _embeddings,
+    "depthwise": _depthwise,
+    "head": _head,
+}

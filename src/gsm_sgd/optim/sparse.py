@@ -1,0 +1,803 @@
+"""SparseOptimizer: score, pool, select, update, cut. A subclass says what an update is."""
+
+import math
+import warnings
+import weakref
+import zlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+from torch.utils.hooks import RemovableHandle
+
+from ..budget import Budget, rounded_down
+from ..decay import Motion, PassiveWeight, auto_decay, why_passive_weights_stay
+from ..distributed import (
+    check_same_replicas,
+    check_same_settings,
+    is_distributed,
+    is_dtensor,
+    like_dtensor,
+    local_grad,
+    offsets,
+    to_local,
+)
+from ..masks import Masks, choose, largest, mask_gradients, residual, sparsity_rows
+from ..memory import laid_out_as
+from ..names import is_governed, named_in, prunable_in
+from ..patterns import Pattern, Unstructured
+from ..rule import Part
+from ..schedules import Phase, Schedule
+from ..scores import Score, find_score, magnitude, score_dtype, seed_of, taylor
+from ..selection.sharded import Sharded, Shards
+from ..selection.stored import ScoreBuffer
+from ..selection.streamed import STREAMED, Passes, StreamedScores
+from ..selection.threshold import Local, NotFiniteError, ScoresOf, Threshold, find_threshold
+from .states import check_group, check_lr, check_parameters, check_state, in_order_of, localise, plain
+
+_MODEL_WIDE = ("budget", "schedule", "step", "phase")  # in the first group only
+_OF_THE_CALL = {"compression", "density", "sparsity", "num_kept", "schedule", "score", "pattern", "total_steps"}
+_OF_THE_OBJECT = ("foreach", "fused")
+_SETS = 8  # of parameters that have gradients together: so often torch compiles a function for others
+_LOSSLESS = 0.01  # share of the weights' norm that a cut may take without a warning
+
+ScheduleLike = Schedule | Callable[[int], float] | None
+"""A Schedule; a function of the number of steps taken, the density of the next; or None, the final density at once."""
+
+Active = list[Tensor] | Threshold
+"""Which weights are active: masks in bool or as 0 and 1, or where the scores end that are computed as they are used."""
+
+
+class CutWarning(UserWarning):
+    """The cut costs accuracy, or is about to: passive weights have not vanished, a layer keeps nothing, or no cut."""
+
+
+class NonFiniteGradientError(ArithmeticError):
+    """A prunable parameter has an infinite or NaN gradient; the step that met it changed nothing."""
+
+
+class SparseOptimizer(Optimizer):
+    """What all optimizers that train to an exact sparsity share.
+
+    A subclass defines `_buffer_names`, `_motion`, `_dense_`, `_update_` and `_decay_`. Its parameter groups have `lr`,
+    `weight_decay`, `passive_decay` and `prunable`, and whatever else it needs. The first group also holds what concerns
+    the whole model: `budget`, `schedule`, `step` (steps taken) and `phase`.
+    """
+
+    _streams = False  # whether `_update_` takes a Threshold
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        budget: Budget | None,
+        schedule: ScheduleLike,
+        score: str | Score,
+        pattern: Pattern | None,
+        compiled: bool,
+        check_ranks: bool | None,
+    ) -> None:
+        self._score, self._pattern = find_score(score), pattern or Unstructured()
+        if budget is None:
+            budget = Budget.of(density=self._pattern.density)
+        self._model_wide = {"budget": budget, "schedule": schedule, "step": 0, "phase": Phase.RAMP.value}
+        self._compiled, self._check_ranks_always = compiled, check_ranks
+        self._prepare()
+        super().__init__(params, {**defaults, "prunable": None})
+        if self.num_prunable == 0:
+            raise ValueError("nothing to prune: give a parameter with ndim >= 2, or a prunable group")
+        self._note_phase(self.num_prunable)
+        reasons = [self._why_passive_weights_stay(group) for group in self.param_groups if self._governs(group)]
+        if self.num_kept < self.num_prunable and any(reasons):
+            reason = next(filter(None, reasons))
+            warnings.warn(f"the cut will remove weights that still matter: {reason}", CutWarning, stacklevel=3)
+
+    def _prepare(self) -> None:
+        """Make what is not state."""
+        self._buffer = ScoreBuffer()
+        self._passes = Passes.compiled() if self._compiled else None
+        self._compiled_for: set[tuple[int, ...]] = set()
+        self._shards: Shards | None = None
+        self._agreed = False  # whether all processes are known to have the same settings
+        self._hooks: RemovableHandle | None = None  # keep gradients of cut weights at zero
+
+    # --- what a subclass defines ---
+
+    def _buffer_names(self, group: dict[str, Any]) -> Sequence[str]:
+        """Return the names of the tensors that the state has for each parameter of a group."""
+        raise NotImplementedError
+
+    def _motion(self, group: dict[str, Any]) -> Motion:
+        """Return how passive weights of a group move."""
+        raise NotImplementedError
+
+    def _dense_(self, part: Part, exactly: bool) -> None:
+        """Update parameters of which all weights are active; `exactly` as torch's optimizer would, to the bit."""
+        raise NotImplementedError
+
+    def _update_(self, parts: Sequence[Part], active: Active) -> None:
+        """Update parameters, given which weights are active; the masks may be overwritten."""
+        raise NotImplementedError
+
+    def _decay_(self, part: Part) -> None:
+        """Update parameters without a gradient, of which all weights are passive."""
+        raise NotImplementedError
+
+    # --- settings ---
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as every torch optimizer does.
+
+        Raises:
+            ValueError: a hyperparameter is out of range, or concerns the whole model; a parameter is given twice; or
+                the group is prunable and the masks are fixed.
+        """
+        if misplaced := _OF_THE_CALL & set(param_group):
+            raise ValueError(f"{min(misplaced)} is one for the whole model: pass it to {type(self).__name__}")
+        group = {**self.defaults, **param_group}
+        params = group["params"]
+        if not isinstance(params, Tensor | set):  # a set has no order: torch says so
+            group["params"] = params = list(params)
+            tensors = [param[1] if isinstance(param, tuple) else param for param in params]
+            if len({id(tensor) for tensor in tensors}) < len(tensors):
+                raise ValueError("a parameter is given twice")
+        if not self.param_groups:
+            group |= self._model_wide
+        check_group(group, self.schedule if self.param_groups else group["schedule"])
+        group |= {"first_lr": float(group["lr"]), "highest_lr": 0.0, "passive_weight": tuple(PassiveWeight())}
+        super().add_param_group(group)
+        try:
+            check_parameters(self.param_groups[-1])
+            for name, param in zip(*self._named(self.param_groups[-1]), strict=True):
+                self._pattern.check(name, param)
+            if self._fixed and self._governs(self.param_groups[-1]):
+                raise ValueError("prunable parameters cannot be added once the masks are fixed")
+        except ValueError:
+            del self.param_groups[-1]
+            raise
+
+    @property
+    def schedule(self) -> ScheduleLike:
+        """What is planned; assign another one to train longer, say."""
+        schedule: ScheduleLike = self.param_groups[0]["schedule"]
+        return schedule
+
+    @schedule.setter
+    def schedule(self, schedule: ScheduleLike) -> None:
+        for group in self.param_groups:
+            check_group(group, schedule)
+        self.param_groups[0]["schedule"] = schedule
+
+    @property
+    def num_prunable(self) -> int:
+        """N, the number of weights that the rule governs: those of prunable parameters that are not frozen.
+
+        Once the masks are fixed, of the parameters that have them.
+        """
+        masked = (param for param, param_state in self.state.items() if "mask" in param_state)
+        return sum(param.numel() for param in (masked if self._fixed else self._governed()))
+
+    @property
+    def num_kept(self) -> int:
+        """Q: how many weights the cut keeps, and how many are active once the ramp is over."""
+        return self._kept_of(self.num_prunable)
+
+    @property
+    def num_active(self) -> int:
+        """How many weights may be active in the next step: Q, and more in the ramp.
+
+        Raises:
+            ValueError: the schedule's function returns something else than a density.
+        """
+        return self._active_of(self.num_prunable)
+
+    def _kept_of(self, total: int) -> int:
+        """Return Q for N weights."""
+        kept = Budget(*self.param_groups[0]["budget"]).num_kept(total)
+        return kept - kept % self._pattern.size
+
+    def _active_of(self, total: int) -> int:
+        """Return how many of N weights may be active in the next step."""
+        kept, schedule, step = self._kept_of(total), self.schedule, self.param_groups[0]["step"]
+        if schedule is None or self._fixed:
+            return kept
+        if isinstance(schedule, Schedule):
+            density = schedule.density(step, kept / total)
+        else:
+            density = float(schedule(step))
+            if not 0 < density <= 1:
+                raise ValueError(f"the schedule must return a density above 0 and at most 1, not {density}")
+        return max(kept, rounded_down(density * total, total))
+
+    @property
+    def phase(self) -> Phase:
+        """What the next step does: ramp, search, fade, or train the kept weights alone because it has been cut."""
+        return Phase(self.param_groups[0]["phase"])
+
+    @property
+    def masks(self) -> Masks:
+        """What is kept, as `finalize()` returns it: fixed when the fade begins, else by the cut; empty before."""
+        return Masks({key: self.state[param]["mask"].clone() for key, param in self._masked().items()})
+
+    @property
+    def passive_residual(self) -> float:
+        """What share of the L2 norm of all governed weights a cut would take now; reads every weight."""
+        if self._fixed:
+            return residual(self._masked(), self.masks)
+        governed = self._governed_by_key()
+        return residual(governed, largest(governed, self.num_kept, self._pattern))
+
+    @property
+    def passive_shrinkage(self) -> float:
+        """What share is left of a weight that has been passive since the ramp's end or, in the fade, its beginning.
+
+        The largest of all groups.
+        """
+        left = (abs(float(group["passive_weight"][0])) for group in self.param_groups if self._governs(group))
+        return max(left, default=1.0)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What is kept from step to step beside the state, in bytes: a score for each weight, or nothing."""
+        return self._buffer.whole.nbytes
+
+    def passive_decay(self, group: dict[str, Any]) -> float:
+        """Return the weight decay of a group's passive weights in the next step."""
+        decay, chosen = float(group["weight_decay"]), group["passive_decay"]
+        schedule, step = self.schedule, self.param_groups[0]["step"]
+        if chosen != "auto":
+            return decay if chosen is None else float(chosen)
+        assert isinstance(schedule, Schedule)
+        weight = abs(float(group["passive_weight"][0]))
+        return max(decay, auto_decay(weight, step, self.phase is Phase.FADE, schedule, self._motion(group)))
+
+    # --- a step ---
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter once and return what `closure`, if given, returned.
+
+        A prunable parameter without a gradient is passive in this step: it only decays; in the fade, as if its
+        gradient were zero. Where nothing is passive (density 1, or after the cut) it stays as it is, as with torch's
+        optimizers. A frozen parameter always stays. If no parameter has a gradient, nothing happens.
+
+        Raises:
+            NonFiniteGradientError: a prunable parameter's gradient is not finite. Nothing has changed.
+            ValueError: a learning rate, a gradient or a parameter cannot be right any more. Nothing has changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        governed = self._governed()
+        scored = [param for param in governed if param.grad is not None]
+        shards = self._shards_of(scored)
+        self._check_agreement(shards)
+        trained = [param for group in self.param_groups for param in group["params"] if _has_gradient(param)]
+        if not trained or self._is_torchs_initialisation(trained, shards):
+            return loss
+        self._check_step(governed)
+        check_finite = partial(self._check_gradients, scored, shards)
+
+        self._fade_or_cut_if_due(check_finite)
+        total = self.num_prunable
+        num_active = self._active_of(total) if total else 0
+        everything = num_active == total
+        if not everything and not self.param_groups[0]["step"]:
+            self._warn_of_zeros()
+        dense, ruled, still = self._parts(everything)
+        if ruled and not self._fixed:
+            active = self._select(ruled, min(num_active, sum(p.numel() for p in scored)), shards, check_finite)
+        else:
+            check_finite()
+            active = [to_local(self.state[owner]["mask"]) for part in ruled for owner in part.owners]
+        if ruled:
+            self._update_(ruled, active)
+        for part in dense:
+            self._dense_(part, exactly=everything)
+        for part in still:
+            self._decay_(part)
+        for part in (*dense, *ruled, *still):
+            self._remember(part)
+        self._count_step(total)
+        return loss
+
+    def _select(
+        self, parts: Sequence[Part], num_active: int, shards: Shards | None, check_finite: Callable[[], None]
+    ) -> Active:
+        """Score, pool, select: return which weights are active, `num_active` in all processes together."""
+        weights = [param for part in parts for param in part.params]
+        grads = [grad for part in parts for grad in part.grads]
+        if self._streams and self._score in STREAMED and self._passes is not None and self._compiles_for(parts):
+            try:
+                return _threshold(partial(self._streamed, weights, grads), len(weights), num_active, shards)
+            except NotFiniteError:  # stored scores can be mended
+                check_finite()
+        finite = self._buffer.fill(self._score, weights, grads, self._score_states(parts))
+        if not finite:
+            self._buffer.sanitize_()
+        if isinstance(self._pattern, Unstructured):
+            try:
+                threshold = _threshold(self._buffer.scores_of, len(weights), num_active, shards, suspect=not finite)
+            except NotFiniteError:
+                check_finite()  # if no gradient is to blame a weight is: infinite it is active, NaN passive
+                threshold = _threshold(self._buffer.scores_of, len(weights), num_active, shards)
+            return self._buffer.active(threshold)
+        if shards is not None:
+            raise ValueError(f"the pattern {type(self._pattern).__name__} does not take DTensors yet: use single weights")
+        if not finite:
+            check_finite()
+        return choose(self._buffer.views, num_active, self._pattern, positive=True)
+
+    def _streamed(self, weights: list[Tensor], grads: list[Tensor], numbers: Sequence[int]) -> Any:
+        """Return the scores of some weights; if they are not all, without compiling anything for them."""
+        assert self._passes is not None
+        if len(numbers) == len(weights):
+            return StreamedScores(self._score, weights, grads, self._passes)
+        some = ScoreBuffer()
+        chosen = [weights[i] for i in numbers], [grads[i] for i in numbers], [{}] * len(numbers)
+        some.fill(self._score, *chosen, score_dtype(weights))
+        return some.scores_of(range(len(numbers)))
+
+    def _compiles_for(self, parts: Sequence[Part]) -> bool:
+        """Return whether to compile for these parameters: not where too many sets of them alternate."""
+        params = tuple(id(owner) for part in parts for owner in part.owners)
+        if params not in self._compiled_for and len(self._compiled_for) < _SETS:
+            self._compiled_for.add(params)
+        return params in self._compiled_for
+
+    def _score_states(self, parts: Sequence[Part]) -> list[dict[str, Any]]:
+        """Return what a score may know of each weight beside its gradient."""
+        owners = [owner for part in parts for owner in part.owners]
+        if self._score in (taylor, magnitude):
+            return [{}] * len(owners)
+        numbers = {id(param): i for i, param in enumerate(p for group in self.param_groups for p in group["params"])}
+        buffers = [{k: v[i] for k, v in part.buffers.items()} for part in parts for i in range(len(part.owners))]
+        seeds = [seed_of(numbers[id(owner)], offsets(owner)) for owner in owners]
+        return [{**mine, "seed": seed} for mine, seed in zip(buffers, seeds, strict=True)]
+
+    def _parts(self, everything: bool) -> tuple[list[Part], list[Part], list[Part]]:
+        """Return what to update with all weights active, by the rule, and, having no gradient, by decay alone."""
+        kinds: tuple[list[Part], list[Part], list[Part]] = [], [], []
+        for group in self.param_groups:
+            sides: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
+            for param in group["params"]:
+                by_rule = is_governed(param, group) and not everything
+                if _has_gradient(param):
+                    sides[by_rule].append(param)
+                elif by_rule and self.phase is not Phase.DONE:
+                    sides[1 if self._fixed else 2].append(param)
+            for parts, params in zip(kinds, sides, strict=True):
+                if params:
+                    parts.append(self._part(params, group))
+        return kinds
+
+    def _part(self, params: list[Tensor], group: dict[str, Any]) -> Part:
+        """Return what is needed to update parameters of a group; buffers that do not exist yet are zeros."""
+        locals_ = [to_local(param) for param in params]
+        buffers = {name: self._buffers(name, params, locals_) for name in self._buffer_names(group)}
+        grads = [local_grad(param) for param in params]
+        return Part(params, locals_, grads, buffers, group, self.passive_decay(group), self.param_groups[0]["step"])
+
+    def _buffers(self, name: str, params: list[Tensor], locals_: list[Tensor]) -> list[Tensor]:
+        """Return buffers of the local parts of parameters, zeros if missing; does not modify state.
+
+        Raises:
+            ValueError: a parameter has changed its shape.
+        """
+        buffers = []
+        for param, local in zip(params, locals_, strict=True):
+            found = self.state[param].get(name) if param in self.state else None
+            buffer = torch.zeros_like(local) if found is None else to_local(found)
+            if buffer.shape != local.shape:
+                raise ValueError(
+                    f"{self._name_of(param)} has shape {tuple(local.shape)}, its {name} {tuple(buffer.shape)}: "
+                    "build a new optimizer after a parameter has changed its shape"
+                )
+            buffers.append(buffer.to(local))  # the model may have been converted since
+        return laid_out_as(locals_, buffers)  # a state from elsewhere may lie in memory in another order
+
+    def _remember(self, part: Part) -> None:
+        """Put the buffers of parameters that have been updated into the state."""
+        for name, buffers in part.buffers.items():
+            for owner, buffer in zip(part.owners, buffers, strict=True):
+                state = self.state[owner]
+                if name not in state or to_local(state[name]) is not buffer:
+                    state[name] = like_dtensor(owner, buffer)
+
+    def _count_step(self, total: int) -> None:
+        """Note that a step has been taken, and whether the next one belongs to the ramp."""
+        for group in self.param_groups:
+            motion = self._motion(group)
+            if self.phase in (Phase.SEARCH, Phase.FADE):
+                passive, decay = PassiveWeight(*group["passive_weight"]), self.passive_decay(group)
+                group["passive_weight"] = tuple(passive.step(motion.lr, decay, motion.momentum, motion.nesterov))
+            group["highest_lr"] = max(group["highest_lr"], motion.lr)
+        self.param_groups[0]["step"] += 1
+        self._note_phase(total)
+
+    def _note_phase(self, total: int) -> None:
+        if total and not self._fixed:
+            ramping = self._active_of(total) > self._kept_of(total)
+            self.param_groups[0]["phase"] = (Phase.RAMP if ramping else Phase.SEARCH).value
+
+    # --- the cut ---
+
+    @torch.no_grad()
+    def finalize(self) -> Masks:
+        """Cut: set all prunable weights but the Q largest |w| of the whole model to zero, for good.
+
+        Steps taken afterwards train the kept weights alone, and the gradients of the others are zero as soon as they
+        have been computed, so that clipping does not see them. A second call keeps the same weights, and sets the
+        others to zero again if other weights have been loaded meanwhile. Of several processes that train one model all
+        have to call.
+
+        Warns:
+            CutWarning: what is cut still matters, or a layer keeps nothing.
+
+        Returns:
+            The masks, exactly Q weights in all.
+        """
+        cut_already = self.phase is Phase.DONE
+        self._fix_masks()
+        masks, masked = self.masks, self._masked()
+        if not cut_already:
+            self._warn_of_cut(masked, masks)
+        masks.apply_(masked)
+        for key, param in masked.items():
+            for name in self._buffer_names_of(param):  # momentum would push a weight that was cut away from zero
+                to_local(self.state[param][name]).masked_fill_(~to_local(masks[key]), 0)
+        self.param_groups[0]["phase"] = Phase.DONE.value
+        self._mask_gradients()
+        return masks
+
+    def _fade_or_cut_if_due(self, check_finite: Callable[[], None]) -> None:
+        """Do what is to be done before the first step of the fade, or after the cut."""
+        schedule = self.schedule
+        if self.phase is Phase.DONE or not isinstance(schedule, Schedule) or not self.num_prunable:
+            return
+        due = schedule.phase(self.param_groups[0]["step"])
+        if due is Phase.DONE:
+            check_finite()
+            self.finalize()
+        elif due is Phase.FADE and not self._fixed:
+            check_finite()
+            self._fix_masks()
+            self.param_groups[0]["phase"] = Phase.FADE.value
+            for group in self.param_groups:
+                group["passive_weight"] = tuple(PassiveWeight())
+
+    def _fix_masks(self) -> None:
+        """Put masks of the Q largest |w| into the state, unless they are there."""
+        if self._fixed:
+            return
+        governed = self._governed_by_key()
+        masks = largest(governed, self.num_kept, self._pattern)
+        for param_state in self.state.values():
+            param_state.pop("mask", None)  # one that was only a place to load another into
+        for key, param in governed.items():
+            self.state[param]["mask"] = masks[key]
+        self.param_groups[0]["phase"] = Phase.FADE.value
+        self._buffer = ScoreBuffer()  # nothing is chosen any more
+
+    def _mask_gradients(self) -> None:
+        """Keep the gradients of what has been cut at zero, as long as this optimizer lives."""
+        if self._hooks is not None:
+            self._hooks.remove()
+            self._hooks = None
+        if self.phase is Phase.DONE:
+            masked = self._masked().values()
+            self._hooks = mask_gradients((param, ~to_local(self.state[param]["mask"])) for param in masked)
+            weakref.finalize(self, self._hooks.remove)
+
+    # --- warnings and checks ---
+
+    def _why_passive_weights_stay(self, group: dict[str, Any], left: float | None = None) -> str | None:
+        schedule = self.schedule if isinstance(self.schedule, Schedule) else None
+        decay = None if group["passive_decay"] == "auto" else self.passive_decay(group)
+        return why_passive_weights_stay(schedule, self.param_groups[0]["step"], decay, self._motion(group), left)
+
+    def _warn_of_zeros(self) -> None:
+        """Warn of what can never become active."""
+        zeros = [row.name for row in sparsity_rows(self._governed_by_key()) if row.params and not row.nonzeros]
+        if zeros and self._score in (taylor, magnitude):
+            warnings.warn(
+                f"every weight of {_quoted(zeros)} is zero, so none has a score above zero and none will ever be "
+                'active: initialise it otherwise, put it into a group with "prunable": False, or begin with a ramp',
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _warn_of_cut(self, masked: dict[str, Tensor], masks: Masks) -> None:
+        """Warn if the cut that is about to be made takes weights that matter, or all weights of a layer."""
+        left = residual(masked, masks)
+        if left > _LOSSLESS:
+            reason = self._why_passive_weights_stay(self.param_groups[0], self.passive_shrinkage)
+            because = f": {reason}" if reason else ""
+            warnings.warn(
+                f"the cut takes {left:.1%} of the weights' norm, so it costs accuracy{because}", CutWarning, stacklevel=4
+            )
+        if empty := [row.name for row in masks.table() if row.params and not row.nonzeros]:
+            warnings.warn(
+                f"no weight of {_quoted(empty)} is kept, so nothing passes through it: keep more weights, or leave "
+                'it out with "prunable": False',
+                CutWarning,
+                stacklevel=4,
+            )
+
+    def _check_step(self, governed: list[Tensor]) -> None:
+        """Raise, before anything moves, if this step cannot be taken."""
+        for group in self.param_groups:
+            check_lr(group["lr"])
+            for param in group["params"]:
+                if _is_sparse(param.grad) and (is_governed(param, group) or group["weight_decay"]):
+                    raise RuntimeError(
+                        f"{self._name_of(param)} has a sparse gradient: put it into a group with "
+                        '"prunable": False and "weight_decay": 0'
+                    )
+        if len({to_local(param).device for param in governed}) > 1:
+            raise ValueError(f"{type(self).__name__} needs all prunable parameters on one device")
+        if self._fixed:
+            self._check_masked(governed)
+
+    def _check_masked(self, governed: list[Tensor]) -> None:
+        """Raise if parameters have been frozen, unfrozen or replaced where the masks do not allow it any more."""
+        new = next((param for param in governed if "mask" not in self.state.get(param, {})), None)
+        if new is not None:
+            raise ValueError(
+                f"{self._name_of(new)} was frozen when the masks were fixed, and no longer is: freeze it again, "
+                'or train it in a group with "prunable": False'
+            )
+        masked = [param for param, param_state in self.state.items() if "mask" in param_state]
+        frozen = next((param for param in masked if not param.requires_grad), None)
+        if frozen is not None and self.phase is Phase.FADE:
+            name = self._name_of(frozen)
+            raise ValueError(f"{name} was frozen during the fade: freeze it before, or after the cut")
+        changed = next((param for param in masked if self.state[param]["mask"].shape != param.shape), None)
+        if changed is not None:
+            shape, mask_shape = tuple(changed.shape), tuple(self.state[changed]["mask"].shape)
+            raise ValueError(
+                f"{self._name_of(changed)} has shape {shape}, its mask {mask_shape}: "
+                "build a new optimizer after a parameter has changed its shape"
+            )
+
+    def _check_gradients(self, params: list[Tensor], shards: Shards | None) -> None:
+        """Raise if a gradient is not finite; one transfer from the device for all of them."""
+        # A tensor is finite if and only if its extremes are: infinity is one, and NaN spreads to both.
+        grads = [local_grad(param) for param in params]
+        extremes = [extreme for g in grads for extreme in (torch.aminmax(g) if g.numel() else [g.sum()] * 2)]
+        if not extremes:
+            return
+        if len({extreme.device for extreme in extremes}) > 1:
+            extremes = [extreme.cpu() for extreme in extremes]
+        finite = torch.stack(extremes).isfinite().view(-1, 2).all(1).tolist()
+        if shards is not None:
+            finite = shards.everywhere(finite)
+        if not all(finite):
+            keys = {param: key for key, param in prunable_in(self).items()}
+            key = keys[params[finite.index(False)]]
+            name = f"number {key}" if key.isdigit() else repr(key)
+            raise NonFiniteGradientError(f"the gradient of prunable parameter {name} is not finite")
+
+    def _check_agreement(self, shards: Shards | None) -> None:
+        """Raise ValueError on every process if they would not do the same in this step, as far as it is compared."""
+        check = bool(self._check_ranks_always)
+        if not is_distributed() or self._check_ranks_always is False or (self._agreed and not check):
+            return
+        params = [param for group in self.param_groups for param in group["params"]]
+        device = to_local(params[0]).device if shards is None else shards.device
+        counts = {"parameters": len(params), "parameter groups": len(self.param_groups)}
+        settings = {f"the number of {what}": float(count) for what, count in counts.items()}
+        settings |= {"the number of prunable weights": self.num_prunable, "the number of kept weights": self.num_kept}
+        settings["the number of active weights"] = self.num_active
+        check_same_settings(settings, device)  # first how many there are: else the next call would not fit
+        check_same_settings(self._settings(), device)
+        self._agreed = shards is None or not callable(self.schedule)
+        if check:
+            check_same_replicas(named_in(self) or {f"number {i}": param for i, param in enumerate(params)})
+
+    def _settings(self) -> dict[str, float]:
+        """Return all settings of all groups as numbers, for comparing them."""
+        found = {}
+        for number, group in enumerate(self.state_dict_groups()):
+            where = f" of group {number}" if number else ""
+            for key, value in group.items():
+                for name, item in (value.items() if isinstance(value, dict) else [(key, value)]):
+                    if isinstance(item, int | float | Tensor):
+                        found[name + where] = float(item)
+                    elif isinstance(item, str):
+                        found[name + where] = float(zlib.crc32(item.encode()))
+        return found
+
+    def _is_torchs_initialisation(self, trained: list[Tensor], shards: Shards | None) -> bool:
+        """Return whether torch's distributed checkpoints ask for empty state, by a step without rates and gradients.
+
+        Masks are among it, as only what the state has a place for is loaded.
+        """
+        if self.state or any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        idle = not any(bool(local_grad(param).any()) for param in trained if not _is_sparse(param.grad))
+        if not (idle if shards is None else shards.everywhere([idle])[0]):
+            return False
+        for group in self.param_groups:
+            for param in group["params"]:
+                if _has_gradient(param):
+                    self.state[param].update({name: torch.zeros_like(param) for name in self._buffer_names(group)})
+                if is_governed(param, group):
+                    self.state[param]["mask"] = torch.ones_like(param, dtype=torch.bool)
+        return True
+
+    # --- state ---
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs: beside the state, what the constructor was given."""
+        own = ("_score", "_pattern", "_model_wide", "_compiled", "_check_ranks_always")
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
+
+    def state_dict_groups(self) -> list[dict[str, Any]]:
+        """Return the settings of the parameter groups as plain values."""
+        groups = [{key: plain(value) for key, value in g.items() if key != "params"} for g in self.param_groups]
+        return [{key: value for key, value in group.items() if key != "param_names"} for group in groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as every optimizer does, with a mask of each prunable parameter that has been updated.
+
+        Until the masks are fixed they keep everything. They are there because torch's distributed
+        checkpoints load only what the state already has a place for.
+
+        Warns:
+            CutWarning: `total_steps` are over, and nothing has been cut.
+        """
+        state: dict[str, Any] = super().state_dict()
+        for group in state["param_groups"]:
+            group.update({key: plain(value) for key, value in group.items()})
+        if not self._fixed:
+            governed = [is_governed(param, group) for group in self.param_groups for param in group["params"]]
+            params = [param for group in self.param_groups for param in group["params"]]
+            for number, (param, by_rule) in enumerate(zip(params, governed, strict=True)):
+                if by_rule and number in state["state"]:
+                    mask = torch.ones_like(param, dtype=torch.bool)
+                    state["state"][number] = {**state["state"][number], "mask": mask}
+        total = self.schedule.total_steps if isinstance(self.schedule, Schedule) else math.inf
+        if self.phase is not Phase.DONE and self.param_groups[0]["step"] >= total and self.num_kept < self.num_prunable:
+            warnings.warn(
+                "total_steps are over, and the net of this state has not been cut: call finalize() first",
+                CutWarning,
+                stacklevel=2,
+            )
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this optimizer or of torch's; see the class for which settings it brings.
+
+        Raises:
+            ValueError: the state is of other parameters, or asks for what is not supported. Nothing has changed.
+        """
+        groups, given = self.param_groups, self.state_dict_groups()[0]
+        state = check_state(in_order_of(groups, state_dict), self.schedule)
+        super().load_state_dict(state)
+        for old, new in zip(groups, self.param_groups, strict=True):
+            new.update({key: value for key, value in old.items() if key not in new or key in _OF_THE_OBJECT})
+        loaded = self.state_dict_groups()[0]
+        if changed := [key for key in ("budget", "schedule") if loaded[key] != given[key]]:
+            brought = ", ".join(f"{key}={loaded[key]!r} (not {given[key]!r})" for key in changed)
+            warnings.warn(
+                f"the loaded state brings {brought}: to train by another schedule, assign optimizer.schedule",
+                UserWarning,
+                stacklevel=2,
+            )
+        self._mask_gradients()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a state; torch casts loaded masks to the parameters' dtype, here they are bool again.
+
+        What is kept for a parameter is sharded as the parameter is, however it was when it was saved.
+
+        Raises:
+            ValueError: it is of another shape, and so the state is another model's; or masks are missing. Nothing has
+                changed.
+        """
+        groups: list[dict[str, Any]] = state["param_groups"]
+        states: dict[Tensor, dict[str, Any]] = state["state"]
+        for param, param_state in states.items():
+            localise(param, param_state)
+        fixed = groups[0].get("phase") in (Phase.FADE, Phase.DONE)
+        governed = [param for group in groups for param in group["params"] if is_governed(param, group)]
+        if fixed and any("mask" not in states.get(param, {}) for param in governed):
+            raise ValueError(
+                "the state lacks the mask of a prunable parameter: load it into an optimizer that has taken no step, "
+                "with the same parameters frozen as when it was saved"
+            )
+        for param_state in states.values():
+            mask = param_state.pop("mask", None)
+            if fixed and mask is not None:
+                param_state["mask"] = mask.bool()
+        super().__setstate__(state)
+        if "_compiled" in state:  # a copy, or unpickled: none of the rest is state
+            self._prepare()
+            self._mask_gradients()
+        self._shards, self._agreed = None, False
+
+    # --- parameters ---
+
+    @property
+    def _fixed(self) -> bool:
+        """Whether the masks are fixed."""
+        return bool(self.param_groups) and self.phase in (Phase.FADE, Phase.DONE)
+
+    def _governs(self, group: dict[str, Any]) -> bool:
+        return any(is_governed(param, group) for param in group["params"])
+
+    def _governed(self) -> list[Tensor]:
+        """Return the parameters that the rule governs now."""
+        return [param for group in self.param_groups for param in group["params"] if is_governed(param, group)]
+
+    def _governed_by_key(self) -> dict[str, Tensor]:
+        """Return them by the keys that their masks get."""
+        governed = set(self._governed())
+        return {key: param for key, param in prunable_in(self).items() if param in governed}
+
+    def _masked(self) -> dict[str, Tensor]:
+        """Return the parameters that have masks, by the keys of these; none before the masks are fixed."""
+        if not self._fixed:
+            return {}
+        return {key: param for key, param in prunable_in(self).items() if "mask" in self.state.get(param, {})}
+
+    def _buffer_names_of(self, param: Tensor) -> list[str]:
+        """Return which of a parameter's state are buffers of its shape."""
+        shaped = ((name, value) for name, value in self.state[param].items() if isinstance(value, Tensor))
+        return [name for name, value in shaped if name != "mask" and value.shape == param.shape]
+
+    def _named(self, group: dict[str, Any]) -> tuple[list[str], list[Tensor]]:
+        """Return the names of a group's governed parameters, or their numbers, and the parameters."""
+        names = group.get("param_names") or [str(number) for number in range(len(group["params"]))]
+        found = [(name, p) for name, p in zip(names, group["params"], strict=True) if is_governed(p, group)]
+        return [name for name, _ in found], [param for _, param in found]
+
+    def _name_of(self, param: Tensor) -> str:
+        """Return what to call a parameter in a message."""
+        names = {id(tensor): name for name, tensor in named_in(self).items()}
+        params = [id(tensor) for group in self.param_groups for tensor in group["params"]]
+        return f"parameter {names[id(param)]!r}" if names else f"parameter number {params.index(id(param))}"
+
+    def _shards_of(self, params: list[Tensor]) -> Shards | None:
+        """Return which parts of parameters this process holds, or None if it holds all of them."""
+        if not any(is_dtensor(param) for param in params):
+            return None
+        if self._shards is None or not self._shards.are_of(params):
+            self._shards = Shards(params)
+        return self._shards
+
+
+def _threshold(
+    scores_of: ScoresOf, tensors: int, num_active: int, shards: Shards | None, suspect: bool = False
+) -> Threshold:
+    """Return where the `num_active` largest scores above zero of so many tensors end, of this process or of all."""
+    if shards is not None:
+        return find_threshold(Sharded(shards, scores_of, suspect), num_active, positive=True)
+    if suspect:
+        raise NotFiniteError
+    return find_threshold(Local(scores_of(range(tensors))), num_active, positive=True)
+
+
+def _has_gradient(param: Tensor) -> bool:
+    """Return whether a parameter is trained in this step: a frozen one is not, whatever gradient is left there."""
+    return param.requires_grad and param.grad is not None
+
+
+def _is_sparse(grad: Tensor | None) -> bool:
+    return grad is not None and grad.is_sparse
+
+
+def _quoted(names: list[str]) -> str:
+    """Return names as a list to read, a long one shortened."""
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
