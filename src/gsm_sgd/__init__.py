@@ -14,25 +14,29 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = {
-    "CutWarning": "optim.sparse",
-    "GSM": "optim.gsm",
-    "Masks": "masks",
-    "NonFiniteGradientError": "optim.sparse",
-    "Phase": "schedules",
-    "Schedule": "schedules",
-    "keep_masked": "masks",
-    "magnitude_masks": "masks",
-    "one_phase": "optim.one_phase",
-    "prunable_parameters": "names",
-    "select_top": "selection.stored",
-    "sparsity_table": "masks",
-}
-__all__ = [*_MODULES]  # noqa: PLE0604
+__all__ = [
+    "GSM",
+    "CutWarning",
+    "Masks",
+    "NonFiniteGradientError",
+    "Phase",
+    "Schedule",
+    "keep_masked",
+    "magnitude_masks",
+    "one_phase",
+    "prunable_parameters",
+    "select_top",
+    "sparsity_table",
+]
+
+_MODULES = ("masks", "names", "optim.gsm", "optim.one_phase", "optim.sparse", "schedules", "selection.stored")
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: torch takes seconds, and the command answers Ctrl-C before that."""
-    if name in _MODULES:
-        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    if name in __all__:
+        for module in _MODULES:
+            found = getattr(importlib.import_module(f".{module}", __name__), name, None)
+            if found is not None:
+                return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -37,7 +37,8 @@ from .export.run import export, export_name
 from .export.target import compression_for, parse_size
 from .export.ticket import check_fits, read_ticket, replay, save_ticket
 from .export.verify import verify, verify_accuracy
-from .masks import LayerSparsity, is_prunable, sparsity_rows
+from .masks import LayerSparsity, sparsity_rows
+from .names import is_prunable
 from .reports import html, nets, plots, tables
 from .reports.blocks import tried
 from .reports.runs import WEIGHTS, Run, by_recipe, comparable, read_run, summary

@@ -127,7 +127,9 @@ def why_passive_weights_stay(
             steps = schedule.cut_step - schedule.ramp_steps
             left = math.exp(-motion.lr * decay * steps / (1 - momentum))
         if left is not None and (over or left > _SLOW):
-            return f"at this decay {left:.2g} of a passive weight is left by then; use passive_decay='auto' and a Schedule"
+            return (
+                f"at this decay {left:.2g} of a passive weight is left by then; use passive_decay='auto' and a Schedule"
+            )
         return None
     rate, fade = fastest_rate(momentum, motion.nesterov), schedule.cut_step - schedule.fade_start
     if fade and rate**fade > max(_FADED, schedule.shrink_to):  # what has been passive for long has shrunk before

@@ -82,7 +82,8 @@ class Masks(dict[str, Tensor]):
         """Write the masks to a safetensors file, whole or not at all; of DTensors every process has to call."""
         from safetensors.torch import save
 
-        whole: dict[str, Any] = {key: mask.full_tensor() if is_dtensor(mask) else mask for key, mask in self.items()}
+        masks: dict[str, Any] = dict(self)
+        whole = {key: mask.full_tensor() if is_dtensor(mask) else mask for key, mask in masks.items()}
         content = save({key: mask.cpu().contiguous() for key, mask in whole.items()}, _FORMAT)
         partial = Path(f"{os.fspath(path)}.partial")
         partial.write_bytes(content)
@@ -166,8 +167,7 @@ def _largest_sharded(weights: list[Tensor], num_kept: int) -> list[Tensor]:
     search = Sharded(shards, lambda numbers: StoredScores([flat[number] for number in numbers]))
     masks = find_threshold(search, num_kept).masks(flat)
     return [
-        like_dtensor(weight, mask.view(score.shape))
-        for weight, mask, score in zip(weights, masks, scores, strict=True)
+        like_dtensor(weight, mask.view(score.shape)) for weight, mask, score in zip(weights, masks, scores, strict=True)
     ]
 
 

@@ -44,8 +44,9 @@ class Part(NamedTuple):
             return [column[number] for number in numbers]
 
         buffers = {name: some(buffer) for name, buffer in self.buffers.items()}
-        columns = {name: some(getattr(self, name)) for name in ("owners", "params", "grads")}
-        return self._replace(**columns, buffers=buffers)
+        return self._replace(
+            owners=some(self.owners), params=some(self.params), grads=some(self.grads), buffers=buffers
+        )
 
     def by_precision(self) -> tuple[list[int], list[int]]:
         """Return the numbers of the parameters in full precision, and of those in half precision."""

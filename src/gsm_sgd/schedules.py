@@ -7,7 +7,10 @@ from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from typing import Any, Literal, Self
 
-CURVES: dict[str, Callable[[float], float]] = {"cubic": lambda share: 1 - (1 - share) ** 3, "linear": lambda share: share}
+CURVES: dict[str, Callable[[float], float]] = {
+    "cubic": lambda share: 1 - (1 - share) ** 3,
+    "linear": lambda share: share,
+}
 """What share of the final sparsity is reached after a share of the ramp. Cubic: Zhu and Gupta, "To prune, or not to
 prune", 2017; most weights become passive early, when there are many to choose from."""
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 Score = Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]
-"""(weight, grad, state) -> scores. Half-precision weights and gradients arrive as float32. `state` is what the optimizer
-keeps for the weight, such as `momentum_buffer`, and `seed`, a number that is its own; on every process of a replica the
-same. Of DTensors a score sees the local part."""
+"""(weight, grad, state) -> scores. Half-precision weights and gradients arrive as float32. `state` is what the
+optimizer keeps for the weight, such as `momentum_buffer`, and `seed`, a number of its own that is the same on every
+replica. Of DTensors a score sees the local part."""
 
 
 def taylor(weight: Tensor, grad: Tensor, state: Mapping[str, Any]) -> Tensor:

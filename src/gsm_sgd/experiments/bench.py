@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from .. import GSM
 from ..budget import Budget
+from ..optim.gsm import GSM
 from . import UsageError, models, suggestion
 
 Shapes = list[tuple[int, ...]]

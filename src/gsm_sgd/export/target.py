@@ -7,10 +7,10 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 
 from torch import nn
 
+from ..budget import kept_weights
 from ..experiments import UsageError
 from ..experiments.recipes import Recipe
 from ..names import prunable_parameters
-from ..budget import kept_weights
 from .sparse import largest_size
 
 _UNITS = {"b": 1, "kb": 10**3, "kib": 2**10, "mb": 10**6, "mib": 2**20}

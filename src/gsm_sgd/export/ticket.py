@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
+from ..budget import kept_weights
 from ..experiments import UsageError, models
-from ..experiments.lottery import TICKETS as TRAINED, retrain_ticket
+from ..experiments.lottery import TICKETS as TRAINED
+from ..experiments.lottery import retrain_ticket
 from ..experiments.prune import Job, finish, initial_net
 from ..experiments.recipes import Recipe
 from ..experiments.rundir import read_weights
 from ..experiments.states import tensors_hash
 from ..experiments.whole_files import write_whole
-from ..masks import magnitude_masks
+from ..masks import Masks, magnitude_masks
 from ..names import prunable_parameters
 from ..reports.runs import read_run
-from ..budget import kept_weights
 from . import container, indices
 from .container import Container, FormatError
 from .table import Row, check_rows, codings_from_text, codings_to_text, rows_from_json, rows_to_json
@@ -42,7 +42,7 @@ class Ticket:
         machine: what they were computed with, in words.
     """
 
-    masks: dict[str, Tensor]
+    masks: Masks
     recipe: dict[str, Any]
     method: str
     init: str
@@ -81,7 +81,7 @@ def save_ticket(folder: Path, method: str = "gsm", out: Path | None = None) -> s
     process = run.processes[-1] if run.processes else {}
     machine = [f"torch {result.get('torch')}", process.get("processor", result["device"]), process.get("instructions")]
     ticket = Ticket(
-        masks=magnitude_masks({name: trained[name] for name in names}, result["compression"]),
+        masks=magnitude_masks({name: trained[name] for name in names}, compression=result["compression"]),
         recipe=run.recipe,
         method=method,
         init=tensors_hash(read_weights(folder / "init.safetensors")),
@@ -179,4 +179,4 @@ def _ticket(content: Container, file_bytes: int) -> Ticket:
         mask[torch.from_numpy(where)] = True
         masks[row.name] = mask.reshape(row.shape)
     facts = {key: metadata[key] for key in ("method", "init", "trained", "machine")}
-    return Ticket(masks=masks, recipe=recipe, top1=top1, threads=threads, **facts)
+    return Ticket(masks=Masks(masks), recipe=recipe, top1=top1, threads=threads, **facts)

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from ..budget import kept_weights
 from ..experiments import UsageError
 from ..experiments.loop import evaluate
 from ..names import prunable_parameters
-from ..budget import kept_weights
 from .rebuild import build, load_data, recipe_of
 from .sparse import SparseFile, certify, read_sparse
 

@@ -56,11 +56,11 @@ class GSM(SparseOptimizer):
         weight_decay: eta, coupled L2 as in `torch.optim.SGD`.
         nesterov: as in `torch.optim.SGD`.
         schedule: None is the paper's rule: Q from the first step on, and the cut when you call `finalize()`. A
-            `Schedule` lets the density fall over a ramp, fades and cuts. A function of the number of steps taken returns
-            the density of the next step, never below the budget's.
-        passive_decay: weight decay of passive weights, a number or "auto". None is "auto" with a Schedule, and otherwise
-            `weight_decay`, the paper's rule. "auto" chooses it at every step from the learning rate, so that a weight
-            that is passive from the end of the ramp on has shrunk to `Schedule.shrink_to` of its value when the fade
+            `Schedule` lets the density fall over a ramp, fades and cuts. A function gets the number of steps taken and
+            returns the density of the next; below the budget's it has no effect.
+        passive_decay: weight decay of passive weights, a number or "auto". None is "auto" with a Schedule, and
+            otherwise `weight_decay`, the paper's rule. "auto" chooses it at every step from the learning rate, so that a
+            weight that is passive from the end of the ramp on has shrunk to `Schedule.shrink_to` of its value when the fade
             begins, and in the fade once more. It is never below `weight_decay`, and not so high that a return to the
             highest learning rate would do harm.
         score: "taylor" |w g|, "magnitude" |w|, "random", or a function; see `gsm_sgd.scores`.
@@ -141,9 +141,7 @@ class GSM(SparseOptimizer):
         return ("momentum_buffer",) if group["momentum"] else ()
 
     def _motion(self, group: dict[str, Any]) -> Motion:
-        return Motion(
-            float(group["lr"]), group["momentum"], group["nesterov"], group["first_lr"], group["highest_lr"]
-        )
+        return Motion(float(group["lr"]), group["momentum"], group["nesterov"], group["first_lr"], group["highest_lr"])
 
     def _dense_(self, part: Part, exactly: bool) -> None:
         _sgd_(part, part.grads, part.group["weight_decay"], exactly)

@@ -36,14 +36,14 @@ def one_phase(
 ) -> tuple[GSM, LambdaLR]:
     """Set up the training of a model to an exact sparsity, from a random start or a trained net.
 
-    The density falls over the first 30 % of the steps, the passive weights have vanished after 70 % and are cut, and the
-    rest trains the kept weights. The learning rate rises over 3 % of the steps and falls along a cosine from the middle
+    The density falls over the first 30 % of the steps. After 70 % the passive weights have vanished and are cut, and
+    the kept weights train on. The learning rate rises over 3 % of the steps and falls along a cosine from the middle
     on. Biases and norms are trained without weight decay, and frozen parameters are left out.
 
     Args:
         model: what to train.
         total_steps: optimizer steps of the training: batches of all epochs, divided by the batches of a step.
-        lr: the highest learning rate; start with what trains the dense net from scratch, or half of it.
+        lr: the highest learning rate; begin with what trains the dense net.
         compression, density, sparsity, num_kept: the budget, one of them, as of `GSM`.
         momentum: of SGD.
         weight_decay: of weights of two or more dimensions.
@@ -113,7 +113,7 @@ def _factor(step: int, total_steps: int, rise: int, anneal: float) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * min(1.0, max(0.0, done)))
 
 
-def _weights_of(model: nn.Module, kinds: Any) -> Iterator[tuple[str, nn.Module]]:
+def _weights_of(model: nn.Module, kinds: Any) -> Iterator[tuple[str, Any]]:
     """Yield the name of the weight of each module of these kinds, and the module."""
     for name, module in model.named_modules():
         if isinstance(module, kinds):

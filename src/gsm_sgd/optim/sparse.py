@@ -333,7 +333,9 @@ class SparseOptimizer(Optimizer):
                 threshold = _threshold(self._buffer.scores_of, len(weights), num_active, shards)
             return self._buffer.active(threshold)
         if shards is not None:
-            raise ValueError(f"the pattern {type(self._pattern).__name__} does not take DTensors yet: use single weights")
+            raise ValueError(
+                f"the pattern {type(self._pattern).__name__} does not take DTensors yet: use single weights"
+            )
         if not finite:
             check_finite()
         return choose(self._buffer.views, num_active, self._pattern, positive=True)
@@ -344,8 +346,9 @@ class SparseOptimizer(Optimizer):
         if len(numbers) == len(weights):
             return StreamedScores(self._score, weights, grads, self._passes)
         some = ScoreBuffer()
-        chosen = [weights[i] for i in numbers], [grads[i] for i in numbers], [{}] * len(numbers)
-        some.fill(self._score, *chosen, score_dtype(weights))
+        states: list[dict[str, Any]] = [{} for _ in numbers]
+        chosen = [weights[i] for i in numbers], [grads[i] for i in numbers]
+        some.fill(self._score, *chosen, states, score_dtype(weights))
         return some.scores_of(range(len(numbers)))
 
     def _compiles_for(self, parts: Sequence[Part]) -> bool:
@@ -524,7 +527,9 @@ class SparseOptimizer(Optimizer):
             reason = self._why_passive_weights_stay(self.param_groups[0], self.passive_shrinkage)
             because = f": {reason}" if reason else ""
             warnings.warn(
-                f"the cut takes {left:.1%} of the weights' norm, so it costs accuracy{because}", CutWarning, stacklevel=4
+                f"the cut takes {left:.1%} of the weights' norm, so it costs accuracy{because}",
+                CutWarning,
+                stacklevel=4,
             )
         if empty := [row.name for row in masks.table() if row.params and not row.nonzeros]:
             warnings.warn(
@@ -611,7 +616,7 @@ class SparseOptimizer(Optimizer):
         for number, group in enumerate(self.state_dict_groups()):
             where = f" of group {number}" if number else ""
             for key, value in group.items():
-                for name, item in (value.items() if isinstance(value, dict) else [(key, value)]):
+                for name, item in value.items() if isinstance(value, dict) else [(key, value)]:
                     if isinstance(item, int | float | Tensor):
                         found[name + where] = float(item)
                     elif isinstance(item, str):

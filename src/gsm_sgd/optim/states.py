@@ -74,7 +74,9 @@ def check_parameters(group: Mapping[str, Any]) -> None:
     for name, param in zip(names, params, strict=True):
         reason = None
         if is_lazy(param) or param.is_meta:
-            reason = "has no data yet: run a batch through the model, or load its weights, before you build the optimizer"
+            reason = (
+                "has no data yet: run a batch through the model, or load its weights, before you build the optimizer"
+            )
         elif not is_governed(param, group):
             continue
         elif param.is_complex():
@@ -158,7 +160,7 @@ def localise(param: Tensor, param_state: dict[str, Any]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Return a setting as `torch.load(weights_only=True)` reads it: NumPy's numbers as Python's, a Schedule as a dict."""
+    """Return a setting as a plain value: a Schedule as a dict, a NumPy number as Python's."""
     if isinstance(value, Schedule):
         return value.as_dict()
     if callable(value):

@@ -174,13 +174,13 @@ class ScoreBuffer:
             for weight, end in zip(weights, self._ends, strict=False)
         ]
         if score in (taylor, magnitude) and len({weight.dtype for weight in weights}) == 1:
-            torch._foreach_copy_(self.views, weights)
+            torch._foreach_copy_(self.views, list(weights))
             if score is taylor:
-                torch._foreach_mul_(self.views, grads)
+                torch._foreach_mul_(self.views, list(grads))
             self.whole[: self._ends[-1]].abs_()
         else:
             for view, weight, grad, state in zip(self.views, weights, grads, states, strict=True):
-                view.copy_(evaluate(score, weight, grad, state)).clamp_(min=-1)  # which of the passive is last, nobody asks
+                view.copy_(evaluate(score, weight, grad, state)).clamp_(min=-1)  # below zero all are alike
         self.whole[self._ends[-1] :] = -1  # else a step with fewer weights would find scores of an earlier one here
         return not len(self.whole) or math.isfinite(self.whole.amax())
 

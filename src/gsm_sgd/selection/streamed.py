@@ -34,13 +34,13 @@ class Passes(NamedTuple):
     """The compiled passes."""
 
     sample: Callable[..., Tensor]
-    count: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    rows: Callable[..., tuple[Tensor, Tensor, Tensor]]
     equal: Callable[..., Tensor]
 
     @classmethod
     def compiled(cls) -> "Passes":
         """Return passes that are compiled when they are first called."""
-        return cls(Compiled(_sample), Compiled(_count), Compiled(_equal))
+        return cls(Compiled(_sample), Compiled(_count_rows), Compiled(_equal))
 
 
 class StreamedScores:
@@ -71,7 +71,7 @@ class StreamedScores:
 
     def between(self, low: Tensor, high: Tensor) -> tuple[int, Tensor]:
         """Take the scores of rows with one in the bracket from the pass; compute again the rows that have more."""
-        inside, top, total = self._passes.count(self._score, self._weights, self._grads, low, high)
+        inside, top, total = self._passes.rows(self._score, self._weights, self._grads, low, high)
         reached = total.item()
         if math.isnan(reached):
             raise NotFiniteError
@@ -107,15 +107,19 @@ def _sample(score: Score, weights: Tensors, grads: Tensors, distance: int) -> Te
     """Return the scores of runs that begin so far from each other, or of a tensor's first weights if it is small."""
     dtype, runs = score_dtype(weights), []
     for w, g in zip(weights, grads, strict=True):
-        count = w.numel() // distance
-        part = [flattened(t, w)[: count * distance].view(count, distance)[:, :_RUN] for t in (w, g)]
-        if not count:
-            part = [flattened(t, w)[:_RUN] for t in (w, g)]
-        runs.append(evaluate(score, *part, {}).to(dtype).reshape(-1))
+        weight, grad = (_runs(t, w, distance) for t in (w, g))
+        runs.append(evaluate(score, weight, grad, {}).to(dtype).reshape(-1))
     return torch.cat(runs)
 
 
-def _count(score: Score, weights: Tensors, grads: Tensors, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _runs(tensor: Tensor, like: Tensor, distance: int) -> Tensor:
+    flat, count = flattened(tensor, like), tensor.numel() // distance
+    return flat[: count * distance].view(count, distance)[:, :_RUN] if count else flat[:_RUN]
+
+
+def _count_rows(
+    score: Score, weights: Tensors, grads: Tensors, low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Count scores by rows.
 
     Returns:
