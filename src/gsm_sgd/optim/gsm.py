@@ -59,10 +59,10 @@ class GSM(SparseOptimizer):
             `Schedule` lets the density fall over a ramp, fades and cuts. A function gets the number of steps taken and
             returns the density of the next; below the budget's it has no effect.
         passive_decay: weight decay of passive weights, a number or "auto". None is "auto" with a Schedule, and
-            otherwise `weight_decay`, the paper's rule. "auto" chooses it at every step from the learning rate, so that a
-            weight that is passive from the end of the ramp on has shrunk to `Schedule.shrink_to` of its value when the fade
-            begins, and in the fade once more. It is never below `weight_decay`, and not so high that a return to the
-            highest learning rate would do harm.
+            otherwise `weight_decay`, the paper's rule. "auto" chooses it at every step from the learning rate, so that
+            a weight that is passive from the end of the ramp on has shrunk to `Schedule.shrink_to` of its value when
+            the fade begins, and in the fade once more. It is never below `weight_decay`, and not so high that a return
+            to the highest learning rate would do harm.
         score: "taylor" |w g|, "magnitude" |w|, "random", or a function; see `gsm_sgd.scores`.
         pattern: what is kept or dropped together; None is single weights; see `gsm_sgd.patterns`.
         compiled: compile the passes over memory with torch.compile, in up to minutes for a large model. It then needs

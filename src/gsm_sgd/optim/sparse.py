@@ -35,7 +35,7 @@ from ..schedules import Phase, Schedule
 from ..scores import Score, find_score, magnitude, score_dtype, seed_of, taylor
 from ..selection.sharded import Sharded, Shards
 from ..selection.stored import ScoreBuffer
-from ..selection.streamed import STREAMED, Passes, StreamedScores
+from ..selection.streamed import STREAMED, Passes, streamed
 from ..selection.threshold import Local, NotFiniteError, ScoresOf, Threshold, find_threshold
 from .states import check_group, check_lr, check_parameters, check_state, in_order_of, localise, plain
 
@@ -344,7 +344,7 @@ class SparseOptimizer(Optimizer):
         """Return the scores of some weights; if they are not all, without compiling anything for them."""
         assert self._passes is not None
         if len(numbers) == len(weights):
-            return StreamedScores(self._score, weights, grads, self._passes)
+            return streamed(self._score, weights, grads, self._passes)
         some = ScoreBuffer()
         states: list[dict[str, Any]] = [{} for _ in numbers]
         chosen = [weights[i] for i in numbers], [grads[i] for i in numbers]

@@ -54,9 +54,9 @@ def guess_bracket(sample: Tensor, share: float, sigmas: float) -> tuple[Tensor, 
     # How many sampled scores lie above the threshold is about binomial: so many standard deviations, and one more.
     margin = sigmas * math.sqrt(rank * (1 - share)) + 1
     first, last = math.floor(rank - margin), math.ceil(rank + margin)
-    largest = sample.topk(min(last + 1, len(sample))).values
-    high = largest[first] if first >= 0 else sample.new_tensor(math.inf)
-    low = largest[last] if last < len(sample) else sample.new_tensor(-math.inf)
+    size = len(sample)
+    high = sample.kthvalue(size - first).values if first >= 0 else sample.new_tensor(math.inf)
+    low = sample.kthvalue(size - last).values if last < size else sample.new_tensor(-math.inf)
     return low, high
 
 

@@ -5,9 +5,9 @@ inside the bracket. Then only the rows with some inside are read again.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,24 +15,25 @@ from torch import Tensor
 from ..compiled import Compiled
 from ..memory import by_index, flattened
 from ..scores import Score, evaluate, magnitude, score_dtype, taylor
-from .stored import guess_bracket, row_width, within
-from .threshold import NotFiniteError
+from .stored import ROW, StoredScores, guess_bracket, row_width, within
+from .threshold import NotFiniteError, Scores
 
 Tensors = Sequence[Tensor]
 
 STREAMED = (taylor, magnitude)
 """The scores that depend on nothing but a weight and its gradient, one by one."""
 
-_WIDE = 128  # scores in a row, at most
+_SMALL = 2**22  # scores; so few are stored, since passes over many small tensors take longer
+_WIDE = 64  # scores in a row, at most
 _BASE = 256.0  # counts that share a number are its digits in this base: no row is longer
 _RUN = 32  # sampled scores that lie side by side: those of a cache line cost no more than one
-_SAMPLE = 2**18  # scores, about, in a sample
 _CHUNK = 2**20  # scores that are computed at a time where a few are looked for
 
 
 class Passes(NamedTuple):
     """The compiled passes."""
 
+    whole: Callable[..., Tensor]
     sample: Callable[..., Tensor]
     rows: Callable[..., tuple[Tensor, Tensor, Tensor]]
     equal: Callable[..., Tensor]
@@ -40,7 +41,24 @@ class Passes(NamedTuple):
     @classmethod
     def compiled(cls) -> "Passes":
         """Return passes that are compiled when they are first called."""
-        return cls(Compiled(_sample), Compiled(_count_rows), Compiled(_equal))
+        return cls(Compiled(_whole), Compiled(_sample), Compiled(_count_rows), Compiled(_equal))
+
+
+def streamed(score: Score, weights: Tensors, grads: Tensors, passes: Passes) -> Scores:
+    """Return the scores of all weights, computed as they are needed; those of a small model at once."""
+    sizes = [weight.numel() for weight in weights]
+    if sum(sizes) > _SMALL:
+        return StreamedScores(score, weights, grads, passes)
+    whole = passes.whole(score, weights, grads)
+    return _Stored(whole.split([*sizes, len(whole) - sum(sizes)])[: len(sizes)], whole, weights, passes)
+
+
+class _Stored(StoredScores):
+    """Scores of a small model, counted by the compiled pass."""
+
+    def __init__(self, scores: Tensors, whole: Tensor, like: Tensors, passes: Passes) -> None:
+        super().__init__(scores, whole, like)
+        self.between = StreamedScores(_itself, [whole], [whole], passes).between  # type: ignore[method-assign]
 
 
 class StreamedScores:
@@ -65,7 +83,8 @@ class StreamedScores:
 
     def bracket(self, k: float, sigmas: float) -> tuple[Tensor, Tensor]:
         """Guess from a sample of short runs."""
-        distance = max(_RUN, self._total * _RUN // _SAMPLE) | 1  # odd: it visits every column of a matrix
+        # A sample of about 4 N^(2/3): see StoredScores. An odd distance visits every column of a matrix.
+        distance = max(_RUN, round(self._total ** (1 / 3) * _RUN / 4)) | 1
         sample = self._passes.sample(self._score, self._weights, self._grads, distance)
         return guess_bracket(sample, k / self._total, sigmas)
 
@@ -98,9 +117,26 @@ class StreamedScores:
         for i, (start, end) in enumerate(pairwise(splits)):
             if start < end:
                 mine = numbers[start:end] - self._ends[i]
-                weight, grad = (_rows_of(t, self._weights[i])[mine] for t in (self._weights[i], self._grads[i]))
+                weight, grad = (
+                    _rows_of(t, self._weights[i]).index_select(0, mine) for t in (self._weights[i], self._grads[i])
+                )
                 scores.append(evaluate(self._score, weight, grad, {}).to(self._dtype).view(-1))
         return torch.cat(scores)
+
+
+def _itself(weight: Tensor, grad: Tensor, state: Mapping[str, Any]) -> Tensor:
+    """Return what is a score already."""
+    return weight
+
+
+def _whole(score: Score, weights: Tensors, grads: Tensors) -> Tensor:
+    """Return all scores in one tensor, with a rest of -1."""
+    dtype = score_dtype(weights)
+    scores = [
+        evaluate(score, flattened(w, w), flattened(g, w), {}).to(dtype) for w, g in zip(weights, grads, strict=True)
+    ]
+    rest = -sum(score.numel() for score in scores) % ROW
+    return torch.cat([*scores, scores[0].new_full((rest,), -1)])
 
 
 def _sample(score: Score, weights: Tensors, grads: Tensors, distance: int) -> Tensor:
