@@ -8,9 +8,8 @@ interrupted run goes on.
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,105 +17,84 @@ import torch
 from torch import Tensor
 
 from frontier import over_seeds
-from gsm_sgd.experiments import data, prune
+from gsm_sgd.experiments import data
 from gsm_sgd.experiments.environment import environment
 from gsm_sgd.experiments.observers import Several
+from gsm_sgd.experiments.prune import Job, prune
 from gsm_sgd.experiments.recipes import Recipe, find_recipe
 from gsm_sgd.experiments.rundir import RunFolder
 from gsm_sgd.experiments.splits import Dataset
-from gsm_sgd.rule import EagerRule, Kernel, Part
+from gsm_sgd.scores import SCORES, taylor
 
 _FLOOR = 0.002  # least density of a layer
-_Importances = tuple[Tensor, list[Tensor], list[int]]
+_LARGE = 1e6
 
 
-class Averaged(EagerRule):
-    """Importance as a moving average over ten steps."""
+class Averaged:
+    """|w g| as a moving average over ten steps."""
 
-    _mean: Tensor | None = None
+    def __init__(self) -> None:
+        self._means: dict[int, Tensor] = {}
 
-    def _importances(self, parts: Sequence[Part]) -> _Importances:
-        whole, views, ends = super()._importances(parts)
-        self._mean = whole.clone() if self._mean is None else self._mean.lerp_(whole, 0.1)
-        return whole.copy_(self._mean), views, ends
-
-
-class PerLayer(EagerRule):
-    """Importance as a multiple of its root mean square in the layer."""
-
-    def _importances(self, parts: Sequence[Part]) -> _Importances:
-        whole, views, ends = super()._importances(parts)
-        for start, end in pairwise(ends):
-            whole[start:end].div_(whole[start:end].square().mean().sqrt().clamp_min(1e-30))
-        return whole, views, ends
+    def __call__(self, weight: Tensor, grad: Tensor, state: Mapping[str, Any]) -> Tensor:
+        """Return the average so far."""
+        scores = taylor(weight, grad, state)
+        return self._means.setdefault(state["seed"], scores.clone()).lerp_(scores, 0.1)
 
 
-class Floor(EagerRule):
-    """Importance, but some weights of each layer are active whatever theirs is."""
-
-    def _importances(self, parts: Sequence[Part]) -> _Importances:
-        whole, views, ends = super()._importances(parts)
-        top = whole.amax()
-        for start, end in pairwise(ends):
-            layer = whole[start:end]
-            layer[layer.topk(max(1, round(_FLOOR * len(layer)))).indices] += top
-        return whole, views, ends
+def by_layer(weight: Tensor, grad: Tensor, state: Mapping[str, Any]) -> Tensor:
+    """Return |w g| as a multiple of its root mean square in the layer."""
+    scores = taylor(weight, grad, state)
+    return scores / scores.square().mean().sqrt().clamp_min(1e-30)
 
 
-class Magnitude(EagerRule):
-    """|W| in place of |W G|."""
+def with_floor(weight: Tensor, grad: Tensor, state: Mapping[str, Any]) -> Tensor:
+    """Return |w g|, but so large for some weights of each layer that they are active in any case."""
+    scores = taylor(weight, grad, state)
+    largest = scores.flatten().topk(max(1, round(_FLOOR * scores.numel()))).indices
+    scores.view(-1)[largest] += _LARGE
+    return scores
 
-    def _importances(self, parts: Sequence[Part]) -> _Importances:
-        whole, views, ends = super()._importances(parts)
-        for view, weight in zip(views, [param for part in parts for param in part.params], strict=True):
-            view.copy_(weight)
-        whole[: ends[-1]].abs_()
-        return whole, views, ends
+
+SCORES |= {"by_layer": by_layer, "with_floor": with_floor}
 
 
 def _gsm(**changes: Any) -> Callable[[Recipe], Recipe]:
     return lambda recipe: replace(recipe, gsm=replace(recipe.gsm, **changes))
 
 
-VARIANTS: dict[str, tuple[Callable[[Recipe], Recipe], type[EagerRule]]] = {
-    "fast": (lambda recipe: recipe, EagerRule),
-    "passive decay = weight decay": (lambda recipe: replace(recipe, passive_decay=None), EagerRule),
-    "compression constant": (lambda recipe: replace(recipe, ramp=0.0), EagerRule),
-    "cut at the end": (lambda recipe: replace(recipe, cut=1.0), EagerRule),
-    "no fade": (lambda recipe: replace(recipe, fade=0.0, cut=0.6), EagerRule),
-    "no label smoothing": (_gsm(label_smoothing=0.0), EagerRule),
-    "batches of 256": (lambda recipe: replace(recipe, batch_size=256), EagerRule),
-    "Nesterov": (_gsm(nesterov=True), EagerRule),
-    "momentum .9": (_gsm(momentum=0.9), EagerRule),
-    "cosine from the start": (_gsm(cosine=0.0), EagerRule),
-    "importance averaged": (lambda recipe: recipe, Averaged),
-    "importance by layer": (lambda recipe: recipe, PerLayer),
-    "floor of 0.2 % a layer": (lambda recipe: recipe, Floor),
-    "|w| as importance": (lambda recipe: recipe, Magnitude),
+def _score(name: str) -> Callable[[Recipe], Recipe]:
+    return lambda recipe: replace(recipe, score=name)
+
+
+VARIANTS: dict[str, Callable[[Recipe], Recipe]] = {
+    "fast": lambda recipe: recipe,
+    "passive decay = weight decay": lambda recipe: replace(recipe, passive_decay=None),
+    "density constant": lambda recipe: replace(recipe, ramp=0.0),
+    "cut at the end": lambda recipe: replace(recipe, cut=1.0),
+    "no fade": lambda recipe: replace(recipe, fade=0.0, cut=0.6),
+    "no label smoothing": _gsm(label_smoothing=0.0),
+    "batches of 256": lambda recipe: replace(recipe, batch_size=256),
+    "Nesterov": _gsm(nesterov=True),
+    "momentum .9": _gsm(momentum=0.9),
+    "cosine from the start": _gsm(cosine=0.0),
+    "score averaged": _score("averaged"),
+    "score by layer": _score("by_layer"),
+    "floor of 0.2 % a layer": _score("with_floor"),
+    "|w| as score": _score("magnitude"),
+    "random score": _score("random"),
 }
 
 
 def measure(name: str, recipe: Recipe, dataset: Dataset, runs: Path) -> dict[str, float]:
     """Return the accuracies of one run, in percent, from its folder if it is there."""
-    change, rule = VARIANTS[name]
-    recipe = change(recipe)
+    recipe = VARIANTS[name](recipe)
+    SCORES["averaged"] = Averaged()  # of this run
     label = "".join(letter if letter.isalnum() else "-" for letter in name)
     path = runs / f"{recipe.model}-x{recipe.compression:g}-e{recipe.gsm.epochs}-{label}-s{recipe.seed}"
-    module: Any = prune
-    make = module.gsm
-
-    def with_rule(*arguments: Any) -> Any:
-        optimizer = make(*arguments)
-        optimizer._rule = rule(Kernel(None, None))
-        return optimizer
-
-    module.gsm = with_rule
-    try:
-        with RunFolder(path, recipe, checkpoint_seconds=1e9) as folder:
-            if not folder.finished:
-                prune.prune(prune.Job(recipe, dataset, folder, Several([]), torch.device("cpu")))
-    finally:
-        module.gsm = make
+    with RunFolder(path, recipe, checkpoint_seconds=1e9) as folder:
+        if not folder.finished:
+            prune(Job(recipe, dataset, folder, Several([]), torch.device("cpu")))
     result: dict[str, dict[str, float]] = json.loads((path / "result.json").read_text())
     return result["top1"]
 

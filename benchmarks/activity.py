@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from gsm_sgd import apply_masks_, magnitude_masks, prunable_parameters
+from gsm_sgd import magnitude_masks, prunable_parameters, select_top
+from gsm_sgd.budget import kept_weights
 from gsm_sgd.experiments import mnist, models
 from gsm_sgd.experiments.environment import environment
 from gsm_sgd.experiments.loop import evaluate
 from gsm_sgd.experiments.rundir import read_weights
 from gsm_sgd.experiments.splits import Dataset
 from gsm_sgd.reports.runs import read_run
-from gsm_sgd.selection import importance, kept_weights, select_top
+from gsm_sgd.scores import taylor
 
 
 def activity(path: Path, dataset: Dataset) -> dict[str, Any]:
@@ -40,17 +41,17 @@ def activity(path: Path, dataset: Dataset) -> dict[str, Any]:
     for images, labels in dataset.train.shuffled(recipe["batch_size"], recipe["seed"], 0):
         model.zero_grad()
         F.cross_entropy(model(images), labels).backward()
-        scores = [importance(weight, weight.grad) for weight in weights.values() if weight.grad is not None]
+        scores = [taylor(weight.detach(), weight.grad, {}) for weight in weights.values() if weight.grad is not None]
         for count, active in zip(times_active, select_top(scores, kept), strict=True):
             count += active.view(-1)
-    masks = magnitude_masks(weights, recipe["compression"])
+    masks = magnitude_masks(weights, num_kept=kept)
     cut_away = torch.cat([~mask.reshape(-1) for mask in masks.values()])
     times = torch.cat(times_active)
 
     accuracy = {}
     for factor in (1.0, 1.1, 1.25, 1.5, 2.0):
         model.load_state_dict(trained)
-        apply_masks_(weights, magnitude_masks(weights, total / (factor * kept)))
+        magnitude_masks(weights, num_kept=round(factor * kept)).apply_(model)
         accuracy[f"{factor:g} Q"] = evaluate(model, dataset.test)
     return {
         "run": path.name,

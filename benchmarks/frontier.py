@@ -29,8 +29,8 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 from torch.optim import Optimizer
 
-from gsm_sgd import prunable_parameters
-from gsm_sgd.budget import cubic_compression
+from gsm_sgd import Schedule, prunable_parameters
+from gsm_sgd.budget import kept_weights
 from gsm_sgd.experiments import data, models
 from gsm_sgd.experiments.environment import environment
 from gsm_sgd.experiments.loop import evaluate, steps_per_epoch, train
@@ -39,7 +39,6 @@ from gsm_sgd.experiments.prune import Job, plain_sgd, prune
 from gsm_sgd.experiments.recipes import Recipe, find_recipe
 from gsm_sgd.experiments.rundir import RunFolder
 from gsm_sgd.experiments.splits import Dataset
-from gsm_sgd.selection import kept_weights
 
 METHODS = ("GSM, fast", "GSM, paper", "gradual magnitude", "one-shot magnitude")
 _EVERY = 50  # steps between two masks of gradual magnitude pruning
@@ -64,6 +63,8 @@ def gradual(job: Job) -> float:
     prunable = sum(weight.numel() for weight in prunable_parameters(model).values())
     steps = steps_per_epoch(job.data, recipe) * recipe.gsm.epochs
     ramp = math.ceil(recipe.ramp * steps / _EVERY) * _EVERY
+    schedule = Schedule(steps, ramp=ramp / steps, fade=0.0, cut=1.0)
+    kept = kept_weights(prunable, recipe.compression)
     prune_to(model, prunable)
     optimizer = plain_sgd(model, recipe.gsm)
     taken = 0
@@ -72,7 +73,7 @@ def gradual(job: Job) -> float:
         nonlocal taken
         taken += 1
         if taken % _EVERY == 0 and taken <= ramp:
-            prune_to(model, kept_weights(prunable, cubic_compression(recipe.compression, taken, ramp)))
+            prune_to(model, max(kept, math.floor(prunable * schedule.density(taken, kept / prunable))))
 
     optimizer.register_step_post_hook(mask_when_due)
     return trained(job, model, optimizer, recipe)

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from frontier import over_seeds
+from gsm_sgd import magnitude_masks, prunable_parameters
 from gsm_sgd.experiments.environment import environment
 from gsm_sgd.experiments.loop import evaluate
 from gsm_sgd.experiments.observers import ProgressBars
@@ -24,7 +25,6 @@ from gsm_sgd.experiments.prune import Job, plain_sgd, train_stage
 from gsm_sgd.experiments.recipes import Recipe
 from gsm_sgd.experiments.rundir import RunFolder, read_weights
 from gsm_sgd.export.rebuild import build, load_data
-from gsm_sgd.masks import apply_masks_, magnitude_masks, prunable_parameters
 from gsm_sgd.reports.runs import read_run
 
 CPU = torch.device("cpu")
@@ -37,8 +37,8 @@ def one_shot(path: Path, recipe: Recipe) -> dict[str, float]:
             dataset = load_data(recipe, None)
             model = build(recipe, read_weights(path / "base.safetensors"), dataset.classes)
             prunable = prunable_parameters(model)
-            masks = magnitude_masks(prunable, recipe.compression)
-            apply_masks_(prunable, masks)
+            masks = magnitude_masks(prunable, compression=recipe.compression)
+            masks.apply_(prunable)
             top1 = {"one_shot": evaluate(model, dataset.test)}
             with ProgressBars(Console(stderr=True)) as bars:
                 job = Job(recipe, dataset, folder, bars, CPU)

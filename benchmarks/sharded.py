@@ -27,8 +27,9 @@ from torch.multiprocessing.spawn import spawn
 
 from gsm_sgd import GSM
 from gsm_sgd.experiments.environment import environment
-from gsm_sgd.selection import guess_bracket
-from gsm_sgd.sharded import Shards
+from gsm_sgd.selection.sharded import Sharded, Shards
+from gsm_sgd.selection.stored import guess_bracket
+from gsm_sgd.selection.threshold import find_threshold
 
 TENSORS = 50
 COMPRESSION = 10
@@ -143,12 +144,13 @@ def measure_drawn(numel: int, repeats: int) -> dict[str, float]:
         local = torch.empty(mine, 1)
     part = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
     shards = Shards([part])
-    shards._place = torch.device("cpu")
+    shards.place = torch.device("cpu")
     sizes = []
     for turn in range(max(1, repeats // 3)):
         seed = 1000 * turn + dist.get_rank()
         with Counted() as counted:
-            shards.find_cut(partial(_drawn, mine, seed), mine * dist.get_world_size() // COMPRESSION, False)
+            scores = Sharded(shards, partial(_drawn, mine, seed))
+            find_threshold(scores, mine * dist.get_world_size() // COMPRESSION)
         sizes.append(counted.bytes)
     return _sent(sizes)
 

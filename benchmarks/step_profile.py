@@ -1,8 +1,8 @@
-"""Where the time of a fused GSM step goes: its compiled passes, and what lies between them.
+"""Where the time of a compiled GSM step goes: its compiled passes, and what lies between them.
 
     python benchmarks/step_profile.py [MODEL ...] [--repeats N] [--json FILE]
 
-Shares are of torch.optim.SGD(fused=True), stepped by turns with it.
+Shares are of torch.optim.SGD(fused=True), interleaved with it.
 """
 
 import argparse
@@ -17,19 +17,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from gsm_sgd import GSM, fused
-from gsm_sgd import optimizer as optimizer_module
+from gsm_sgd import GSM
 from gsm_sgd.experiments import bench
 from gsm_sgd.experiments.environment import environment
+from gsm_sgd.optim import sparse
+from gsm_sgd.selection.streamed import Passes
 
 TITLES = {
-    "importances": "pass: importances, stored",
-    "count_stored": "pass: count the stored",
-    "count_sample": "pass: count a sample",
-    "count_all": "pass: compute and count",
-    "decoded": "pass: counts from codes",
-    "update_": "pass: update",
-    "find_cut": "find the threshold, its passes included",
+    "whole": "pass: compute and store the scores",
+    "sample": "pass: sample",
+    "rows": "pass: count",
+    "update": "pass: update",
+    "threshold": "find the threshold, its passes included",
     "step": "the whole step",
 }
 
@@ -41,29 +40,27 @@ def profile(name: str, repeats: int) -> dict[str, float]:
     params = [nn.Parameter(torch.randn(shape) * 0.05) for shape in work.shapes]
     twins = [nn.Parameter(param.detach().clone()) for param in params]
     settings: dict[str, Any] = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4}
-    optimizer = GSM(params, compression=work.compression, fused=True, **settings)
+    optimizer = GSM(params, compression=work.compression, compiled=True, **settings)
     sgd = torch.optim.SGD(twins, fused=True, **settings)
     grads = [[torch.randn_like(param) * 0.01 * 1.1**number for param in params] for number in range(3)]
 
     spent: dict[str, float] = defaultdict(float)  # in this step
 
     def timed(title: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
             started = time.perf_counter()
-            result = function(*args)
+            result = function(*args, **options)
             spent[title] += time.perf_counter() - started
             return result
 
         return call
 
-    rule: Any = optimizer._rule
-    module: Any = optimizer_module
-    for attribute in ("_importances", "_count_stored", "_update"):
-        setattr(rule, attribute, timed(getattr(rule, attribute).name, getattr(rule, attribute)))
-    passes = rule._passes
-    rule._passes = fused._Passes(*(timed(function.name, function) for function in passes))
-    find_cut = module.find_cut
-    module.find_cut = timed("find_cut", find_cut)
+    engine: Any = optimizer
+    engine._passes = Passes(*(timed(key, function) for key, function in engine._passes._asdict().items()))
+    engine._update_streamed = timed("update", engine._update_streamed)
+    module: Any = sparse
+    find_threshold = module.find_threshold
+    module.find_threshold = timed("threshold", find_threshold)
     steps: list[dict[str, float]] = []
     for turn in range(-4, repeats):
         for param, twin, grad in zip(params, twins, grads[turn % 3], strict=True):
@@ -73,7 +70,7 @@ def profile(name: str, repeats: int) -> dict[str, float]:
         timed("sgd", sgd.step)()
         if turn >= 0:
             steps.append(dict(spent))
-    module.find_cut = find_cut
+    module.find_threshold = find_threshold
     baseline = median(step["sgd"] for step in steps)
     return {
         title: round(median(step.get(key, 0.0) for step in steps) / baseline, 3)

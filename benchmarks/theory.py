@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from gsm_sgd.budget import PassiveWeight, decay_for_rate, fastest_rate
+from gsm_sgd.decay import PassiveWeight, decay_for_rate, fastest_rate
 
 _COLOURS = ("#000000", "#0072B2", "#009E73", "#D55E00")
 
