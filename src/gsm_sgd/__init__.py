@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .masks import Masks, keep_masked, magnitude_masks, sparsity_table
     from .names import prunable_parameters
+    from .optim.checks import CutWarning, NonFiniteGradientError
     from .optim.gsm import GSM
     from .optim.one_phase import one_phase
-    from .optim.sparse import CutWarning, NonFiniteGradientError
     from .schedules import Phase, Schedule
     from .selection.stored import select_top
 
@@ -29,7 +29,7 @@ __all__ = [
     "sparsity_table",
 ]
 
-_MODULES = ("masks", "names", "optim.gsm", "optim.one_phase", "optim.sparse", "schedules", "selection.stored")
+_MODULES = ("masks", "names", "optim.gsm", "optim.one_phase", "optim.checks", "schedules", "selection.stored")
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..optim.sparse import CutWarning
+from ..optim.checks import CutWarning
 from . import ranks
 from .recipes import Precision, Recipe, Training
 from .rundir import Record, Stage

@@ -26,7 +26,7 @@ from ..distributed import (
     offsets,
     to_local,
 )
-from ..masks import Masks, choose, largest, mask_gradients, residual, sparsity_rows
+from ..masks import Masks, choose, largest, mask_gradients, residual
 from ..memory import laid_out_as
 from ..names import is_governed, named_in, prunable_in
 from ..patterns import Pattern, Unstructured
@@ -37,27 +37,19 @@ from ..selection.sharded import Sharded, Shards
 from ..selection.stored import ScoreBuffer
 from ..selection.streamed import STREAMED, Passes, streamed
 from ..selection.threshold import Local, NotFiniteError, ScoresOf, Threshold, find_threshold
-from .states import check_group, check_lr, check_parameters, check_state, in_order_of, localise, plain
+from .checks import CutWarning, check_gradients, check_masked, check_step, is_sparse, warn_of_cut, warn_of_zeros
+from .states import check_group, check_parameters, check_state, in_order_of, localise, plain
 
 _MODEL_WIDE = ("budget", "schedule", "step", "phase")  # in the first group only
 _OF_THE_CALL = {"compression", "density", "sparsity", "num_kept", "schedule", "score", "pattern", "total_steps"}
 _OF_THE_OBJECT = ("foreach", "fused")
 _SETS = 8  # of parameters that have gradients together: so often torch compiles a function for others
-_LOSSLESS = 0.01  # share of the weights' norm that a cut may take without a warning
 
 ScheduleLike = Schedule | Callable[[int], float] | None
 """A Schedule; a function of the number of steps taken, the density of the next; or None, the final density at once."""
 
 Active = list[Tensor] | Threshold
 """Which weights are active: masks in bool or as 0 and 1, or where the scores end that are computed as they are used."""
-
-
-class CutWarning(UserWarning):
-    """The cut costs accuracy, or is about to: passive weights have not vanished, a layer keeps nothing, or no cut."""
-
-
-class NonFiniteGradientError(ArithmeticError):
-    """A prunable parameter has an infinite or NaN gradient; the step that met it changed nothing."""
 
 
 class SparseOptimizer(Optimizer):
@@ -285,15 +277,17 @@ class SparseOptimizer(Optimizer):
         trained = [param for group in self.param_groups for param in group["params"] if _has_gradient(param)]
         if not trained or self._is_torchs_initialisation(trained, shards):
             return loss
-        self._check_step(governed)
-        check_finite = partial(self._check_gradients, scored, shards)
+        check_step(self.param_groups, governed, self._name_of)
+        if self._fixed:
+            check_masked(self.state, governed, self.phase is Phase.FADE, self._name_of)
+        check_finite = partial(check_gradients, scored, shards, self._name_of)
 
         self._fade_or_cut_if_due(check_finite)
         total = self.num_prunable
         num_active = self._active_of(total) if total else 0
         everything = num_active == total
-        if not everything and not self.param_groups[0]["step"]:
-            self._warn_of_zeros()
+        if not everything and not self.param_groups[0]["step"] and self._score in (taylor, magnitude):
+            warn_of_zeros(self._governed_by_key())
         dense, ruled, still = self._parts(everything)
         if ruled and not self._fixed:
             active = self._select(ruled, min(num_active, sum(p.numel() for p in scored)), shards, check_finite)
@@ -454,7 +448,8 @@ class SparseOptimizer(Optimizer):
         self._fix_masks()
         masks, masked = self.masks, self._masked()
         if not cut_already:
-            self._warn_of_cut(masked, masks)
+            reason = self._why_passive_weights_stay(self.param_groups[0], self.passive_shrinkage)
+            warn_of_cut(masked, masks, reason)
         masks.apply_(masked)
         for key, param in masked.items():
             for name in self._buffer_names_of(param):  # momentum would push a weight that was cut away from zero
@@ -502,96 +497,12 @@ class SparseOptimizer(Optimizer):
             self._hooks = mask_gradients((param, ~to_local(self.state[param]["mask"])) for param in masked)
             weakref.finalize(self, self._hooks.remove)
 
-    # --- warnings and checks ---
+    # --- checks ---
 
     def _why_passive_weights_stay(self, group: dict[str, Any], left: float | None = None) -> str | None:
         schedule = self.schedule if isinstance(self.schedule, Schedule) else None
         decay = None if group["passive_decay"] == "auto" else self.passive_decay(group)
         return why_passive_weights_stay(schedule, self.param_groups[0]["step"], decay, self._motion(group), left)
-
-    def _warn_of_zeros(self) -> None:
-        """Warn of what can never become active."""
-        zeros = [row.name for row in sparsity_rows(self._governed_by_key()) if row.params and not row.nonzeros]
-        if zeros and self._score in (taylor, magnitude):
-            warnings.warn(
-                f"every weight of {_quoted(zeros)} is zero, so none has a score above zero and none will ever be "
-                'active: initialise it otherwise, put it into a group with "prunable": False, or begin with a ramp',
-                UserWarning,
-                stacklevel=4,
-            )
-
-    def _warn_of_cut(self, masked: dict[str, Tensor], masks: Masks) -> None:
-        """Warn if the cut that is about to be made takes weights that matter, or all weights of a layer."""
-        left = residual(masked, masks)
-        if left > _LOSSLESS:
-            reason = self._why_passive_weights_stay(self.param_groups[0], self.passive_shrinkage)
-            because = f": {reason}" if reason else ""
-            warnings.warn(
-                f"the cut takes {left:.1%} of the weights' norm, so it costs accuracy{because}",
-                CutWarning,
-                stacklevel=4,
-            )
-        if empty := [row.name for row in masks.table() if row.params and not row.nonzeros]:
-            warnings.warn(
-                f"no weight of {_quoted(empty)} is kept, so nothing passes through it: keep more weights, or leave "
-                'it out with "prunable": False',
-                CutWarning,
-                stacklevel=4,
-            )
-
-    def _check_step(self, governed: list[Tensor]) -> None:
-        """Raise, before anything moves, if this step cannot be taken."""
-        for group in self.param_groups:
-            check_lr(group["lr"])
-            for param in group["params"]:
-                if _is_sparse(param.grad) and (is_governed(param, group) or group["weight_decay"]):
-                    raise RuntimeError(
-                        f"{self._name_of(param)} has a sparse gradient: put it into a group with "
-                        '"prunable": False and "weight_decay": 0'
-                    )
-        if len({to_local(param).device for param in governed}) > 1:
-            raise ValueError(f"{type(self).__name__} needs all prunable parameters on one device")
-        if self._fixed:
-            self._check_masked(governed)
-
-    def _check_masked(self, governed: list[Tensor]) -> None:
-        """Raise if parameters have been frozen, unfrozen or replaced where the masks do not allow it any more."""
-        new = next((param for param in governed if "mask" not in self.state.get(param, {})), None)
-        if new is not None:
-            raise ValueError(
-                f"{self._name_of(new)} was frozen when the masks were fixed, and no longer is: freeze it again, "
-                'or train it in a group with "prunable": False'
-            )
-        masked = [param for param, param_state in self.state.items() if "mask" in param_state]
-        frozen = next((param for param in masked if not param.requires_grad), None)
-        if frozen is not None and self.phase is Phase.FADE:
-            name = self._name_of(frozen)
-            raise ValueError(f"{name} was frozen during the fade: freeze it before, or after the cut")
-        changed = next((param for param in masked if self.state[param]["mask"].shape != param.shape), None)
-        if changed is not None:
-            shape, mask_shape = tuple(changed.shape), tuple(self.state[changed]["mask"].shape)
-            raise ValueError(
-                f"{self._name_of(changed)} has shape {shape}, its mask {mask_shape}: "
-                "build a new optimizer after a parameter has changed its shape"
-            )
-
-    def _check_gradients(self, params: list[Tensor], shards: Shards | None) -> None:
-        """Raise if a gradient is not finite; one transfer from the device for all of them."""
-        # A tensor is finite if and only if its extremes are: infinity is one, and NaN spreads to both.
-        grads = [local_grad(param) for param in params]
-        extremes = [extreme for g in grads for extreme in (torch.aminmax(g) if g.numel() else [g.sum()] * 2)]
-        if not extremes:
-            return
-        if len({extreme.device for extreme in extremes}) > 1:
-            extremes = [extreme.cpu() for extreme in extremes]
-        finite = torch.stack(extremes).isfinite().view(-1, 2).all(1).tolist()
-        if shards is not None:
-            finite = shards.everywhere(finite)
-        if not all(finite):
-            keys = {param: key for key, param in prunable_in(self).items()}
-            key = keys[params[finite.index(False)]]
-            name = f"number {key}" if key.isdigit() else repr(key)
-            raise NonFiniteGradientError(f"the gradient of prunable parameter {name} is not finite")
 
     def _check_agreement(self, shards: Shards | None) -> None:
         """Raise ValueError on every process if they would not do the same in this step, as far as it is compared."""
@@ -602,8 +513,9 @@ class SparseOptimizer(Optimizer):
         device = to_local(params[0]).device if shards is None else shards.device
         counts = {"parameters": len(params), "parameter groups": len(self.param_groups)}
         settings = {f"the number of {what}": float(count) for what, count in counts.items()}
-        settings |= {"the number of prunable weights": self.num_prunable, "the number of kept weights": self.num_kept}
-        settings["the number of active weights"] = self.num_active
+        total = self.num_prunable
+        settings |= {"the number of prunable weights": total}
+        settings |= {"the number of active weights": self._active_of(total) if total else 0}
         check_same_settings(settings, device)  # first how many there are: else the next call would not fit
         check_same_settings(self._settings(), device)
         self._agreed = shards is None or not callable(self.schedule)
@@ -613,7 +525,7 @@ class SparseOptimizer(Optimizer):
     def _settings(self) -> dict[str, float]:
         """Return all settings of all groups as numbers, for comparing them."""
         found = {}
-        for number, group in enumerate(self.state_dict_groups()):
+        for number, group in enumerate(self._plain_groups()):
             where = f" of group {number}" if number else ""
             for key, value in group.items():
                 for name, item in value.items() if isinstance(value, dict) else [(key, value)]:
@@ -630,7 +542,7 @@ class SparseOptimizer(Optimizer):
         """
         if self.state or any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
-        idle = not any(bool(local_grad(param).any()) for param in trained if not _is_sparse(param.grad))
+        idle = not any(bool(local_grad(param).any()) for param in trained if not is_sparse(param.grad))
         if not (idle if shards is None else shards.everywhere([idle])[0]):
             return False
         for group in self.param_groups:
@@ -648,7 +560,7 @@ class SparseOptimizer(Optimizer):
         own = ("_score", "_pattern", "_model_wide", "_compiled", "_check_ranks_always")
         return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
-    def state_dict_groups(self) -> list[dict[str, Any]]:
+    def _plain_groups(self) -> list[dict[str, Any]]:
         """Return the settings of the parameter groups as plain values."""
         groups = [{key: plain(value) for key, value in g.items() if key != "params"} for g in self.param_groups]
         return [{key: value for key, value in group.items() if key != "param_names"} for group in groups]
@@ -687,12 +599,12 @@ class SparseOptimizer(Optimizer):
         Raises:
             ValueError: the state is of other parameters, or asks for what is not supported. Nothing has changed.
         """
-        groups, given = self.param_groups, self.state_dict_groups()[0]
+        groups, given = self.param_groups, self._plain_groups()[0]
         state = check_state(in_order_of(groups, state_dict), self.schedule)
         super().load_state_dict(state)
         for old, new in zip(groups, self.param_groups, strict=True):
             new.update({key: value for key, value in old.items() if key not in new or key in _OF_THE_OBJECT})
-        loaded = self.state_dict_groups()[0]
+        loaded = self._plain_groups()[0]
         if changed := [key for key in ("budget", "schedule") if loaded[key] != given[key]]:
             brought = ", ".join(f"{key}={loaded[key]!r} (not {given[key]!r})" for key in changed)
             warnings.warn(
@@ -797,12 +709,3 @@ def _threshold(
 def _has_gradient(param: Tensor) -> bool:
     """Return whether a parameter is trained in this step: a frozen one is not, whatever gradient is left there."""
     return param.requires_grad and param.grad is not None
-
-
-def _is_sparse(grad: Tensor | None) -> bool:
-    return grad is not None and grad.is_sparse
-
-
-def _quoted(names: list[str]) -> str:
-    """Return names as a list to read, a long one shortened."""
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
