@@ -1,15 +1,21 @@
 # Each target is enough on a fresh machine with Python 3.11 or later and make.
 PYTHON ?= python3
 BIN := .venv/bin
+# a process for each core, each with one thread
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo test lint clean
+.PHONY: demo test quick lint clean
 
 demo: .venv/demo  ## lottery tickets of LeNet-300-100 at 60x on real MNIST, and a report of them
 	$(BIN)/gsm lottery lenet300
 	$(BIN)/gsm report runs/lenet300-lottery-fast-x60-s0 -o runs/lenet300-lottery-fast-x60-s0/report.html
 
 test: .venv/installed lint  ## everything that must hold
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+quick: .venv/installed  ## what to run after every edit, in under a minute
+	$(BIN)/ruff check src tests benchmarks examples
+	$(PYTEST) -m "not slow"
 
 lint: .venv/installed
 	$(BIN)/ruff check src tests benchmarks examples

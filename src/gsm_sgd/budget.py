@@ -59,6 +59,10 @@ class Budget(NamedTuple):
             raise ValueError(f"{self.kind} {self.value:g} {what} of {num_prunable} weights{advice}")
         return kept
 
+    def share(self, num_prunable: int) -> float:
+        """Return the density before it is rounded down to a whole number of weights."""
+        return self._exact(num_prunable) / num_prunable
+
     def _exact(self, total: int) -> float:
         match self.kind:
             case "compression":

@@ -198,7 +198,7 @@ class SparseOptimizer(Optimizer):
         if schedule is None or self._fixed:
             return kept
         if isinstance(schedule, Schedule):
-            density = schedule.density(step, kept / total)
+            density = schedule.density(step, Budget(*self.param_groups[0]["budget"]).share(total))
         else:
             density = float(schedule(step))
             if not 0 < density <= 1:
