@@ -189,6 +189,8 @@ class SparseOptimizer(Optimizer):
 
     def _kept_of(self, total: int) -> int:
         """Return Q for N weights."""
+        if not total:
+            return 0
         kept = Budget(*self.param_groups[0]["budget"]).num_kept(total)
         return kept - kept % self._pattern.size
 
@@ -528,11 +530,10 @@ class SparseOptimizer(Optimizer):
         for number, group in enumerate(self._plain_groups()):
             where = f" of group {number}" if number else ""
             for key, value in group.items():
-                for name, item in value.items() if isinstance(value, dict) else [(key, value)]:
-                    if isinstance(item, int | float | Tensor):
-                        found[name + where] = float(item)
-                    elif isinstance(item, str):
-                        found[name + where] = float(zlib.crc32(item.encode()))
+                items = {key: value[-1]} if isinstance(value, tuple) else value
+                for name, item in (items if isinstance(items, dict) else {key: value}).items():
+                    text = isinstance(item, str)
+                    found[name + where] = -1.0 if item is None else zlib.crc32(item.encode()) if text else float(item)
         return found
 
     def _is_torchs_initialisation(self, trained: list[Tensor], shards: Shards | None) -> bool:

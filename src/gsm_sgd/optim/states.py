@@ -101,12 +101,13 @@ def check_state(state: dict[str, Any], schedule: Any) -> dict[str, Any]:
         check_supported(group)
         if "compression_schedule" in group:
             raise ValueError("the state was saved by gsm-sgd before schedules had a class: train with that version")
-    if isinstance(theirs := groups[0].get("schedule"), Mapping):
+    theirs = groups[0].get("schedule")
+    if theirs is not None and theirs == plain(schedule):
+        groups[0]["schedule"] = schedule  # which may have a function
+    elif isinstance(theirs, Mapping):
         groups[0]["schedule"] = Schedule.from_dict(dict(theirs))
-    elif theirs == "custom":
-        groups[0]["schedule"] = schedule if callable(schedule) else None
-        if not callable(schedule):
-            raise ValueError("the state is of a schedule that is a function: give it to the optimizer as well")
+    elif theirs is not None:
+        raise ValueError("the state is of a schedule that is a function: give it to the optimizer as well")
     return {**state, "param_groups": groups}
 
 
