@@ -52,7 +52,6 @@ ORDER = [
     "reports/__init__",
     "reports/runs",
     "reports/tables",
-    "reports/plots",
     "reports/nets",
     "reports/figures",
     "reports/blocks",

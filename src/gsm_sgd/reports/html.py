@@ -1,18 +1,20 @@
 """The report: one page of HTML that has everything in it, and asks no network for anything."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
-from plotly.offline import get_plotlyjs
+from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from .. import __version__
 from ..experiments import UsageError
 from ..experiments.rundir import Record, dotted
 from ..experiments.whole_files import write_whole
-from . import accuracy, production, structure
-from .blocks import Block, Group, Picture, Table, tried
+from . import accuracy, figures, production, structure
+from .blocks import Block, Group, Table, tried
 from .runs import Run, by_recipe, comparable, read_run
 
 _PANELS = {
@@ -121,12 +123,10 @@ def _render(groups: Sequence[Group], panels: dict[str, list[Section]], missing: 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pictures: list[Record] = []
+    count = itertools.count()
 
-    def place(picture: Picture) -> int:
-        """Return the number under which the page's script finds a figure."""
-        pictures.append(picture.figure)
-        return len(pictures) - 1
+    def drawn(figure: Figure, description: str) -> Markup:
+        return Markup(figures.inline(figure, description, f"f{next(count)}"))
 
     unfinished = [run for group in groups for run in group.runs if run.result is None]
     columns = ["stage", "epoch", "loss", "top-1 %", "seconds"]
@@ -141,8 +141,5 @@ def _render(groups: Sequence[Group], panels: dict[str, list[Section]], missing: 
         panels=panels,
         missing=missing,
         progress=progress,
-        place=place,
-        pictures=pictures,
-        # "</" is the only thing that ends a script early, and in its strings "<\/" is the same
-        plotly=get_plotlyjs().replace("</script", "<\\/script"),
+        drawn=drawn,
     )
