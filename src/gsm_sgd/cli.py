@@ -280,8 +280,7 @@ def _save_figures(finished: Run, folder: RunFolder) -> None:
     title = f"{finished.title}, seed {finished.recipe['seed']}"
     group = Group(title, [finished])
     kept = structure.kept_by(group, structure.read_masks(group, []))
-    density = structure.density(finished.finished()["layers"], kept)
-    figures.save(density, "density", title, folder.save_figure)
+    figures.save(structure.density(group, kept), "density", title, folder.save_figure)
     figures.save(figures.curves(accuracy.training_panels(group)), "curves", title, folder.save_figure)
 
 

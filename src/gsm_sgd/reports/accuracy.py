@@ -9,7 +9,7 @@ from ..experiments.rundir import Record
 from . import figures
 from .blocks import Block, Group, Table, listed
 from .figures import Line, Panel, Row
-from .runs import outcomes
+from .runs import Outcome, outcomes
 from .tables import cut_line, empty_layers_of
 
 _DRAWN = 500  # epochs of a stage; a screen shows no more
@@ -29,35 +29,33 @@ def comparison(groups: Sequence[Group]) -> Block:
         found = {outcome.key: outcome for outcome in outcomes(group.runs)}
         # a run that only retrained a ticket has no pruned net
         last = next(found[key] for key in ("pruned", "gsm_after_cut", *found) if key in found)
-        shown = [found[key].figure.shown if key in found else "" for key in ("base", "gsm_before_cut", "gsm_after_cut")]
+        shown = [found[key].shown if key in found else "" for key in ("base", "gsm_before_cut", "gsm_after_cut")]
+        pruned = last.shown if last.key in ("pruned", "gsm_after_cut") else f"ticket {last.shown}"
         first = group.results[0]
         kept = f"{first['nonzeros']:,} of {first['prunable']:,}"
-        pruned = last.figure.shown if last.key in ("pruned", "gsm_after_cut") else f"ticket {last.figure.shown}"
-        seconds = f"{fmean(sum(result['seconds'].values()) for result in group.results):,.0f}"
-        cost = [f"{sum(first['epochs'].values())}", seconds]
-        beside = _beside_the_papers(last.figure.mean, last.paper)
-        rows.append([group.title, listed(group.seeds), kept, *shown, pruned, *beside, *cost])
-        marks.append(_errors_of(group, group.title, last.key, last.paper))
+        seconds = fmean(sum(result["seconds"].values()) for result in group.results)
+        cost = [f"{sum(first['epochs'].values())}", f"{seconds:,.0f}"]
+        rows.append([group.title, listed(group.seeds), kept, *shown, pruned, *_beside_the_papers(last), *cost])
+        marks.append(_errors_of(last, group.title))
     columns = ["runs", "seeds", "weights kept", "base net", "GSM, before the cut", "after the cut", "pruned net"]
     table = Table("Top-1 in %", [*columns, "the paper", "difference", "epochs", "seconds"], rows, texts=2)
-    description = "Top-1 error of the pruned nets of all runs, beside the paper's."
-    return Block(figure=figures.marks(marks, "top-1 error, %", "the paper"), description=description, tables=[table])
+    return _top1(marks, "Top-1 error of the pruned nets of all runs, beside the paper's.", table)
 
 
 def results(group: Group) -> list[Block]:
     """Return accuracies beside the paper's, with mean and deviation over the seeds."""
-    rows, marks = [], []
-    for key, title, figure, paper in outcomes(group.runs):
-        top1 = [f"{result['top1'][key]:.2f}" for result in group.results]
-        mean = [figure.shown] if len(top1) > 1 else []
-        last_ten = "" if figure.last_ten_mean is None else f"{figure.last_ten_mean:.2f}"
-        rows.append([title, *mean, *_beside_the_papers(figure.mean, paper), *top1, last_ten])
-        marks.append(_errors_of(group, title, key, paper))
-    first = group.results[0]
+    found = outcomes(group.runs)
+    rows = [
+        [one.title, *([one.shown] if one.std is not None else []), *_beside_the_papers(one)]
+        + [f"{value:.2f}" for value in one.values]
+        + ["" if one.last_ten_mean is None else f"{one.last_ten_mean:.2f}"]
+        for one in found
+    ]
     mean = ["mean ± sd"] if len(group.runs) > 1 else []
     columns = ["net", *mean, "the paper", "difference", *(f"seed {seed}" for seed in group.seeds), "last ten"]
     over_seeds = group.over_seeds(", mean ± standard deviation over the seeds")
     table = Table(f"Top-1 in %{over_seeds}; last ten: mean of ten epochs", columns, rows)
+    first = group.results[0]
     texts = [
         f"{first['nonzeros']:,} of {first['prunable']:,} weights are kept; {group.runs[0].measured_on}.",
         *([cut_line(group.runs)] if "gsm_after_cut" in first["top1"] else []),
@@ -66,16 +64,21 @@ def results(group: Group) -> list[Block]:
     if first["paper"] is None:
         texts.append("The paper has no result for this net, data set and compression ratio.")
     description = "Top-1 error by net, for each seed, with mean and standard deviation, and the paper's."
-    return [Block("", texts, figures.marks(marks, "top-1 error, %", "the paper"), description, [table])]
+    return [_top1([_errors_of(one, one.title) for one in found], description, table, texts)]
 
 
-def _beside_the_papers(mean: float, paper: float | None) -> list[str]:
-    return ["", ""] if paper is None else [f"{paper:.2f}", f"{mean - paper:+.2f}"]
+def _beside_the_papers(found: Outcome) -> list[str]:
+    return ["", ""] if found.paper is None else [f"{found.paper:.2f}", f"{found.mean - found.paper:+.2f}"]
 
 
-def _errors_of(group: Group, title: str, key: str, paper: float | None) -> Row:
-    errors = [100 - result["top1"][key] for result in group.results]
-    return Row(title, _COLOURS.get(key, "blue"), errors, f"{fmean(errors):.2f}", None if paper is None else 100 - paper)
+def _errors_of(found: Outcome, title: str) -> Row:
+    paper = None if found.paper is None else 100 - found.paper
+    errors = [100 - value for value in found.values]
+    return Row(title, _COLOURS.get(found.key, "blue"), errors, f"{fmean(errors):.2f}", paper)
+
+
+def _top1(marks: list[Row], description: str, table: Table, texts: Sequence[str] = ()) -> Block:
+    return Block("", texts, figures.marks(marks, "top-1 error, %", "the paper"), description, [table])
 
 
 def curves(group: Group) -> list[Block]:
@@ -128,10 +131,12 @@ def _curve(panel: Panel, note: str) -> Block:
 
 
 def _line(group: Group, stage: str, key: str, **changes: Any) -> Line:
-    """Return a quantity of a stage as a line, drawn as the stage is but for the changes; too many points are thinned."""
+    """Return a quantity of a stage as a line, drawn as the stage is but for the changes, and thinned."""
     seeds = []
     for run in group.runs:
-        points = [(record["epoch"], record[key]) for record in run.metrics if record["stage"] == stage and key in record]
+        points = [
+            (record["epoch"], record[key]) for record in run.metrics if record["stage"] == stage and key in record
+        ]
         seeds.append(points[:: -math.ceil(len(points) / _DRAWN) or -1][::-1])  # with the last one
     return _STAGES[stage]._replace(seeds=seeds, **changes)
 
@@ -149,7 +154,10 @@ def _epochs(group: Group, stage: str) -> Table:
     titles = {"top1": "top-1 %", "cut_top1": "top-1 % if cut", "passive": "left of a passive weight"}
     columns = {key: dict(figures.mean_by_epoch(_line(group, stage, key))) for key in formats}
     rows = [
-        [str(epoch), *(f"{columns[key][epoch]:{form}}" if epoch in columns[key] else "" for key, form in formats.items())]
+        [
+            str(epoch),
+            *(f"{columns[key][epoch]:{form}}" if epoch in columns[key] else "" for key, form in formats.items()),
+        ]
         for epoch in columns["loss"]
     ]
     caption = f"{_STAGES[stage].label}, by epoch{group.over_seeds(' (means over the seeds)')}"

@@ -5,18 +5,19 @@ import math
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from .nets import BINS_PER_DECADE, HIGHEST, LOWEST
+from .blocks import number
 from .tables import printable
 
 # Okabe and Ito's colours, which colour blindness leaves distinct. The page replaces each by the variable of its style
@@ -25,12 +26,13 @@ _COLOURS = {
     **{"ink": "#1b1f24", "faint": "#57606a", "rule": "#b4bdc7", "grid": "#e4e8ec", "page": "#ffffff"},
     **{"blue": "#0072b2", "green": "#009e73", "orange": "#d55e00", "purple": "#b3578f"},
 }
-_STYLE = {
+_VARIABLES = {colour: f"var(--{name})" for name, colour in _COLOURS.items()}
+_STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a dollar sign in a name is no formula
     "svg.fonttype": "none",
     "svg.hashsalt": "gsm-sgd",  # with no date either, the same run gives the same file
-    "font.size": 11,
-    "axes.titlesize": 11,
+    "font.size": 12,
+    "axes.titlesize": 12,
     "legend.frameon": False,
     "axes.grid": True,
     "axes.axisbelow": True,
@@ -47,8 +49,7 @@ _WIDTH = 560  # CSS pixels, before the page scales it
 _MANY_NETS = 12  # in a matrix: with more there is no room for numbers
 _FEW_ROWS = 12  # with more there is room for a line of small print in each only
 _LABEL, _LINES = 25, 3  # characters in a line of a label, and lines
-_SVG = "http://www.w3.org/2000/svg"
-ElementTree.register_namespace("", _SVG)
+ElementTree.register_namespace("", "http://www.w3.org/2000/svg")
 ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 
 
@@ -80,20 +81,10 @@ class Panel(NamedTuple):
     cut: int | None = None
 
 
-class Bar(NamedTuple):
-    """A value for each category, with a text beside it."""
-
-    label: str
-    colour: str
-    values: list[float]
-    texts: list[str]
-    spread: list[float] | None = None
-
-
 @_styled
 def marks(rows: Sequence[Row], quantity: str, reference: str = "") -> Figure:
     """Return a ring for each seed's value, mean and deviation if there are several, and what to compare them with."""
-    figure, axes = _plot(60 + 34 * len(rows))
+    figure, axes = _plot(60 + 38 * len(rows))
     for index, row in enumerate(rows):
         colour = _COLOURS[row.colour]
         axes.plot(row.values, [index] * len(row.values), "o", mfc="none", mec=colour, mew=1.6, ms=7, label="a seed")
@@ -103,9 +94,11 @@ def marks(rows: Sequence[Row], quantity: str, reference: str = "") -> Figure:
             axes.errorbar(mean, index, xerr=stdev(row.values), color=colour, **style)
         if row.reference is not None:
             axes.plot(row.reference, index, "D", color=_COLOURS["purple"], ms=6, label=reference)
-        beside = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "annotation_clip": False}
-        axes.annotate(row.text, (1, index), (6, 0), va="center", **beside)
-    _log(axes.xaxis, [value for row in rows for value in (*row.values, row.reference) if value is not None])
+        beside: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "annotation_clip": False}
+        axes.annotate(row.text, (1, index), (6, 0), textcoords="offset points", va="center", **beside)
+    values = [value for row in rows for value in (*row.values, row.reference) if value is not None]
+    if min(values) > 0:
+        _log(axes.xaxis, values)
     axes.set_xlabel(quantity)
     _name_rows(axes, [_wrapped(row.label) for row in rows])
     _legend(figure, axes)
@@ -119,10 +112,12 @@ def curves(panels: Sequence[Panel]) -> Figure:
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for line in panel.lines:
             style = {"color": _COLOURS[line.colour], "linestyle": line.dash}
-            for points in line.seeds if len(line.seeds) > 1 else ():
-                axes.plot(*_columns(points), linewidth=0.8, alpha=0.5, **style)
+            for points in filter(None, line.seeds if len(line.seeds) > 1 else ()):
+                axes.plot(*zip(*points, strict=True), linewidth=0.8, alpha=0.5, **style)
             mean = mean_by_epoch(line)
-            axes.plot(*_columns(mean), linewidth=2, marker="o" if len(mean) == 1 else "", label=line.label, **style)
+            if mean:
+                style |= {"label": line.label, "marker": "" if len(mean) > 1 else "o"}
+                axes.plot(*zip(*mean, strict=True), linewidth=2, **style)
         if panel.cut is not None:
             axes.axvline(panel.cut, color=_COLOURS["faint"], linestyle=":", linewidth=1)
             axes.annotate("cut ", (panel.cut, 1), xycoords=("data", "axes fraction"), ha="right", va="top")
@@ -145,47 +140,29 @@ def mean_by_epoch(line: Line) -> list[tuple[int, float]]:
 
 
 @_styled
-def bars(categories: Sequence[str], groups: Sequence[Bar], quantity: str) -> Figure:
-    """Return horizontal bars, the first category on top.
+def bars(categories: Sequence[str], shares: Mapping[str, Sequence[Sequence[float]]], quantity: str) -> Figure:
+    """Return horizontal bars of a share in percent, by what has chosen it, category and seed; the first one on top.
 
     A category is a name, and in a second line, for which there is room if there are few, what is to be said of it.
     """
     few = len(categories) <= _FEW_ROWS
-    figure, axes = _plot(60 + (14 + 20 * len(groups) if few else 4 + 9 * len(groups)) * len(categories))
-    height = 0.8 / len(groups)
-    for index, group in enumerate(groups):
-        rows = [row + (index - (len(groups) - 1) / 2) * height for row in range(len(categories))]
-        style: dict[str, Any] = {"color": _COLOURS[group.colour], "ecolor": _COLOURS["ink"], "capsize": 2}
-        hatch = "///" if index else ""  # tells them apart without colours as well
-        drawn = axes.barh(rows, group.values, height, xerr=group.spread, label=group.label, **style)
-        for patch in drawn:
-            patch.set(hatch=hatch, edgecolor=_COLOURS["page"], linewidth=0)
+    figure, axes = _plot(60 + (14 + 20 * len(shares) if few else 4 + 7 * len(shares)) * len(categories))
+    height = 0.8 / len(shares)
+    for index, (method, of_method) in enumerate(shares.items()):
+        rows = [row + (index - (len(shares) - 1) / 2) * height for row in range(len(categories))]
+        spread = [stdev(share) if len(share) > 1 else 0 for share in of_method]
+        style: dict[str, Any] = {"color": _COLOURS[("blue", "orange")[index]], "ecolor": _COLOURS["ink"], "capsize": 2}
+        drawn = axes.barh(rows, [*map(fmean, of_method)], height, xerr=spread if any(spread) else None, **style)
+        drawn.set_label(f"chosen by {method}")
+        for patch in drawn:  # hatched, to be told apart without colours as well
+            patch.set(hatch="///" if index else "", edgecolor=_COLOURS["page"], linewidth=0)
         if few:
-            axes.bar_label(drawn, group.texts, padding=4)
+            axes.bar_label(drawn, [f"{number(share, '.2f')} %" for share in of_method], padding=4)
     axes.margins(x=0.22 if few else 0.03)
     axes.set_xlabel(quantity)
     _name_rows(axes, [_wrapped(name) if few else _shortened(name.partition("\n")[0]) for name in categories])
     if not few:
         axes.tick_params("y", labelsize=9)
-    _legend(figure, axes)
-    return figure
-
-
-@_styled
-def histograms(lines: Sequence[tuple[str, str, str, list[float]]]) -> Figure:
-    """Return how many weights there are of each size, by label, colour, marker and counts."""
-    width = 1 / BINS_PER_DECADE
-    middles = [LOWEST + width * (index + 0.5) for index in range((HIGHEST - LOWEST) * BINS_PER_DECADE)]
-    figure, axes = _plot(290)
-    for label, colour, marker, counts in lines:
-        shown = [count or math.nan for count in counts]
-        style: dict[str, Any] = {"color": _COLOURS[colour], "marker": marker, "ms": 4, "drawstyle": "steps-mid"}
-        axes.plot(middles, shown, label=label, **style)
-    _log(axes.yaxis, [count for *_, counts in lines for count in counts])
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda power, _: f"{10**power:g}"))
-    axes.set_xlabel("|w|")
-    axes.set_ylabel("weights in a bin")
     _legend(figure, axes)
     return figure
 
@@ -218,17 +195,13 @@ def _plot(height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    return [epoch for epoch, _ in points], [value for _, value in points]
-
-
 def _log(axis: Axis, values: Sequence[float]) -> None:
     """Let an axis be logarithmic if there is anything above zero, with as many of the ticks 1, 2, 5 as fit."""
     positive = [value for value in values if value > 0]
     if not positive:
         return
     decades = math.log10(max(positive) / min(positive))
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    (axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale)("log", nonpositive="mask")
     narrow = MaxNLocator(5, steps=[1, 2, 5, 10])
     axis.set_major_locator(narrow if decades < 0.7 else LogLocator(subs=(1, 2, 5) if decades < 2 else (1,), numticks=9))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -245,7 +218,10 @@ def _name_rows(axes: Axes, labels: Sequence[str]) -> None:
 
 def _legend(figure: Figure, *axes: Axes) -> None:
     """Put what tells the marks apart on top of a figure, each label once."""
-    entries = {label: handle for one in axes for handle, label in zip(*one.get_legend_handles_labels(), strict=True)}
+    entries: dict[str, Artist] = {}
+    for one in axes:
+        for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
     if len(entries) > 1:
         figure.legend(entries.values(), entries.keys(), loc="outside upper left", ncols=3)
 
@@ -282,22 +258,27 @@ def inline(figure: Figure, description: str, key: str) -> str:
     root.remove(root[0])  # a style that would be the whole page's
     for name in ("width", "height", "version"):
         del root.attrib[name]
-    names = {colour: name for name, colour in _COLOURS.items()}
     for element in root.iter():
         element.tail = None
-        for attribute, value in element.items():
-            match attribute:
-                case "id":
-                    value = f"{key}-{value}"
-                case "style":
-                    value = re.sub(r" font-family: [^;]*;", "", value)
-                    value = re.sub(r"#\w{6}", lambda found: f"var(--{names[found[0]]})" if found[0] in names else found[0], value)
-                case "d":
-                    value = re.sub(r"\d+\.\d+", lambda found: f"{float(found[0]):.2f}", value)
-            value = re.sub(r"(?<=url\()#|^#", f"#{key}-", value)
-            element.set(attribute, value)
+        for name, value in element.items():
+            element.set(name, _for_page(name, value, key))
     root.attrib |= {"role": "img", "aria-label": description}
     return ElementTree.tostring(root, encoding="unicode")
+
+
+def _for_page(name: str, value: str, key: str) -> str:
+    """Return an attribute of an SVG element with the page's colours and fonts, and a name that no other figure has."""
+    match name.rpartition("}")[2]:
+        case "id":
+            return f"{key}-{value}"
+        case "href":
+            return re.sub("^#", f"#{key}-", value)
+        case "d":
+            return re.sub(r"\d+\.\d+", lambda digits: f"{float(digits[0]):.2f}", value)
+        case "style" | "fill":
+            value = re.sub(r" font-family: [^;]*;", "", value)
+            value = re.sub("|".join(_VARIABLES), lambda colour: _VARIABLES[colour[0]], value)
+    return value.replace("url(#", f"url(#{key}-")
 
 
 def _write(figure: Figure, stream: Any, **options: Any) -> None:

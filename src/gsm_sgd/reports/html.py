@@ -3,11 +3,9 @@
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jinja2
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from .. import __version__
 from ..experiments import UsageError
@@ -15,25 +13,17 @@ from ..experiments.rundir import Record, dotted
 from ..experiments.whole_files import write_whole
 from . import accuracy, figures, production, structure
 from .blocks import Block, Group, Table, tried
-from .runs import Run, by_recipe, comparable, read_run
+from .runs import PROGRESS, Run, by_recipe, comparable, read_run
 
 _PANELS = {
     "results": "Results",
     "curves": "Curves",
     "layers": "Layers",
-    "weights": "Weights",
     "masks": "Masks",
     "size": "Size and speed",
     "recipe": "Recipe and environment",
 }
 _SETTING = 60  # characters of a setting in a title
-
-
-class Section(NamedTuple):
-    """What a panel says of one group of runs, or of all."""
-
-    title: str
-    blocks: Sequence[Block]
 
 
 def write_report(paths: Sequence[Path], output: Path) -> list[str]:
@@ -95,10 +85,10 @@ def _settings(run: Run) -> Record:
 
 def _page(groups: Sequence[Group], missing: list[str]) -> str:
     """Return the page; what turns out to be missing on the way goes to `missing`."""
-    panels: dict[str, list[Section]] = {key: [] for key in _PANELS}
+    panels: dict[str, list[tuple[str, Sequence[Block]]]] = {key: [] for key in _PANELS}
     finished = [group for group in groups if group.results]
     if len(finished) > 1:
-        panels["results"].append(Section("All runs side by side", [accuracy.comparison(finished)]))
+        panels["results"].append(("All runs side by side", [accuracy.comparison(finished)]))
     for group in groups:
         said = {"curves": accuracy.curves(group), "recipe": production.recipe_and_environment(group)}
         if group.results:
@@ -106,40 +96,22 @@ def _page(groups: Sequence[Group], missing: list[str]) -> str:
             said |= {
                 "results": accuracy.results(group),
                 "layers": structure.layers(group, masks),
-                "weights": structure.weights(group, missing),
                 "masks": structure.agreement(group, masks),
                 "size": production.size_and_speed(group, missing),
             }
         for key, blocks in said.items():
-            panels[key].append(Section(group.title, blocks))
-    return _render(groups, panels, missing)
+            panels[key].append((group.title, blocks))
+    runs = [run for group in groups for run in group.runs]
+    unfinished = [run for run in runs if run.result is None and run.progress]
+    progress = [Table(str(run.path), list(PROGRESS), run.progress) for run in unfinished]
+    keys = itertools.count()
 
+    def drawn(block: Block) -> Markup:
+        assert block.figure is not None
+        return Markup(figures.inline(block.figure, block.description, f"f{next(keys)}"))
 
-def _render(groups: Sequence[Group], panels: dict[str, list[Section]], missing: Sequence[str]) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("gsm_sgd.reports", "page"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    count = itertools.count()
-
-    def drawn(figure: Figure, description: str) -> Markup:
-        return Markup(figures.inline(figure, description, f"f{next(count)}"))
-
-    unfinished = [run for group in groups for run in group.runs if run.result is None]
-    columns = ["stage", "epoch", "loss", "top-1 %", "seconds"]
-    progress = [
-        Table(str(run.path), columns, [list(row) for row in run.progress]) for run in unfinished if run.progress
-    ]
-    return environment.get_template("report.html").render(
-        version=__version__,
-        groups=groups,
-        runs=sum(len(group.runs) for group in groups),
-        titles=_PANELS,
-        panels=panels,
-        missing=missing,
-        progress=progress,
-        drawn=drawn,
-    )
+    loader = jinja2.PackageLoader("gsm_sgd.reports", "page")
+    options: Record = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options)
+    content = {"titles": _PANELS, "panels": panels, "missing": missing, "progress": progress, "drawn": drawn}
+    return environment.get_template("report.html").render(version=__version__, groups=groups, runs=len(runs), **content)

@@ -1,6 +1,5 @@
 """Sections of a report on what a pruned net costs, and on how it was made."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,9 +9,9 @@ import yaml
 from ..experiments import UsageError
 from ..experiments.reading import cause, read_json
 from ..experiments.rundir import Record
-from . import figures, nets
+from . import figures
 from .blocks import Block, Group, Table, listed, tried
-from .figures import Bar, Row
+from .figures import Row
 
 _OF_A_PROCESS = (
     *("command", "commit", "version", "torch", "python", "processor", "instructions", "cores", "threads", "processes"),
@@ -20,21 +19,17 @@ _OF_A_PROCESS = (
 )
 _KIB = 1024
 _MOST = 100  # measurements, and processes, of a run: a page for people to read
-_BY_PARTS = "values and positions"
 
 
 def size_and_speed(group: Group, missing: list[str]) -> list[Block]:
-    """Return the sizes of the pruned net's files, the sum of its parts, and measured latencies."""
-    return [_sizes(group, missing), *_latency(group, missing)]
+    """Return the sizes of the pruned net's files, and measured latencies."""
+    return [_sizes(group), *_latency(group, missing)]
 
 
-def _sizes(group: Group, missing: list[str]) -> Block:
+def _sizes(group: Group) -> Block:
     net = group.runs[0].net
     files: dict[str, list[float]] = {}
     for run in group.runs:
-        size = tried(missing, nets.size_by_parts, run)
-        if size is not None:
-            files.setdefault(_BY_PARTS, []).append(size)
         for path in sorted(run.path.glob(f"{net}.*")):
             if path.is_file() and path.suffix != ".partial":
                 files.setdefault(path.name, []).append(path.stat().st_size)
@@ -46,15 +41,11 @@ def _sizes(group: Group, missing: list[str]) -> Block:
         [name, str(len(files[name])), f"{mean / _KIB:,.1f}", f"{fmean(dense) / mean:.2f}"]
         for name, mean in means.items()
     ]
-    texts = [
-        f"{_BY_PARTS.capitalize()}: kept weights in 32 bits, their positions in as many bits as it takes to tell apart "
-        f"the choices of as many weights of each layer, and everything else as it is. {net}.safetensors has every "
-        "zero. A sparse file can be smaller where the weights' exponents differ little."
-    ]
-    if len(files) <= 2:
+    texts = [f"{net}.safetensors has every zero."]
+    if len(files) == 1:
         texts.append(f"No smaller file of this net has been made yet: gsm export {group.runs[0].path} makes one.")
-    bar = Bar("KiB", "blue", [mean / _KIB for mean in means.values()], [f"{row[2]} KiB" for row in rows])
-    figure = figures.bars(list(means), [bar], "KiB")
+    marks = [Row(row[0], "blue", [size / _KIB for size in files[row[0]]], f"{row[2]} KiB") for row in rows]
+    figure = figures.marks(marks, "KiB")
     caption = f"Files of the pruned net{group.over_seeds(' (means over the seeds)')}"
     table = Table(caption, ["file", "runs that have it", "KiB", "times smaller"], rows)
     return Block("Size", texts, figure, "Sizes of the files of the pruned net.", [table])
@@ -64,11 +55,10 @@ def _latency(group: Group, missing: list[str]) -> list[Block]:
     measured = [(run.recipe["seed"], row) for run in group.runs for row in tried(missing, _inference, run.path) or []]
     if not measured:
         return [Block("Latency", [f"Not measured yet: gsm bench inference {group.runs[0].path} does it."])]
-    rows = [
-        [row["engine"], *(str(cell) for cell in (seed, row["batch"], row["threads"])), _short(row["milliseconds"])]
-        + [f"{row['ratio']:.2f}"]
-        for seed, row in measured
-    ]
+    rows = []
+    for seed, row in measured:
+        counts = (str(count) for count in (seed, row["batch"], row["threads"]))
+        rows.append([row["engine"], *counts, _short(row["milliseconds"]), f"{row['ratio']:.2f}"])
     columns = ["engine", "seed", "batch", "threads", "milliseconds", "times as fast"]
     table = Table("Inference; times as fast as torch's dense net", columns, rows)
     blocks = []
