@@ -180,7 +180,8 @@ def matrix(names: Sequence[str], values: Sequence[Sequence[float]]) -> Figure:
         for row, of in enumerate(cells):
             for column, value in enumerate(of):
                 text = "" if math.isnan(value) else f"{value:.1f}"
-                axes.text(column, row, text, ha="center", va="center", color="white" if value < most / 2 else "black")
+                colour = "#fafafa" if value < most / 2 else "#000000"  # on shades that are the same in the dark
+                axes.text(column, row, text, ha="center", va="center", color=colour)
     axes.grid(visible=False)
     _name_rows(axes, [_shortened(name) for name in names])
     axes.set_xticks(range(len(names)), [_shortened(name) for name in names], rotation=40, ha="right")
@@ -242,8 +243,8 @@ def _shortened(text: str) -> str:
 
 @_styled
 def save(figure: Figure, name: str, title: str, put: Callable[[str, Callable[[Any], None]], None]) -> None:
-    """Save a figure under a title as `<name>.png` and `<name>.svg` through `put`, which replaces files as a whole."""
-    figure.suptitle(printable(title))
+    """Save a figure with a title below it as `<name>.png` and `<name>.svg` through `put`, which replaces files as a whole."""
+    figure.supxlabel(printable(title))  # below: the legend is above
     put(f"{name}.png", lambda stream: _write(figure, stream, format="png", dpi=150))
     put(f"{name}.svg", lambda stream: _write(figure, stream, format="svg", metadata={"Date": None}))
 

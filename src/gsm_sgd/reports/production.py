@@ -45,7 +45,7 @@ def _sizes(group: Group) -> Block:
     if len(files) == 1:
         texts.append(f"No smaller file of this net has been made yet: gsm export {group.runs[0].path} makes one.")
     marks = [Row(row[0], "blue", [size / _KIB for size in files[row[0]]], f"{row[2]} KiB") for row in rows]
-    figure = figures.marks(marks, "KiB")
+    figure = figures.marks(marks, "KiB") if len(files) > 1 else None
     caption = f"Files of the pruned net{group.over_seeds(' (means over the seeds)')}"
     table = Table(caption, ["file", "runs that have it", "KiB", "times smaller"], rows)
     return Block("Size", texts, figure, "Sizes of the files of the pruned net.", [table])
