@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from gsm_sgd import cli
-from gsm_sgd.reports import accuracy, figures, nets
+from gsm_sgd.reports import accuracy, figures, nets, structure
 from gsm_sgd.reports.blocks import Group
 from gsm_sgd.reports.runs import read_run
 from made_runs import empty, make_run
@@ -299,8 +299,8 @@ def test_keys_of_other_versions_and_a_line_that_a_kill_cut_short_are_no_damage(l
     assert said.err == ""
 
 
-def test_many_epochs_make_a_page_that_can_be_read(tmp_path, capsys):
-    path, _ = make_run(tmp_path / "run", epochs=3)
+def test_many_epochs_and_layers_make_a_page_that_can_be_read(tmp_path, capsys):
+    path, result = make_run(tmp_path / "run", epochs=3)
     line = json.loads((path / "metrics.jsonl").read_text().splitlines()[3])
     (path / "metrics.jsonl").write_text("".join(json.dumps({**line, "epoch": n}) + "\n" for n in range(1, 20_001)))
     page, missing = report(capsys, tmp_path, path)
@@ -308,6 +308,11 @@ def test_many_epochs_make_a_page_that_can_be_read(tmp_path, capsys):
     (rows,) = page.tables["GSM, by epoch, 500 of all epochs"]
     assert [row[0] for row in (rows[1], rows[2], rows[-1])] == ["40", "80", "20000"]
     assert len(page.source) < 2_000_000
+    layers = [{**result["layers"][0], "name": str(number)} for number in range(1_000)]
+    (path / "result.json").write_text(json.dumps({**result, "layers": layers}))
+    group = Group("", [read_run(path)])
+    (axes,) = structure.density(group, structure.kept_by(group, {})).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [str(number) for number in range(300)]
 
 
 def test_replays_of_two_tickets_are_two_groups(tmp_path, capsys):
@@ -335,22 +340,15 @@ def test_weights_that_are_damaged_or_gone_are_named(tmp_path, capsys, name):
 
 
 def test_what_does_not_belong_together_is_left_out(tmp_path, capsys):
-    one, _ = make_run(tmp_path / "one")
-    again, _ = make_run(tmp_path / "again")
+    one, again = (make_run(tmp_path / name)[0] for name in ("one", "again"))
     page, missing = report(capsys, tmp_path, one, one, again, tmp_path / "nowhere", one / "result.json")
-    assert missing == [
-        f"missing: {tmp_path / 'nowhere'} is not a run's folder: there is no recipe.yaml in it",
-        f"missing: {one / 'result.json'} is not a run's folder: there is no recipe.yaml in it",
-        f"missing: {again} is left out: it is the same recipe and seed as {one}",
-    ]
-    assert "1 run:" in page.text
-
-
-def test_no_run_at_all(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    _, said = report(capsys, tmp_path, tmp_path / "file", tmp_path / "nowhere", status=2)
     why = "is not a run's folder: there is no recipe.yaml in it"
-    assert said == [f"gsm: error: {tmp_path / 'file'} {why}; {tmp_path / 'nowhere'} {why}"]
+    left_out = f"missing: {again} is left out: it is the same recipe and seed as {one}"
+    assert missing == [f"missing: {tmp_path / 'nowhere'} {why}", f"missing: {one / 'result.json'} {why}", left_out]
+    assert "1 run:" in page.text
+    (tmp_path / "page" / "report.html").unlink()
+    _, said = report(capsys, tmp_path, one / "result.json", tmp_path / "nowhere", status=2)
+    assert said == [f"gsm: error: {one / 'result.json'} {why}; {tmp_path / 'nowhere'} {why}"]
 
 
 def test_page_that_cannot_be_written_leaves_what_is_there(lotteries, tmp_path, capsys, monkeypatch):

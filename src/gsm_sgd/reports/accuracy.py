@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from ..experiments.rundir import Record
 from . import figures
 from .blocks import Block, Group, Table, listed
 from .figures import Line, Panel, Row
@@ -89,13 +88,12 @@ def curves(group: Group) -> list[Block]:
     loss, error = training_panels(group)
     since = [run.lossless_since for run in group.runs]
     lossless = f"A cut would have cost nothing since epoch {listed(since)}." if None not in since else ""
-    blocks = [
+    return [
         _curve(loss, group.over_seeds("Thin lines are the seeds, thick ones their mean.")),
         _curve(error, lossless),
+        *(_cut_now(group) if _has_cuts(group) else []),
+        Block(tables=[_epochs(group, stage) for stage in stages]),
     ]
-    if _has_cuts(group):
-        blocks += _cut_now(group)
-    return [*blocks, Block(tables=[_epochs(group, stage) for stage in stages])]
 
 
 def training_panels(group: Group) -> list[Panel]:
@@ -134,9 +132,7 @@ def _line(group: Group, stage: str, key: str, **changes: Any) -> Line:
     """Return a quantity of a stage as a line, drawn as the stage is but for the changes, and thinned."""
     seeds = []
     for run in group.runs:
-        points = [
-            (record["epoch"], record[key]) for record in run.metrics if record["stage"] == stage and key in record
-        ]
+        points = [(one["epoch"], one[key]) for one in run.metrics if one["stage"] == stage and key in one]
         seeds.append(points[:: -math.ceil(len(points) / _DRAWN) or -1][::-1])  # with the last one
     return _STAGES[stage]._replace(seeds=seeds, **changes)
 
@@ -149,17 +145,14 @@ def _errors(line: Line) -> Line:
 def _epochs(group: Group, stage: str) -> Table:
     """Return the quantities of a stage by epoch, as means over the seeds."""
     formats = {"loss": ".4f", "top1": ".2f"}
-    if any("cut_top1" in record for record in _metrics(group) if record["stage"] == stage):
+    if stage == "gsm" and _has_cuts(group):
         formats |= {"cut_top1": ".2f", "gap": ".3g", "passive": ".3g", "entered": ",.0f", "returned": ",.0f"}
     titles = {"top1": "top-1 %", "cut_top1": "top-1 % if cut", "passive": "left of a passive weight"}
     columns = {key: dict(figures.mean_by_epoch(_line(group, stage, key))) for key in formats}
-    rows = [
-        [
-            str(epoch),
-            *(f"{columns[key][epoch]:{form}}" if epoch in columns[key] else "" for key, form in formats.items()),
-        ]
-        for epoch in columns["loss"]
-    ]
+    rows = []
+    for epoch in columns["loss"]:
+        cells = (f"{columns[key][epoch]:{form}}" if epoch in columns[key] else "" for key, form in formats.items())
+        rows.append([str(epoch), *cells])
     caption = f"{_STAGES[stage].label}, by epoch{group.over_seeds(' (means over the seeds)')}"
     if any(sum(record["stage"] == stage for record in run.metrics) > _DRAWN for run in group.runs):
         caption += f", {len(rows):,} of all epochs"
@@ -167,13 +160,9 @@ def _epochs(group: Group, stage: str) -> Table:
 
 
 def _stages(group: Group) -> list[str]:
-    found = {record["stage"] for record in _metrics(group)}
+    found = {record["stage"] for record in group.metrics}
     return [stage for stage in _STAGES if stage in found]
 
 
 def _has_cuts(group: Group) -> bool:
-    return any("cut_top1" in record for record in _metrics(group))
-
-
-def _metrics(group: Group) -> list[Record]:
-    return [record for run in group.runs for record in run.metrics]
+    return any("cut_top1" in record for record in group.metrics)

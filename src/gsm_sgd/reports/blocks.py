@@ -54,8 +54,13 @@ class Group:
         """The seeds, in the order of the runs."""
         return [run.recipe["seed"] for run in self.runs]
 
+    @property
+    def metrics(self) -> list[Record]:
+        """The records of all runs."""
+        return [record for run in self.runs for record in run.metrics]
+
     def over_seeds(self, text: str) -> str:
-        """Return a text that belongs into a caption if there are several seeds, else nothing."""
+        """Return a text for a caption if there are several seeds, else nothing."""
         return text if len(self.runs) > 1 else ""
 
 

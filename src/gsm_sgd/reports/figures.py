@@ -243,7 +243,7 @@ def _shortened(text: str) -> str:
 
 @_styled
 def save(figure: Figure, name: str, title: str, put: Callable[[str, Callable[[Any], None]], None]) -> None:
-    """Save a figure with a title below it as `<name>.png` and `<name>.svg` through `put`, which replaces files as a whole."""
+    """Save a figure and a title as `<name>.png` and `<name>.svg` through `put`, which replaces files as a whole."""
     figure.supxlabel(printable(title))  # below: the legend is above
     put(f"{name}.png", lambda stream: _write(figure, stream, format="png", dpi=150))
     put(f"{name}.svg", lambda stream: _write(figure, stream, format="svg", metadata={"Date": None}))

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from .. import __version__
 from ..experiments import UsageError
-from ..experiments.rundir import Record, dotted
+from ..experiments.rundir import Record
 from ..experiments.whole_files import write_whole
 from . import accuracy, figures, production, structure
 from .blocks import Block, Group, Table, tried
@@ -33,23 +33,12 @@ def write_report(paths: Sequence[Path], output: Path) -> list[str]:
         UsageError: none of the paths is a run that can be read, or the page cannot be written.
     """
     missing: list[str] = []
-    groups = _groups(_readable(paths, missing), missing)
-    page = _page(groups, missing)
-    write_whole(output, page.encode(errors="replace"), "-o")  # a name may be no text
-    return missing
-
-
-def _readable(paths: Sequence[Path], missing: list[str]) -> list[Run]:
-    """Return the runs among some paths, each once; the reasons against the others go to `missing`."""
-    runs: dict[Path, Run] = {}
-    for path in paths:
-        try:
-            runs.setdefault(path.resolve(), read_run(path))
-        except UsageError as error:
-            missing.append(str(error))
+    runs = {path.resolve(): run for path in paths if (run := tried(missing, read_run, path)) is not None}
     if not runs:
         raise UsageError("; ".join(missing))
-    return list(runs.values())
+    page = _page(_groups(list(runs.values()), missing), missing)
+    write_whole(output, page.encode(errors="replace"), "-o")  # a name may be no text
+    return missing
 
 
 def _groups(runs: Sequence[Run], missing: list[str]) -> list[Group]:
@@ -69,18 +58,12 @@ def _titles(groups: Sequence[Sequence[Run]]) -> list[str]:
     """
     titles = []
     for runs in groups:
-        alike = [_settings(other[0]) for other in groups if other[0].title == runs[0].title]
-        own = _settings(runs[0])
+        alike = [other[0].settings for other in groups if other[0].title == runs[0].title]
+        own = runs[0].settings
         differing = [key for key in own if any(other.get(key) != own[key] for other in alike)]
         said = [f"{key} {own[key]}"[:_SETTING] for key in differing if own[key]]
         titles.append(", ".join([runs[0].title, *said]))
     return titles
-
-
-def _settings(run: Run) -> Record:
-    """Return all that tells one group from another."""
-    assert run.result is not None
-    return {"command": run.result["command"], **dotted({**run.recipe, "seed": None})}
 
 
 def _page(groups: Sequence[Group], missing: list[str]) -> str:

@@ -93,17 +93,10 @@ def _inference(folder: Path) -> list[Record] | None:
 def recipe_and_environment(group: Group) -> list[Block]:
     """Return what was run, for how long, and by which processes."""
     recipe = {key: value for key, value in group.runs[0].recipe.items() if key != "seed"}
-    seeds = f"Seed{'s' if len(group.runs) > 1 else ''} {listed(group.seeds)}"
-    text = f"{seeds}. recipe.yaml in a run's folder, which has this, can be the --config of another run."
+    seconds = [f"{sum(result['seconds'].values()):,.0f} s" for result in group.results]
+    text = f"Seed{group.over_seeds('s')} {listed(group.seeds)}{', trained for ' if seconds else ''}{listed(seconds)}. "
+    text += "recipe.yaml in a run's folder, which has this, can be the --config of another run."
     blocks = [Block("Recipe", [text], code=yaml.safe_dump(recipe, sort_keys=False))]
-    stages = list(group.results[0]["epochs"]) if group.results else []
-    rows = [
-        [str(result["seed"])]
-        + [f"{result['epochs'].get(stage, 0)} / {result['seconds'].get(stage, 0):,.0f}" for stage in stages]
-        for result in group.results
-    ]
-    if rows:
-        blocks.append(Block("Time", tables=[Table("Epochs / seconds of training", ["seed", *stages], rows)]))
     processes = [
         [str(run.recipe["seed"]), *(str(process.get(key, "")) for key in _OF_A_PROCESS)]
         for run in group.runs

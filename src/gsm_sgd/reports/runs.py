@@ -111,6 +111,11 @@ class Run:
         return f"{net} at {self.recipe['compression']:g}x, {settings}"
 
     @property
+    def settings(self) -> Record:
+        """All that tells a finished run from others but its seed; what an older recipe lacks is as it is by default."""
+        return {"command": self.finished()["command"], **DEFAULTS, **dotted(self.recipe), "seed": None}
+
+    @property
     def measured_on(self) -> str:
         """What accuracies are of."""
         if self.recipe.get("holdout"):
@@ -216,15 +221,11 @@ def _has(record: object, fields: Mapping[str, Any]) -> bool:
 
 
 def by_recipe(runs: Sequence[Run]) -> list[list[Run]]:
-    """Return finished runs in groups that differ in the seed alone, each run once.
-
-    What an older version's recipe lacks counts as it is by default.
-    """
+    """Return finished runs in groups that differ in the seed alone, each run once."""
     groups: dict[str, dict[Path, Run]] = {}
     for run in runs:
         if run.result is not None:
-            settings = sorted({**DEFAULTS, **dotted(run.recipe), "seed": None}.items())
-            key = repr([run.result["command"], run.net, settings])  # a replay is of one of two tickets
+            key = repr([run.net, sorted(run.settings.items())])  # a replay is of one of two tickets
             groups.setdefault(key, {})[run.path.resolve()] = run
     return [list(group.values()) for group in groups.values()]
 
@@ -318,7 +319,7 @@ def summary(runs: Sequence[Run]) -> Record:
     if len(set(seeds)) < len(seeds):
         raise UsageError(f"there are several runs of one seed among {', '.join(str(run.path) for run in runs)}")
     results = [run.finished() for run in runs]
-    top1: dict[str, Any] = {}
+    top1: Record = {}
     for key in results[0]["top1"]:
         found = outcome(runs, key)
         top1[key] = {"mean": round(found.mean, 4), "std": None if found.std is None else round(found.std, 4)}

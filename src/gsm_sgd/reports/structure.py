@@ -1,5 +1,7 @@
 """Sections of a report on the nets: what each layer keeps, and where masks agree."""
 
+import itertools
+
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -8,6 +10,7 @@ from .blocks import Block, Group, Table, by, number, percent, tried
 from .tables import empty_layers_of
 
 _MANY_LAYERS = 24  # more make a long table
+_DRAWN = 300  # layers in a figure
 Masks = dict[str, dict[int, dict[str, Tensor]]]
 """Which weights of each layer are kept, by method and seed."""
 
@@ -36,10 +39,10 @@ def kept_by(group: Group, masks: Masks) -> Kept:
 
 
 def density(group: Group, kept: Kept) -> Figure:
-    """Return bars of the share of weights that each layer keeps."""
-    layers = group.results[0]["layers"]
+    """Return bars of the share of weights that each layer keeps, of the first 300 if there are more."""
+    layers = group.results[0]["layers"][:_DRAWN]
     shares = {
-        method: [[percent(one, layer["params"]) for one in of] for layer, of in zip(layers, counts, strict=True)]
+        method: [[percent(one, layer["params"]) for one in of] for layer, of in zip(layers, counts, strict=False)]
         for method, counts in kept.items()
     }
     names = [f"{layer['name']}\n{by(layer['shape'])}" for layer in layers]
@@ -76,10 +79,9 @@ def agreement(group: Group, masks: Masks) -> list[Block]:
             Block(texts=["There is one mask only: a second seed, or a base net, gives something to compare it with."])
         ]
     pairs: dict[str, list[tuple[dict[str, Tensor], dict[str, Tensor]]]] = {}
-    for index, (method, seed, theirs) in enumerate(found):
-        for other, other_seed, ours in found[:index]:
-            seeds = "same seed" if seed == other_seed else "different seeds"
-            pairs.setdefault(f"{other} and {method}, {seeds}", []).append((ours, theirs))
+    for (method, seed, ours), (other, other_seed, theirs) in itertools.combinations(found, 2):
+        seeds = "same seed" if seed == other_seed else "different seeds"
+        pairs.setdefault(f"{method} and {other}, {seeds}", []).append((ours, theirs))
     rows = []
     for kind, of_kind in pairs.items():
         agreed = [nets.agreement(ours, theirs) for ours, theirs in of_kind]
