@@ -6,13 +6,13 @@ from itertools import cycle
 
 import pytest
 import torch
+from gsm_sgd.passes import flattened
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
 from gsm_sgd import GSM, NonFiniteGradientError, fused
-from gsm_sgd.passes import flattened
 from gsm_sgd.selection import find_cut, importance
 from reference_gsm import NaiveGSM, naive_top
 
