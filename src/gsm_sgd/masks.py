@@ -341,28 +341,29 @@ def _count_nonzero(weight: Tensor) -> int:
         return int(weight.double().count_nonzero())
 
 
-def _positional(masks: Mapping[str, Tensor]) -> bool:
-    """Return whether the keys of masks are positions, not names."""
-    return list(masks) == [str(number) for number in range(len(masks))]
+def _positional(tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether the keys of tensors are positions, not names; in any order, as a file has "10" before "2"."""
+    return set(tensors) == {str(number) for number in range(len(tensors))}
 
 
 def match(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Pair parameters with the local parts of masks, by name where the masks have names, else in order.
+    """Pair parameters with the local parts of masks, in order where one side alone has names, else by key.
 
     Raises:
         ValueError: a mask has no parameter, or another shape.
     """
-    if _positional(masks) and not set(masks) <= set(parameters):
-        if len(parameters) != len(masks):
-            raise ValueError(f"{len(masks)} masks for {len(parameters)} prunable parameters")
-        pairs = list(zip(parameters, masks.values(), strict=True))
-    else:
+    if _positional(masks) == _positional(parameters):
         names = own_names(parameters, masks)
         if unknown := [key for key, name in names.items() if name not in parameters]:
             raise ValueError(f"no prunable parameter is named {unknown[0]!r}, but a mask is")
         if len(set(names.values())) < len(names):
             raise ValueError("two masks are for one parameter: their names differ only in what a wrapper adds")
         pairs = list(zip(names.values(), masks.values(), strict=True))
+    elif len(parameters) != len(masks):
+        raise ValueError(f"{len(masks)} masks for {len(parameters)} prunable parameters")
+    else:
+        in_order = [masks[str(number)] for number in range(len(masks))] if _positional(masks) else masks.values()
+        pairs = list(zip(parameters, in_order, strict=True))
     for key, mask in pairs:
         if parameters[key].shape != mask.shape:
             shape = tuple(parameters[key].shape)
