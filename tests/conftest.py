@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from gsm_sgd.experiments import UsageError, mnist
+from gsm_sgd.selection import stored, streamed
 from ranks import Ranks
 
 # The nets here are small: one thread is as quick, and two crawl on a machine that is busy with something else.
@@ -84,3 +85,17 @@ def ranks(tmp_path_factory):
     yield of
     for group in started.values():
         group.close()
+
+
+@pytest.fixture
+def samples(monkeypatch):
+    """The samples that searches for a threshold guess from, in a list that grows as they are taken."""
+    taken, guess = [], stored.guess_bracket
+
+    def recorded(sample, *args):
+        taken.append(sample)
+        return guess(sample, *args)
+
+    for module in (stored, streamed):
+        monkeypatch.setattr(module, "guess_bracket", recorded)
+    return taken
