@@ -1,4 +1,5 @@
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,11 @@ def samples(monkeypatch):
     for module in (stored, streamed):
         monkeypatch.setattr(module, "guess_bracket", recorded)
     return taken
+
+
+@pytest.fixture
+def quick_compile(monkeypatch):
+    """Let torch.compile trace functions and guard against recompiling as ever, but run them without generated code."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    yield
+    torch.compiler.reset()
