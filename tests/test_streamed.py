@@ -1,4 +1,4 @@
-"""Every way to find the threshold chooses exactly the weights that a stable sort does, and every update moves them alike."""
+"""Every way to find the threshold chooses the weights that a stable sort does, and every update moves them alike."""
 
 import copy
 import math
