@@ -24,7 +24,7 @@ from .names import (
     tensors_of,
     without_prune,
 )
-from .patterns import Pattern
+from .patterns import Pattern, Unstructured
 from .scores import score_dtype
 from .selection.sharded import Sharded, Shards
 from .selection.stored import StoredScores, select_top
@@ -142,10 +142,13 @@ def largest(parameters: Mapping[str, Tensor], num_kept: int, pattern: Pattern | 
     if any(nan):
         name = list(parameters)[nan.index(True)]
         raise ValueError(f"parameter {name!r} contains NaN, so nothing can be kept by magnitude: training has diverged")
-    if sharded:
+    pattern = pattern or Unstructured()
+    if not sharded:
+        masks = choose([weight.abs() for weight in weights], num_kept, pattern)
+    elif isinstance(pattern, Unstructured):
         masks = _largest_sharded(weights, num_kept)
     else:
-        masks = choose([weight.abs() for weight in weights], num_kept, pattern or Pattern())
+        raise takes_no_dtensors(pattern)
     return Masks(zip(parameters, masks, strict=True))
 
 
@@ -154,6 +157,11 @@ def choose(scores: Sequence[Tensor], num_kept: int, pattern: Pattern, positive: 
     units = pattern.pool(scores)
     kept = pattern.select(units, num_kept, lambda scores, k: select_top(scores, k, positive))
     return list(pattern.expand(kept, scores))
+
+
+def takes_no_dtensors(pattern: Pattern) -> ValueError:
+    """Return the error of a pattern that was given weights of which each process holds a part."""
+    return ValueError(f"the pattern {type(pattern).__name__} does not take DTensors yet: use single weights")
 
 
 def _largest_sharded(weights: list[Tensor], num_kept: int) -> list[Tensor]:
