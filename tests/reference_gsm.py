@@ -34,12 +34,15 @@ class NaiveGSM:
         self.kept = math.floor(sum(p.numel() for p in self.params if p.ndim >= 2) / compression)
         self.z = [torch.zeros_like(p) for p in self.params]
 
+    def choose(self, scores):
+        return naive_active(scores, self.kept)
+
     @torch.no_grad()
     def step(self):
         prunable = [p for p in self.params if p.ndim >= 2]
         scores = [(p * p.grad).abs() for p in prunable]
         everything = self.kept == sum(p.numel() for p in prunable)
-        masks = iter(naive_top(scores, self.kept) if everything else naive_active(scores, self.kept))
+        masks = iter(naive_top(scores, self.kept) if everything else self.choose(scores))
         for w, z in zip(self.params, self.z, strict=True):
             b = next(masks) if w.ndim >= 2 else torch.ones_like(w, dtype=torch.bool)
             eta = torch.full_like(w, self.passive_eta).masked_fill(b, self.eta)
