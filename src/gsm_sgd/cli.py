@@ -39,8 +39,8 @@ from .export.ticket import check_fits, read_ticket, replay, save_ticket
 from .export.verify import verify, verify_accuracy
 from .masks import LayerSparsity, sparsity_rows
 from .names import is_prunable
-from .reports import html, nets, plots, tables
-from .reports.blocks import tried
+from .reports import accuracy, figures, html, structure, tables
+from .reports.blocks import Group, tried
 from .reports.runs import WEIGHTS, Run, by_recipe, comparable, read_run, summary
 
 _COMMANDS = {"prune": prune, "lottery": lottery}
@@ -144,7 +144,7 @@ def _run(command: str, options: Namespace, console: Console, log: Console) -> No
                             observers.append(at_end.enter_context(closing(TensorBoard(path))))
                         _COMMANDS[command](Job(recipe, dataset.to(device), folder, Several(observers), device))
                 if folder.writes:
-                    _save_pictures(read_run(path), folder)
+                    _save_figures(read_run(path), folder)
     if folder.writes:
         _print_results([read_run(path) for path in planned], console)
         for path in planned if options.get("target_size") is not None else ():
@@ -276,14 +276,13 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _save_pictures(finished: Run, folder: RunFolder) -> None:
-    """Put pictures of the layers' density and of the training curves into a run's folder."""
-    assert finished.result is not None
-    kept = {"GSM": {layer["name"]: layer["nonzeros"] for layer in finished.result["layers"]}}
-    if "magnitude" in nets.methods(finished):
-        kept["magnitude"] = nets.kept(nets.mask(finished, "magnitude"))
-    plots.save(plots.density_figure(finished, kept), "density", folder.save_figure)
-    plots.save(plots.curves_figure(finished), "curves", folder.save_figure)
+def _save_figures(finished: Run, folder: RunFolder) -> None:
+    """Put figures of the layers' density and of the training curves into a run's folder."""
+    title = f"{finished.title}, seed {finished.recipe['seed']}"
+    group = Group(title, [finished])
+    kept = structure.kept_by(group, structure.read_masks(group, []))
+    figures.save(structure.density(group, kept), "density", title, folder.save_figure)
+    figures.save(figures.curves(accuracy.training_panels(group)), "curves", title, folder.save_figure)
 
 
 # --- show ---
