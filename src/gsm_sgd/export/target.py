@@ -1,6 +1,7 @@
 """The compression ratio at which a sparse file has at most a size given in advance, wherever the kept weights are."""
 
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
@@ -41,26 +42,21 @@ def compression_for(target: int, model: nn.Module, recipes: Sequence[Recipe]) ->
     Raises:
         UsageError: even with one weight left the file could be larger.
     """
-    prunable = prunable_parameters(model)
+    state, prunable = model.state_dict(), prunable_parameters(model)
     total = sum(weight.numel() for weight in prunable.values())
 
     def size(kept: int) -> int:
         ratio = _ratio(total, kept)
-        left = kept_weights(total, ratio)
-        with_ratio = [replace(recipe, compression=ratio).as_dict() for recipe in recipes]
-        state = model.state_dict()
-        return max(largest_size(state, left, prunable=prunable, recipe=recipe) for recipe in with_ratio)
+        fields = [replace(recipe, compression=ratio).as_dict() for recipe in recipes]
+        return max(largest_size(state, kept_weights(total, ratio), prunable=prunable, recipe=one) for one in fields)
 
     if size(1) > target:
         raise UsageError(
             f"{target:,} bytes are too few: with one weight left, biases, names, recipe and certificate take up to "
             f"{size(1):,}, which is the smallest --target-size"
         )
-    kept, too_many = 1, total + 1
-    while too_many - kept > 1:
-        middle = (kept + too_many) // 2
-        kept, too_many = (middle, too_many) if size(middle) <= target else (kept, middle)
-    return _ratio(total, kept)
+    # the first count that is too many is bisected for, and the last one before it kept
+    return _ratio(total, bisect_right(range(1, total + 1), target, key=size))
 
 
 def _ratio(total: int, kept: int) -> float:
