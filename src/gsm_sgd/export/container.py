@@ -110,7 +110,7 @@ def from_bytes(content: bytes, max_bytes: int | None = None) -> tuple[dict[str, 
         tensors[name] = torch.zeros(len(where), dtype=row.dtype)
         tensors[name][where] = numbers.to(row.dtype)
         tensors[name] = tensors[name].reshape(row.shape)
-    return about, tensors | stored
+    return about, tensors | dict(sorted(stored.items()))  # which safetensors returns in any order
 
 
 def check_size(size: int, file_bytes: int, max_bytes: int | None = None) -> None:

@@ -158,7 +158,7 @@ def rounded(tensors: Mapping[str, Tensor], prunable: Iterable[str], values: Valu
 def _decoded(content: bytes, max_bytes: int | None) -> SparseFile:
     """Return what a file's bytes hold; FormatError if its certificate is not true."""
     about, tensors = from_bytes(content, max_bytes)
-    names = tuple(row[0] for row in about["pruned"])
+    names = tuple(dict.fromkeys(row[0] for row in about["pruned"]))
     stated: Any = about.get("certificate")
     match stated:
         case {"top1": None | int() | float() as top1} if top1 is None or 0 <= top1 <= 100:

@@ -46,7 +46,7 @@ def save_ticket(folder: Path, method: str = "gsm", out: Path | None = None) -> s
     Args:
         folder: the run's.
         method: what found the ticket, gsm or magnitude.
-        out: the file; default is ticket-<method>.ticket.safetensors in the run's folder.
+        out: the file; default is ticket-<method>.ticket.safetensors.xz in the run's folder.
 
     Raises:
         UsageError: it is no finished lottery, or the file cannot be written.
@@ -71,7 +71,7 @@ def save_ticket(folder: Path, method: str = "gsm", out: Path | None = None) -> s
         threads=process.get("threads", torch.get_num_threads()),
         machine=", ".join(str(part) for part in machine if part),
     )
-    out = out or folder / f"ticket-{method}.ticket.safetensors"
+    out = out or folder / f"ticket-{method}.ticket.safetensors.xz"
     size = write_ticket(out, ticket)
     kept = sum(int(mask.sum()) for mask in ticket.masks.values())
     return f"{out}: {size:,} bytes, {kept:,} weights, {ticket.top1:.2f} %"
