@@ -442,6 +442,7 @@ HOSTILE = {
     "many positions": (stored(positions=torch.zeros(999, dtype=torch.uint8)), "its positions are damaged"),
     "positions of another type": (stored(positions=torch.ones(3)), "its positions are damaged"),
     "a position beyond the end": (stored(positions=torch.tensor([254] * 40, dtype=torch.uint8)), "beyond the end"),
+    "a number alone": (stored(**{"b.weight": torch.tensor(2.5)}), "positions are damaged"),
     "numbers in rows": (stored(**{"b.weight": torch.ones(200, 1)}), "not as many numbers as positions"),
     "numbers too many": (stored(**{"a.weight": torch.ones(37)}), "not as many numbers as positions"),
     "another tensor": (stored(extra=torch.ones(1)), "it states sha256"),

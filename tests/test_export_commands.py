@@ -73,7 +73,7 @@ def test_rounded_export_states_its_own_accuracy(own, capsys):
     path = own / "small.safetensors"
     gsm(capsys, "export", own, "--values", "bfloat16", "--out", path)
     gsm(capsys, "export", own)
-    assert path.stat().st_size + 13_310 * 2 - 100 < (own / "pruned.sparse.safetensors.xz").stat().st_size
+    assert path.stat().st_size + 25_000 < (own / "pruned.sparse.safetensors.xz").stat().st_size
     gsm(capsys, "verify", path, "--accuracy")
 
 
@@ -166,7 +166,7 @@ def test_a_certificate_of_some_layers_only_is_a_failure(own, capsys):
     assert "fc1.weight" in said
     assert "fc2.weight" not in said
     said = fails(capsys, "verify", path, "--accuracy", status=1)
-    assert "certifies other layers than those that are prunable in lenet300: fc2.weight" in said
+    assert "certifies other layers than those prunable in lenet300: fc2.weight" in said
 
 
 def test_a_file_runs_no_code_that_the_user_has_not_named(own, capsys, tmp_path, monkeypatch):
@@ -279,7 +279,7 @@ def test_target_size(tmp_path, capsys):
     assert len(folders) == 2
     for folder in folders:
         path = folder / "pruned.sparse.safetensors.xz"
-        assert 15_000 < path.stat().st_size <= 20_000
+        assert 13_000 < path.stat().st_size <= 20_000
         assert str(path) in said
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
         assert f"-x{recipe['compression']:g}-" in folder.name

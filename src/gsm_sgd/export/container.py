@@ -91,6 +91,8 @@ def from_bytes(content: bytes, max_bytes: int | None = None) -> tuple[dict[str, 
         if about.get("format") != FORMAT:
             raise FormatError(f"its format is not {FORMAT!r}, which gsm export of this version makes from a run")
         stored = load(raw)
+        if any((tensor.view(torch.uint8) > 1).any() for tensor in stored.values() if tensor.dtype == torch.bool):
+            raise FormatError("a truth value is neither 0 nor 1")
         positions = stored.pop(_POSITIONS).numpy()
         rows = {name: torch.empty(shape, dtype=DTYPES[dtype], device="meta") for name, shape, dtype in about["pruned"]}
         values = [stored.pop(name) for name in rows]
@@ -99,10 +101,8 @@ def from_bytes(content: bytes, max_bytes: int | None = None) -> tuple[dict[str, 
     except Exception as error:  # a damaged file can fail in any way
         raise FormatError("its header or a tensor is damaged") from error
     check_size(sum(tensor.nbytes for tensor in [*stored.values(), *rows.values()]), len(content), max_bytes)
-    if any((tensor.view(torch.uint8) > 1).any() for tensor in stored.values() if tensor.dtype == torch.bool):
-        raise FormatError("a truth value is neither 0 nor 1")
     sizes = [row.numel() for row in rows.values()]
-    mask = torch.from_numpy(decode_positions(positions, sum(sizes), sum(map(len, values))))
+    mask = torch.from_numpy(decode_positions(positions, sum(sizes), sum(numbers.numel() for numbers in values)))
     tensors = {}
     for (name, row), numbers, where in zip(rows.items(), values, mask.split(sizes), strict=True):
         if numbers.shape != (int(where.sum()),):

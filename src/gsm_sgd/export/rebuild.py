@@ -107,7 +107,7 @@ def verify_accuracy(path: Path, file: SparseFile, data_dir: Path | None, allowed
     dataset = load_data(recipe, data_dir)
     model = build(recipe, file.tensors, dataset.classes)
     if other := sorted(set(prunable_parameters(model)) ^ set(file.prunable)):
-        raise CertificateError(f"{path} certifies other layers than are prunable in {recipe.model}: {other[0]}")
+        raise CertificateError(f"{path} certifies other layers than those prunable in {recipe.model}: {other[0]}")
     if certificate.nonzeros > kept_weights(certificate.prunable, recipe.compression):
         raise CertificateError(f"{path} states a compression ratio of {recipe.compression:g}, but keeps more weights")
     found = evaluate(model, dataset.test)
