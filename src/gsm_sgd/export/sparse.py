@@ -77,9 +77,8 @@ def save_sparse(
         raise UsageError(f"the state's entry {empty[0]!r} is on the device meta, without numbers: load them before")
     stored_as = _stored_as(tensors, prunable, values)
     tensors = rounded({name: tensor.cpu() for name, tensor in tensors.items()}, stored_as, values)
-    certificate = certify(tensors, stored_as, top1)
     try:
-        content = to_bytes(tensors, stored_as, _about(certificate, recipe))
+        content = to_bytes(tensors, stored_as, _about(certify(tensors, stored_as, top1), recipe))
         _decoded(content, sum(tensor.nbytes for tensor in tensors.values()))
     except (AttributeError, TypeError, ValueError) as error:
         raise UsageError(f"{path} would not be readable: {error}") from error
