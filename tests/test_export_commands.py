@@ -372,6 +372,7 @@ def fails_at_the_end(capsys, *words):
     ("facts", "recipe", "message"),
     [
         ({"method": "chance"}, {}, "is not a ticket"),
+        ({"method": []}, {}, "is not a ticket"),
         ({"threads": 10_000_000}, {}, "is not a ticket"),
         ({"init": 3}, {}, "is not a ticket"),
         ({"recipe": None}, {}, "is not a ticket"),

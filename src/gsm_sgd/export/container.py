@@ -78,11 +78,7 @@ def most_bytes(
 
 
 def from_bytes(content: bytes, max_bytes: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the JSON of a file, and its tensors, pruned ones first.
-
-    Raises:
-        FormatError: it is damaged, of another format, or would decode to too many bytes.
-    """
+    """Return the JSON of a file, and its tensors, pruned ones first; FormatError if it is damaged or too large."""
     most = _most_decoded(len(content), max_bytes)
     raw = _decompressed(content, most + most // 8 + _LONGEST_HEADER)
     try:

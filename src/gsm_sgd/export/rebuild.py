@@ -28,15 +28,10 @@ class CertificateError(Exception):
 
 
 def recipe_of(fields: Mapping[str, Any], source: Path, allowed: str | None = None) -> Recipe:
-    """Return the recipe that a file states.
-
-    Args:
-        fields: as the file has them.
-        source: the file, for messages.
-        allowed: the function of the user's own, if any, that is to build the net.
+    """Return the recipe that a file, `source`, states.
 
     Raises:
-        UsageError: they are no recipe, or the net is built by code that the user has not named, or by other code.
+        UsageError: it is no recipe, or code builds its net that is neither part of gsm-sgd nor `allowed` by the user.
     """
     types = ArgumentParser(exit_on_error=False)
     types.add_class_arguments(Recipe)
@@ -97,8 +92,7 @@ def verify_accuracy(path: Path, file: SparseFile, data_dir: Path | None, allowed
 
     Raises:
         UsageError: the file states no accuracy or recipe, or the data cannot be had.
-        CertificateError: it states another accuracy, by more than arithmetic may differ between machines, is not of all
-            layers that are prunable in the net, or does not have the recipe's compression ratio.
+        CertificateError: the accuracy is another one, or layers or compression ratio are not those of the recipe.
     """
     certificate, stated = file.certificate, file.certificate.top1
     if stated is None or file.recipe is None:

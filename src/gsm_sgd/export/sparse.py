@@ -138,7 +138,7 @@ def certify(tensors: Mapping[str, Tensor], prunable: Iterable[str], top1: float 
 
 
 def rounded(tensors: Mapping[str, Tensor], prunable: Iterable[str], values: Values) -> dict[str, Tensor]:
-    """Return the tensors with the prunable float32 ones rounded to what `values` can hold, still float32, and no -0.
+    """Return the tensors with prunable float32 ones rounded to `values`, still float32, and no -0.
 
     Raises:
         UsageError: a weight becomes zero or infinite.

@@ -20,11 +20,7 @@ _DIGITS = 6  # of a compression ratio, as a run folder's name has it
 
 
 def parse_size(text: str) -> int:
-    """Return a size in bytes, rounded down: 20KB are 20,000 bytes, 20KiB are 20,480.
-
-    Raises:
-        UsageError: it is no size.
-    """
+    """Return a size in bytes, rounded down: 20KB are 20,000 bytes, 20KiB are 20,480; UsageError if it is no size."""
     match = _SIZE.fullmatch(text)
     if match is None or match[2].lower() not in _UNITS:
         raise UsageError(f"a size is a number with B, KB, KiB, MB or MiB, like 20KB, not {text!r}")
@@ -34,10 +30,7 @@ def parse_size(text: str) -> int:
 def compression_for(target: int, model: nn.Module, recipes: Sequence[Recipe]) -> float:
     """Return the least compression ratio, of six digits, at which no sparse file of these runs has over `target` bytes.
 
-    Args:
-        target: bytes.
-        model: the net.
-        recipes: of runs that differ in the seed alone; they are in the files, with the ratio.
+    The recipes of the runs, which are in the files, differ in the seed alone.
 
     Raises:
         UsageError: even with one weight left the file could be larger.

@@ -17,6 +17,7 @@ from ..reports.runs import read_run
 from ..selection import kept_weights
 from .sparse import read_sparse, save_sparse
 
+_FACTS = {"recipe": dict, "method": str, "init": str, "trained": str, "threads": int, "machine": str}
 _MOST_THREADS = 1_024
 
 
@@ -41,12 +42,7 @@ class Replay(NamedTuple):
 
 
 def save_ticket(folder: Path, method: str = "gsm", out: Path | None = None) -> str:
-    """Write a ticket of a finished lottery to a file, and return a line on it.
-
-    Args:
-        folder: the run's.
-        method: what found the ticket, gsm or magnitude.
-        out: the file; default is ticket-<method>.ticket.safetensors.xz in the run's folder.
+    """Write a ticket of a finished lottery to a file, by default in its folder, and return a line on it.
 
     Raises:
         UsageError: it is no finished lottery, or the file cannot be written.
@@ -79,20 +75,18 @@ def save_ticket(folder: Path, method: str = "gsm", out: Path | None = None) -> s
 
 def write_ticket(path: Path, ticket: Ticket) -> int:
     """Write a ticket to a file, whole or not at all, and return its size in bytes."""
-    facts = {name: value for name, value in ticket._asdict().items() if name not in ("masks", "top1")}
+    facts = {name: getattr(ticket, name) for name in _FACTS}
     return save_sparse(path, ticket.masks, prunable=ticket.masks, recipe=facts, top1=ticket.top1)
 
 
 def read_ticket(path: Path) -> Ticket:
     """Return the ticket of a file; UsageError if it is missing, damaged, or no ticket."""
     file = read_sparse(path)
-    match file.recipe, file.certificate.top1:
-        case (
-            {"recipe": dict(), "init": str(), "trained": str(), "machine": str(), "method": method, "threads": int(n)},
-            int() | float() as top1,
-        ) if len(file.recipe) == 6 and method in TRAINED and 1 <= n <= _MOST_THREADS:
-            return Ticket(masks=file.pruned, top1=top1, **file.recipe)
-    raise UsageError(f"{path} is not a ticket: gsm ticket save makes one of a lottery")
+    facts, top1 = file.recipe, file.certificate.top1
+    types = {name: type(fact) for name, fact in facts.items()} if isinstance(facts, dict) else {}
+    if types != _FACTS or top1 is None or facts["method"] not in TRAINED or not 1 <= facts["threads"] <= _MOST_THREADS:
+        raise UsageError(f"{path} is not a ticket: gsm ticket save makes one of a lottery")
+    return Ticket(masks=file.pruned, top1=top1, **facts)
 
 
 def check_fits(ticket: Ticket, recipe: Recipe, classes: int, source: Path) -> None:
@@ -107,11 +101,7 @@ def check_fits(ticket: Ticket, recipe: Recipe, classes: int, source: Path) -> No
 
 
 def replay(job: Job, ticket: Ticket, source: Path) -> Replay:
-    """Train a ticket that fits again from its seed, in a run's folder, and compare.
-
-    Raises:
-        UsageError: the initialisation of that seed is not the ticket's.
-    """
+    """Train a ticket that fits again, and compare; UsageError if its seed initialises the net differently here."""
     initial_net(job)
     if tensors_hash(read_weights(job.run.path / "init.safetensors")) != ticket.init:
         raise UsageError(
