@@ -32,11 +32,11 @@ from .experiments.rundir import Record, RunFolder, refuse_other_recipe
 from .experiments.states import tensors_hash
 from .export.files import layers_in
 from .export.inference import MEASUREMENTS, Latency, latency_table, measure_inference, verdict
-from .export.rebuild import image_shape, load_data, recipe_of
+from .export.rebuild import image_shape, load_data, recipe_of, verify_accuracy
 from .export.run import export, export_name
+from .export.sparse import read_sparse
 from .export.target import compression_for, parse_size
 from .export.ticket import check_fits, read_ticket, replay, save_ticket
-from .export.verify import verify, verify_accuracy
 from .masks import LayerSparsity, sparsity_rows
 from .names import is_prunable
 from .reports import accuracy, figures, html, structure, tables
@@ -348,7 +348,7 @@ def _print_results(runs: Sequence[Run], console: Console) -> None:
 
 def _verify(options: Namespace, console: Console) -> None:
     """Check a sparse file and say what is true of it."""
-    file = verify(options.file)
+    file = read_sparse(options.file)
     certificate = file.certificate
     text = f"verified: {certificate.nonzeros:,} of {certificate.prunable:,} weights, each layer's, and sha256 "
     text += certificate.sha256
