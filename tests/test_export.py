@@ -55,7 +55,7 @@ def pruned(name, compression, spread="even"):
         scores[key] = torch.rand(weight.shape, generator=generator) + place * (spread == "last layer")
         if spread == "runs":
             scores[key] = torch.arange(weight.numel()).reshape(weight.shape) / weight.numel()
-    masks = magnitude_masks(scores, compression)
+    masks = magnitude_masks(scores, compression=compression)
     state = {
         key: random_bits(value.shape, generator) if value.ndim else value for key, value in model.state_dict().items()
     }

@@ -13,7 +13,7 @@ import yaml
 from onnx import numpy_helper
 from safetensors.torch import load_file
 
-from gsm_sgd import apply_masks_, cli, magnitude_masks, prunable_parameters
+from gsm_sgd import cli, magnitude_masks, prunable_parameters
 from gsm_sgd.experiments import UsageError, models
 from gsm_sgd.experiments.rundir import read_weights
 from gsm_sgd.export import hdf5_file, load_sparse, onnx_file, save_sparse
@@ -477,7 +477,7 @@ def test_hostile_hdf5(tmp_path):
 def test_onnx_of_a_deep_net_computes_the_same():
     model = models.build("resnet20", 0)
     weights = prunable_parameters(model)
-    apply_masks_(weights, magnitude_masks(weights, 10))
+    magnitude_masks(weights, compression=10).apply_(weights)
     file = onnx_file.to_onnx(model, (3, 32, 32))
     assert file.difference < 1e-5
     shape = onnx.load_from_string(file.content).graph.input[0].type.tensor_type.shape.dim
