@@ -174,10 +174,10 @@ def _decompressed(content: bytes, most: int) -> bytes:
         return content
     xz = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MEMORY)
     try:
-        raw = xz.decompress(content, most + 1)
+        raw = xz.decompress(content, most)
     except lzma.LZMAError as error:
         raise FormatError(f"xz says: {error}") from error
-    if len(raw) > most or not xz.eof or xz.unused_data:
+    if not xz.eof or xz.unused_data:
         raise FormatError("it is cut short, has something after its end, or decompresses to too much")
     return raw
 
