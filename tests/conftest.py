@@ -1,10 +1,12 @@
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from gsm_sgd.experiments import UsageError, mnist
+from gsm_sgd.selection import stored, streamed
 from ranks import Ranks
 
 # The nets here are small: one thread is as quick, and two crawl on a machine that is busy with something else.
@@ -84,3 +86,25 @@ def ranks(tmp_path_factory):
     yield of
     for group in started.values():
         group.close()
+
+
+@pytest.fixture
+def samples(monkeypatch):
+    """The samples that searches for a threshold guess from, in a list that grows as they are taken."""
+    taken, guess = [], stored.guess_bracket
+
+    def recorded(sample, *args):
+        taken.append(sample)
+        return guess(sample, *args)
+
+    for module in (stored, streamed):
+        monkeypatch.setattr(module, "guess_bracket", recorded)
+    return taken
+
+
+@pytest.fixture
+def quick_compile(monkeypatch):
+    """Let torch.compile trace functions and guard against recompiling as ever, but run them without generated code."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    yield
+    torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""The naive twin of selection and optimizer: a sorted list of everything, one weight at a time in float64's terms.
+"""The naive twin of selection and optimizer: one sort of everything, in float64.
 
 It is written from the paper's equations and shares nothing with the package.
 """
@@ -16,16 +16,12 @@ def naive_active(scores: list[Tensor], k: int) -> list[Tensor]:
 
 
 def naive_top(scores: list[Tensor], k: int) -> list[Tensor]:
-    """Return masks of the k largest scores by a stable sort of all of them."""
-    flat = [value for score in scores for value in score.reshape(-1).tolist()]
-    order = sorted(range(len(flat)), key=lambda index: -flat[index])  # stable: ties to the lower index
-    chosen = set(order[:k])
-    masks, start = [], 0
-    for score in scores:
-        marks = [index in chosen for index in range(start, start + score.numel())]
-        masks.append(torch.tensor(marks, dtype=torch.bool).reshape(score.shape))
-        start += score.numel()
-    return masks
+    """Return masks of the k largest scores by a stable sort of all of them: ties to the lower index."""
+    flat = torch.cat([score.reshape(-1).double() for score in scores])
+    chosen = torch.zeros_like(flat, dtype=torch.bool)
+    chosen[flat.sort(descending=True, stable=True).indices[:k]] = True
+    parts = chosen.split([score.numel() for score in scores])
+    return [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
 
 
 class NaiveGSM:
@@ -38,12 +34,15 @@ class NaiveGSM:
         self.kept = math.floor(sum(p.numel() for p in self.params if p.ndim >= 2) / compression)
         self.z = [torch.zeros_like(p) for p in self.params]
 
+    def choose(self, scores):
+        return naive_active(scores, self.kept)
+
     @torch.no_grad()
     def step(self):
         prunable = [p for p in self.params if p.ndim >= 2]
         scores = [(p * p.grad).abs() for p in prunable]
         everything = self.kept == sum(p.numel() for p in prunable)
-        masks = iter(naive_top(scores, self.kept) if everything else naive_active(scores, self.kept))
+        masks = iter(naive_top(scores, self.kept) if everything else self.choose(scores))
         for w, z in zip(self.params, self.z, strict=True):
             b = next(masks) if w.ndim >= 2 else torch.ones_like(w, dtype=torch.bool)
             eta = torch.full_like(w, self.passive_eta).masked_fill(b, self.eta)

@@ -235,8 +235,8 @@ def test_layers_of_a_file_that_keep_nothing_are_named(tmp_path, capsys):
     assert cli.run(["show", str(tmp_path / "net.safetensors")]) == 0
     named = ", ".join(f"\\x1b{index}.weight" for index in range(5))
     assert f"{named} and 3 more keep no weight: nothing passes through them." in capsys.readouterr().out
-    save_sparse(tmp_path / "net.sparse.safetensors", {"a": torch.zeros(2, 2), "b": torch.eye(2)})
-    assert cli.run(["verify", str(tmp_path / "net.sparse.safetensors")]) == 0
+    save_sparse(tmp_path / "net.sparse.safetensors.xz", {"a": torch.zeros(2, 2), "b": torch.eye(2)})
+    assert cli.run(["verify", str(tmp_path / "net.sparse.safetensors.xz")]) == 0
     assert "\na keeps no weight: nothing passes through it." in capsys.readouterr().out
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from gsm_sgd.sharded import here
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -17,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 from gsm_sgd import GSM
 from gsm_sgd.masks import apply_masks_, prunable_parameters, sparsity_table
-from gsm_sgd.sharded import here
 from ranks import full
 
 # Of these the weights do not depend: with them training ends as it does without them.

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from gsm_sgd.groups import check_lr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -18,7 +19,6 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from gsm_sgd import GSM, CutWarning, magnitude_masks, prunable_parameters, sparsity_table
-from gsm_sgd.groups import check_lr
 from ranks import full
 from reference_gsm import NaiveGSM, naive_active
 

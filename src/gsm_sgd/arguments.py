@@ -13,7 +13,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from . import __version__
 from .experiments import UsageError, bench, data, suggestion
-from .experiments.lottery import TICKETS as TRAINED
+from .experiments.lottery import TICKETS
 from .experiments.models import check_named
 from .experiments.reading import cause, read_yaml
 from .experiments.recipes import RECIPES, Preset, Recipe, Training, check_stages, find_recipe
@@ -219,7 +219,7 @@ def _add_ticket_actions(parser: ArgumentParser) -> None:
     actions = parser.add_subcommands(dest="action")
     save = _Parser(description="Store a ticket of a finished lottery: seed, mask, recipe and accuracy.")
     save.add_argument("run", type=Path, help="the lottery's folder")
-    save.add_argument("--method", type=Literal[*TRAINED], default="gsm", help="what found it")
+    save.add_argument("--method", type=Literal[*TICKETS], default="gsm", help="what found it")
     save.add_argument("-o", "--out", type=Path | None, default=None, help="the file; default in the run's folder")
     actions.add_subcommand("save", save, help="store a ticket of a finished lottery")
     replay = _Parser(description="Initialise a ticket's net from its seed, train it again, and compare.")

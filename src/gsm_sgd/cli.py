@@ -32,15 +32,15 @@ from .experiments.rundir import Record, RunFolder, refuse_other_recipe
 from .experiments.states import tensors_hash
 from .export.files import layers_in
 from .export.inference import MEASUREMENTS, Latency, latency_table, measure_inference, verdict
-from .export.rebuild import image_shape, load_data, recipe_of
+from .export.rebuild import image_shape, load_data, recipe_of, verify_accuracy
 from .export.run import export, export_name
+from .export.sparse import read_sparse
 from .export.target import compression_for, parse_size
 from .export.ticket import check_fits, read_ticket, replay, save_ticket
-from .export.verify import verify, verify_accuracy
 from .masks import LayerSparsity, sparsity_rows
 from .names import is_prunable
-from .reports import html, nets, plots, tables
-from .reports.blocks import tried
+from .reports import accuracy, figures, html, structure, tables
+from .reports.blocks import Group, tried
 from .reports.runs import WEIGHTS, Run, by_recipe, comparable, read_run, summary
 
 _COMMANDS = {"prune": prune, "lottery": lottery}
@@ -144,7 +144,7 @@ def _run(command: str, options: Namespace, console: Console, log: Console) -> No
                             observers.append(at_end.enter_context(closing(TensorBoard(path))))
                         _COMMANDS[command](Job(recipe, dataset.to(device), folder, Several(observers), device))
                 if folder.writes:
-                    _save_pictures(read_run(path), folder)
+                    _save_figures(read_run(path), folder)
     if folder.writes:
         _print_results([read_run(path) for path in planned], console)
         for path in planned if options.get("target_size") is not None else ():
@@ -276,14 +276,13 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _save_pictures(finished: Run, folder: RunFolder) -> None:
-    """Put pictures of the layers' density and of the training curves into a run's folder."""
-    assert finished.result is not None
-    kept = {"GSM": {layer["name"]: layer["nonzeros"] for layer in finished.result["layers"]}}
-    if "magnitude" in nets.methods(finished):
-        kept["magnitude"] = nets.kept(nets.mask(finished, "magnitude"))
-    plots.save(plots.density_figure(finished, kept), "density", folder.save_figure)
-    plots.save(plots.curves_figure(finished), "curves", folder.save_figure)
+def _save_figures(finished: Run, folder: RunFolder) -> None:
+    """Put figures of the layers' density and of the training curves into a run's folder."""
+    title = f"{finished.title}, seed {finished.recipe['seed']}"
+    group = Group(title, [finished])
+    kept = structure.kept_by(group, structure.read_masks(group, []))
+    figures.save(structure.density(group, kept), "density", title, folder.save_figure)
+    figures.save(figures.curves(accuracy.training_panels(group)), "curves", title, folder.save_figure)
 
 
 # --- show ---
@@ -349,7 +348,7 @@ def _print_results(runs: Sequence[Run], console: Console) -> None:
 
 def _verify(options: Namespace, console: Console) -> None:
     """Check a sparse file and say what is true of it."""
-    file = verify(options.file)
+    file = read_sparse(options.file)
     certificate = file.certificate
     text = f"verified: {certificate.nonzeros:,} of {certificate.prunable:,} weights, each layer's, and sha256 "
     text += certificate.sha256

@@ -24,7 +24,7 @@ from .names import (
     tensors_of,
     without_prune,
 )
-from .patterns import Pattern
+from .patterns import Pattern, Unstructured
 from .scores import score_dtype
 from .selection.sharded import Sharded, Shards
 from .selection.stored import StoredScores, select_top
@@ -142,10 +142,13 @@ def largest(parameters: Mapping[str, Tensor], num_kept: int, pattern: Pattern | 
     if any(nan):
         name = list(parameters)[nan.index(True)]
         raise ValueError(f"parameter {name!r} contains NaN, so nothing can be kept by magnitude: training has diverged")
-    if sharded:
+    pattern = pattern or Unstructured()
+    if not sharded:
+        masks = choose([weight.abs() for weight in weights], num_kept, pattern)
+    elif isinstance(pattern, Unstructured):
         masks = _largest_sharded(weights, num_kept)
     else:
-        masks = choose([weight.abs() for weight in weights], num_kept, pattern or Pattern())
+        raise takes_no_dtensors(pattern)
     return Masks(zip(parameters, masks, strict=True))
 
 
@@ -154,6 +157,11 @@ def choose(scores: Sequence[Tensor], num_kept: int, pattern: Pattern, positive: 
     units = pattern.pool(scores)
     kept = pattern.select(units, num_kept, lambda scores, k: select_top(scores, k, positive))
     return list(pattern.expand(kept, scores))
+
+
+def takes_no_dtensors(pattern: Pattern) -> ValueError:
+    """Return the error of a pattern that was given weights of which each process holds a part."""
+    return ValueError(f"the pattern {type(pattern).__name__} does not take DTensors yet: use single weights")
 
 
 def _largest_sharded(weights: list[Tensor], num_kept: int) -> list[Tensor]:
@@ -341,28 +349,29 @@ def _count_nonzero(weight: Tensor) -> int:
         return int(weight.double().count_nonzero())
 
 
-def _positional(masks: Mapping[str, Tensor]) -> bool:
-    """Return whether the keys of masks are positions, not names."""
-    return list(masks) == [str(number) for number in range(len(masks))]
+def _positional(tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether the keys of tensors are positions, not names; in any order, as a file has "10" before "2"."""
+    return set(tensors) == {str(number) for number in range(len(tensors))}
 
 
 def match(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Pair parameters with the local parts of masks, by name where the masks have names, else in order.
+    """Pair parameters with the local parts of masks, in order where one side alone has names, else by key.
 
     Raises:
         ValueError: a mask has no parameter, or another shape.
     """
-    if _positional(masks) and not set(masks) <= set(parameters):
-        if len(parameters) != len(masks):
-            raise ValueError(f"{len(masks)} masks for {len(parameters)} prunable parameters")
-        pairs = list(zip(parameters, masks.values(), strict=True))
-    else:
+    if _positional(masks) == _positional(parameters):
         names = own_names(parameters, masks)
         if unknown := [key for key, name in names.items() if name not in parameters]:
             raise ValueError(f"no prunable parameter is named {unknown[0]!r}, but a mask is")
         if len(set(names.values())) < len(names):
             raise ValueError("two masks are for one parameter: their names differ only in what a wrapper adds")
         pairs = list(zip(names.values(), masks.values(), strict=True))
+    elif len(parameters) != len(masks):
+        raise ValueError(f"{len(masks)} masks for {len(parameters)} prunable parameters")
+    else:
+        in_order = [masks[str(number)] for number in range(len(masks))] if _positional(masks) else masks.values()
+        pairs = list(zip(parameters, in_order, strict=True))
     for key, mask in pairs:
         if parameters[key].shape != mask.shape:
             shape = tuple(parameters[key].shape)

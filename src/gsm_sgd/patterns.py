@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 Top = Callable[[Sequence[Tensor], int], list[Tensor]]
-"""(scores of units, k) -> masks of the k largest in the whole model, ties to the lower index."""
+"""(scores of units, k) -> masks of the k largest in the whole model, ties to the lower index; in a step, only of those
+above zero."""
 
 
 class Pattern:
@@ -17,7 +18,7 @@ class Pattern:
 
     Attributes:
         size: weights in a unit; a budget is rounded down to whole units.
-        density: the density that the pattern prescribes, and no other budget is needed; None leaves it to the budget.
+        density: the density that the pattern prescribes in place of a budget; None leaves it to the budget.
     """
 
     size: int = 1

@@ -18,7 +18,7 @@ from .sparse import Values, rounded, save_sparse
 
 Format = Literal["sparse", "safetensors", "onnx", "hdf5"]
 ENDINGS: dict[Format, str] = {
-    "sparse": "sparse.safetensors",
+    "sparse": "sparse.safetensors.xz",
     "safetensors": "dense.safetensors",
     "onnx": "onnx",
     "hdf5": "hdf5",

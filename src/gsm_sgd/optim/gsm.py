@@ -115,8 +115,7 @@ class GSM(SparseOptimizer):
         check_ranks: bool | None = None,
     ) -> None:
         amounts = (compression, density, sparsity, num_kept)
-        prescribed = pattern is not None and pattern.density is not None and amounts == (None,) * 4
-        budget = None if prescribed else Budget.of(*amounts)
+        budget = None if amounts == (None,) * 4 else Budget.of(*amounts)
         if passive_decay is None and isinstance(schedule, Schedule):
             passive_decay = "auto"
         defaults = {

@@ -26,7 +26,7 @@ from ..distributed import (
     offsets,
     to_local,
 )
-from ..masks import Masks, choose, largest, mask_gradients, residual
+from ..masks import Masks, choose, largest, mask_gradients, residual, takes_no_dtensors
 from ..memory import laid_out_as
 from ..names import is_governed, named_in, prunable_in
 from ..patterns import Pattern, Unstructured
@@ -74,8 +74,11 @@ class SparseOptimizer(Optimizer):
         check_ranks: bool | None,
     ) -> None:
         self._score, self._pattern = find_score(score), pattern or Unstructured()
-        if budget is None:
-            budget = Budget.of(density=self._pattern.density)
+        prescribed = self._pattern.density
+        if budget is not None and prescribed is not None:
+            name = type(self._pattern).__name__
+            raise ValueError(f"the pattern {name} prescribes the density {prescribed:g}: leave out the budget")
+        budget = budget or Budget.of(density=prescribed)
         self._model_wide = {"budget": budget, "schedule": schedule, "step": 0, "phase": Phase.RAMP.value}
         self._compiled, self._check_ranks_always = compiled, check_ranks
         self._prepare()
@@ -191,8 +194,10 @@ class SparseOptimizer(Optimizer):
         """Return Q for N weights."""
         if not total:
             return 0
-        kept = Budget(*self.param_groups[0]["budget"]).num_kept(total)
-        return kept - kept % self._pattern.size
+        kept, size = Budget(*self.param_groups[0]["budget"]).num_kept(total), self._pattern.size
+        if kept < size:
+            raise ValueError(f"{kept} weights to keep are less than one unit of {size}: keep more")
+        return kept - kept % size
 
     def _active_of(self, total: int) -> int:
         """Return how many of N weights may be active in the next step."""
@@ -292,7 +297,10 @@ class SparseOptimizer(Optimizer):
             warn_of_zeros(self._governed_by_key())
         dense, ruled, still = self._parts(everything)
         if ruled and not self._fixed:
-            active = self._select(ruled, min(num_active, sum(p.numel() for p in scored)), shards, check_finite)
+            available = sum(param.numel() for param in scored)
+            prescribed = self._pattern.density is not None  # of whichever weights there are
+            num_active = self._active_of(available) if prescribed else min(num_active, available)
+            active = self._select(ruled, num_active, shards, check_finite)
         else:
             check_finite()
             active = [to_local(self.state[owner]["mask"]) for part in ruled for owner in part.owners]
@@ -313,7 +321,11 @@ class SparseOptimizer(Optimizer):
         """Score, pool, select: return which weights are active, `num_active` in all processes together."""
         weights = [param for part in parts for param in part.params]
         grads = [grad for part in parts for grad in part.grads]
-        if self._streams and self._score in STREAMED and self._passes is not None and self._compiles_for(parts):
+        single = isinstance(self._pattern, Unstructured)
+        if shards is not None and not single:
+            raise takes_no_dtensors(self._pattern)
+        streams = self._streams and single and self._score in STREAMED and self._passes is not None
+        if streams and self._compiles_for(parts):
             try:
                 return _threshold(partial(self._streamed, weights, grads), len(weights), num_active, shards)
             except NotFiniteError:  # stored scores can be mended
@@ -321,17 +333,15 @@ class SparseOptimizer(Optimizer):
         finite = self._buffer.fill(self._score, weights, grads, self._score_states(parts))
         if not finite:
             self._buffer.sanitize_()
-        if isinstance(self._pattern, Unstructured):
+        if shards is not None and self._score not in STREAMED:
+            self._buffer.whole.clamp_(min=-1)  # below zero all are alike, and what is exchanged goes no lower
+        if single:
             try:
                 threshold = _threshold(self._buffer.scores_of, len(weights), num_active, shards, suspect=not finite)
             except NotFiniteError:
                 check_finite()  # if no gradient is to blame a weight is: infinite it is active, NaN passive
                 threshold = _threshold(self._buffer.scores_of, len(weights), num_active, shards)
             return self._buffer.active(threshold)
-        if shards is not None:
-            raise ValueError(
-                f"the pattern {type(self._pattern).__name__} does not take DTensors yet: use single weights"
-            )
         if not finite:
             check_finite()
         return choose(self._buffer.views, num_active, self._pattern, positive=True)

@@ -180,7 +180,7 @@ class ScoreBuffer:
             self.whole[: self._ends[-1]].abs_()
         else:
             for view, weight, grad, state in zip(self.views, weights, grads, states, strict=True):
-                view.copy_(evaluate(score, weight, grad, state)).clamp_(min=-1)  # below zero all are alike
+                view.copy_(evaluate(score, weight, grad, state))
         self.whole[self._ends[-1] :] = -1  # else a step with fewer weights would find scores of an earlier one here
         return not len(self.whole) or math.isfinite(self.whole.amax())
 
