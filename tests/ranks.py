@@ -1,4 +1,4 @@
-"""Processes of one gloo group that wait for functions to run, since starting them takes longer than most tests."""
+"""Processes of one gloo group that wait for functions to run: forked from one that has imported what takes long."""
 
 import os
 import time
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+_PRELOADED = ["torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "gsm_sgd.optim.gsm", "hypothesis"]
 _SECONDS = 120  # nothing takes so long unless processes wait for each other for ever
 
 
@@ -17,7 +18,8 @@ class Ranks:
     """So many processes; use as a context."""
 
     def __init__(self, size, folder):
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
         self._jobs = [context.Queue() for _ in range(size)]
         self._results = context.Queue()
         store = f"file://{folder}/store-{os.getpid()}-{time.monotonic_ns()}"
