@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from gsm_sgd.experiments import UsageError, mnist
 from gsm_sgd.selection import stored, streamed
@@ -12,6 +13,10 @@ from ranks import Ranks
 # The nets here are small: one thread is as quick, and two crawl on a machine that is busy with something else.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+
+# A busy machine is slow now and then, which is no failure.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 @pytest.fixture(scope="session")

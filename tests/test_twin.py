@@ -2,7 +2,6 @@
 
 import copy
 import io
-import itertools
 import math
 import pickle
 
@@ -18,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn import functional as F
 from torch.optim import SGD, lr_scheduler
 
-from gsm_sgd import GSM
+from gsm_sgd import GSM, Schedule
 
 HYPER = {"momentum": 0.9, "weight_decay": 1e-2}
 IMPLEMENTATIONS = [{}, {"foreach": True}, {"foreach": False}, {"fused": True}]
@@ -53,8 +52,20 @@ def backward(model, seed, missing=None):
         missing(model).grad = None
 
 
+def take_steps(pairs, seeds, missing=None):
+    """Train each model by its optimizer, on the same batches."""
+    for seed in seeds:
+        for model, optimizer in pairs:
+            backward(model, seed, missing)
+            optimizer.step()
+
+
 def same_bits(model, other):
     return all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def num_nonzero(model):
+    return sum(int(param.count_nonzero()) for param in model.parameters() if param.ndim > 1)
 
 
 def twins(dtype=torch.float32, groups=False, layout=lambda model: model, **options):
@@ -70,8 +81,7 @@ def train(pairs, steps=12, make_scheduler=SCHEDULERS["none"], missing=None):
     schedulers = [make_scheduler(optimizer) for _, optimizer in pairs]
     for step in range(steps):
         for (model, optimizer), scheduler in zip(pairs, schedulers, strict=True):
-            backward(model, step, missing if step % 3 else None)
-            optimizer.step()
+            take_steps([(model, optimizer)], [step], missing if step % 3 else None)
             if scheduler is not None:
                 scheduler.step(*([1.0] if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else []))
     (ours, _), (theirs, _) = pairs
@@ -114,21 +124,18 @@ def test_a_rate_that_is_a_tensor():
 
 
 @pytest.mark.parametrize("pickled", [False, True], ids=["deepcopy", "pickle"])
-@pytest.mark.parametrize("compression", [1, 5])
-def test_copies_go_on_in_the_same_way(pickled, compression):
+@pytest.mark.parametrize("settings", [{"density": 1}, {"density": 0.2}, {"density": 0.2, "compiled": True}], ids=str)
+def test_copies_go_on_in_the_same_way(quick_compile, pickled, settings):
     model = net()
-    optimizer = GSM(model.named_parameters(), 0.1, compression=compression, total_steps=9, cut_step=6, **HYPER)
-    for step in range(4):
-        backward(model, step)
-        optimizer.step()
+    schedule = Schedule(9, ramp=0.2, fade=0, cut=0.7)
+    optimizer = GSM(model.named_parameters(), 0.1, schedule=schedule, **settings, **HYPER)
     pair = (model, optimizer)
+    take_steps([pair], range(4))
     twin, other = pickle.loads(pickle.dumps(pair)) if pickled else copy.deepcopy(pair)
     assert other.param_groups[0]["params"][0] is next(twin.parameters())
-    for step in range(4, 9):
-        for one, opt in ((model, optimizer), (twin, other)):
-            backward(one, step)
-            opt.step()
+    take_steps([pair, (twin, other)], range(4, 9))
     assert same_bits(model, twin)
+    assert num_nonzero(twin) == 172 * settings["density"] // 1
     assert repr(other) == repr(optimizer)
     assert other.param_groups[0].keys() == GSM(net().parameters(), 0.1, compression=2).param_groups[0].keys() | {
         "param_names"
@@ -143,11 +150,8 @@ def test_states_load_across_both_ways(to_gsm):
     fresh.load_state_dict((theirs if to_gsm else ours).state_dict())
     other = GSM(fresh.named_parameters(), 1.0, compression=1) if to_gsm else SGD(fresh.named_parameters(), 1.0)
     other.load_state_dict(copy.deepcopy((sgd if to_gsm else gsm).state_dict()))
-    for step in range(4, 9):
-        for model, optimizer in ((ours, gsm), (fresh, other)):
-            backward(model, step)
-            optimizer.step()
-    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), fresh.parameters(), strict=True))
+    take_steps([(ours, gsm), (fresh, other)], range(4, 9))
+    assert same_bits(ours, fresh)
 
 
 def test_a_state_of_sgd_leaves_the_settings_that_only_gsm_has():
@@ -155,17 +159,20 @@ def test_a_state_of_sgd_leaves_the_settings_that_only_gsm_has():
     sgd = SGD(in_groups(model), 0.1, momentum=0.9)
     groups = in_groups(model)
     groups[1]["prunable"] = False
-    optimizer = GSM(groups, 0.1, compression=4, total_steps=50, passive_decay=0.1)
+    optimizer = GSM(groups, 0.1, compression=4, schedule=Schedule(50), passive_decay=0.1)
     optimizer.load_state_dict(sgd.state_dict())
-    assert [group["prunable"] for group in optimizer.param_groups] == [None, False]
-    assert optimizer.param_groups[0]["total_steps"] == 50
-    assert optimizer.nonzeros == 27
+    assert [(group["prunable"], group["passive_decay"]) for group in optimizer.param_groups] == [
+        (None, 0.1),
+        (False, 0.1),
+    ]
+    assert optimizer.schedule == Schedule(50)
+    assert optimizer.num_kept == 27
 
 
 @pytest.mark.parametrize("setting", [{"maximize": True}, {"dampening": 0.5}])
 def test_what_only_sgd_does_is_refused(setting):
     model = net()
-    message = f"GSM does not support {next(iter(setting))}={next(iter(setting.values()))}"
+    message = f"{next(iter(setting))}={next(iter(setting.values()))} is not supported"
     with pytest.raises(ValueError, match=message):
         GSM([{"params": model.parameters(), **setting}], 0.1, compression=2)
     optimizer = GSM(model.parameters(), 0.1, compression=2)
@@ -174,25 +181,20 @@ def test_what_only_sgd_does_is_refused(setting):
 
 
 def test_a_step_compiled_by_the_user_is_not_recompiled():
-    pairs = twins()
-    compiled = [torch.compile(optimizer.step, backend="eager") for _, optimizer in pairs]
-    for step in range(12):
+    (ours, gsm), twin = twins()
+    take_step = torch.compile(gsm.step, backend="eager")
+    for step in range(6):
+        take_steps([twin], [step])
+        backward(ours, step)
         with torch.compiler.set_stance("fail_on_recompile" if step > 2 else "default"):
-            for (model, _), take_step in zip(pairs, compiled, strict=True):
-                with torch.compiler.set_stance("default"):
-                    backward(model, step)
-                if take_step is compiled[0]:
-                    take_step()
-                else:
-                    pairs[1][1].step()
-    assert same_bits(pairs[0][0], pairs[1][0])
+            take_step()
+    assert same_bits(ours, twin[0])
 
 
 def test_momentum_0_leaves_no_state():
     model = net()
     optimizer = GSM(model.parameters(), 0.1, compression=4, momentum=0.0)
-    backward(model, 0)
-    optimizer.step()
+    take_steps([(model, optimizer)], [0])
     assert not optimizer.state
 
 
@@ -220,7 +222,7 @@ def test_a_converted_model_goes_on(dtype, finalized, options):
     step(3)
     assert all(state["momentum_buffer"].dtype == dtype for state in optimizer.state.values())
     optimizer.finalize()
-    assert sum(int(p.count_nonzero()) for p in model.parameters() if p.ndim > 1) == optimizer.nonzeros == 96
+    assert num_nonzero(model) == optimizer.num_kept == 96
 
 
 @pytest.mark.parametrize("shape", [(30, 16), (10, 16)], ids=["grown", "shrunk"])
@@ -228,13 +230,12 @@ def test_a_converted_model_goes_on(dtype, finalized, options):
 def test_a_parameter_that_changed_its_shape_is_named(compression, shape):
     model = net()
     optimizer = GSM(model.named_parameters(), 0.1, compression=compression)
-    backward(model, 0)
-    optimizer.step()
+    take_steps([(model, optimizer)], [0])
     model[4].weight.data = torch.ones(shape)
     for param in model.parameters():
         param.grad = torch.ones_like(param)
     before = copy.deepcopy(model)
-    with pytest.raises(ValueError, match=rf"'4.weight' has shape \({shape[0]}, 16\), its momentum \(4, 16\)"):
+    with pytest.raises(ValueError, match=rf"'4.weight' has shape \({shape[0]}, 16\), its momentum_buffer \(4, 16\)"):
         optimizer.step()
     assert same_bits(model, before)
 
@@ -260,16 +261,6 @@ def test_a_rate_gone_wrong_is_refused_before_anything_moves(lr):
     with pytest.raises(ValueError, match="lr must be finite and at least 0"):
         optimizer.step()
     assert same_bits(model, before)
-
-
-def test_an_interrupt_leaves_no_group_behind(monkeypatch):
-    model = net()
-    optimizer = GSM(in_groups(model), 0.1, compression=4)
-    backward(model, 0)
-    optimizer.step()
-    optimizer.param_groups[1]["steps"] = 0  # as an interrupt between the two would leave it
-    optimizer.step()
-    assert [group["steps"] for group in optimizer.param_groups] == [2, 2]
 
 
 # --- states and settings ---
@@ -304,7 +295,7 @@ def test_states_are_matched_by_name():
         step(first, optimizer, seed)
         step(second, other, seed)
     assert all(torch.equal(first.get_parameter(name), second.get_parameter(name)) for name in names)
-    assert sum(int(layer.weight.count_nonzero()) for layer in second.values()) == optimizer.nonzeros == 128
+    assert sum(int(layer.weight.count_nonzero()) for layer in second.values()) == optimizer.num_kept == 128
 
 
 def test_a_state_of_other_parameters_is_refused():
@@ -318,35 +309,34 @@ def test_a_state_of_other_parameters_is_refused():
 
 def test_a_loaded_state_brings_its_schedule_and_says_so():
     model = net()
-    optimizer = GSM(model.parameters(), 0.1, compression=5, passive_decay="auto", total_steps=1_000, cut_step=70)
-    other = GSM(
-        model.parameters(), 0.2, compression=5, passive_decay="auto", total_steps=2_000, cut_step=700, fused=True,
-        check_ranks=False,
-    )  # fmt: skip
-    message = r"brings total_steps=1000 \(not 2000\), cut_step=70 \(not 700\): to go by another schedule"
+    optimizer = GSM(model.parameters(), 0.1, compression=5, schedule=Schedule(1_000))
+    other = GSM(model.parameters(), 0.2, compression=5, schedule=Schedule(2_000, cut=0.6), fused=True)
+    message = r"brings schedule=\{'total_steps': 1000,.* \(not \{'total_steps': 2000,.*assign optimizer.schedule"
     with pytest.warns(UserWarning, match=message):
         other.load_state_dict(optimizer.state_dict())
+    assert other.schedule == Schedule(1_000)
     group = other.param_groups[0]
-    assert (group["total_steps"], group["cut_step"], group["lr"]) == (1_000, 70, 0.1)
-    assert (group["fused"], group["check_ranks"], group["foreach"]) == (True, False, None)
+    assert (group["lr"], group["fused"], group["foreach"]) == (0.1, True, None)
+    other.schedule = Schedule(3_000)
+    assert other.state_dict()["param_groups"][0]["schedule"]["total_steps"] == 3_000
 
 
-def test_a_group_added_after_loading_gets_the_loaded_schedule():
+def test_a_group_added_after_loading_gets_the_loaded_budget():
     model = net()
     optimizer = GSM(model[0].parameters(), 0.1, compression=10)
     other = GSM(model[0].parameters(), 0.1, compression=5)
-    with pytest.warns(UserWarning, match="brings compression"):
+    with pytest.warns(UserWarning, match=r"brings budget=\('compression', 10\.0\) \(not \('compression', 5\.0\)\)"):
         other.load_state_dict(optimizer.state_dict())
     other.add_param_group({"params": model[4].parameters()})
-    assert other.param_groups[1]["compression"] == 10
+    assert other.num_kept == 17
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"total_steps": np.int64(40), "passive_decay": "auto"},
-        {"total_steps": torch.tensor(40)},
-        {"cut_step": np.int32(2)},
+        {"schedule": Schedule(np.int64(40), cut=np.float32(0.75))},
+        {"schedule": Schedule(torch.tensor(40))},
+        {"passive_decay": np.float32(0.5)},
         {"lr": np.float64(0.1)},
         {"lr": np.float32(0.1)},
         {"compression": np.float32(4)},
@@ -362,27 +352,23 @@ def test_numpy_numbers_and_a_state_that_loads(settings):
     optimizer = GSM(model.named_parameters(), **{"lr": 0.1, "compression": 4, "momentum": 0.5, **settings})
     for step in range(4):
         optimizer.param_groups[0]["lr"] = np.float64(0.1) / (1 + step)  # as a scheduler of one's own would
-        backward(model, step)
-        optimizer.step()
+        take_steps([(model, optimizer)], [step])
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    assert state["param_groups"][0]["compression"] == 4
+    assert state["param_groups"][0]["budget"] == ("compression", 4)
     assert state["param_groups"][0]["lr"] == 0.025
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"total_steps": "40", "compression_schedule": "cubic"}, "total_steps must be a whole number, not '40'"),
-        ({"total_steps": 40.0}, r"total_steps must be a whole number, not 40\.0"),
-        ({"cut_step": True}, "cut_step must be a whole number, not True"),
         ({"compression": "4"}, "compression must be a number, not '4'"),
         ({"lr": "1e-3"}, "lr must be a number, not '1e-3'"),
-        ({"lr": None}, "lr must be finite"),
+        ({"lr": None}, "lr must be a number, not None"),
         ({"lr": torch.ones(2)}, r"lr must be a number or a tensor with one element, not \(2,\)"),
-        ({"weight_decay": None}, "weight_decay and momentum must be numbers, not None"),
+        ({"weight_decay": None}, "weight_decay must be a number, not None"),
     ],
 )
 def test_settings_that_are_no_numbers(settings, message):
@@ -394,45 +380,38 @@ def test_settings_that_are_no_numbers(settings, message):
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
-@pytest.mark.parametrize("steps", [3, 8], ids=["before the cut", "after the cut"])
+@pytest.mark.parametrize("steps", [3, 8, 11], ids=["before the fade", "in the fade", "after the cut"])
 def test_distributed_checkpoints_carry_masks(steps, flat):
     def make():
         model = net()
-        return model, GSM(model.named_parameters(), 0.1, compression=4, cut_step=5, **HYPER)
-
-    def step(model, optimizer, seeds):
-        for seed in seeds:
-            backward(model, seed)
-            optimizer.step()
+        schedule = Schedule(20, ramp=0.1, fade=0.2, cut=0.5)
+        return model, GSM(model.named_parameters(), 0.1, compression=4, schedule=schedule, **HYPER)
 
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     model, optimizer = make()
-    step(model, optimizer, range(steps))
+    take_steps([(model, optimizer)], range(steps))
     saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
     fresh, other = make()
     fresh.load_state_dict(model.state_dict())
     for _ in range(2):  # into a fresh one, and once more into the same one
         set_optimizer_state_dict(fresh, other, copy.deepcopy(saved), options=options)
-        assert other.finalized == (steps == 8)
-        assert other.param_groups[0]["steps"] == steps
-    step(model, optimizer, range(steps, 12))
-    step(fresh, other, range(steps, 12))
+        assert (other.phase, other.schedule) == (optimizer.phase, optimizer.schedule)
+        assert other.param_groups[0]["step"] == steps
+    take_steps([(model, optimizer), (fresh, other)], range(steps, 15))
     assert same_bits(model, fresh)
-    assert sum(int(p.count_nonzero()) for p in fresh.parameters() if p.ndim > 1) == optimizer.nonzeros
+    assert num_nonzero(fresh) == optimizer.num_kept
 
 
 def test_asking_a_fresh_optimizer_for_its_state_counts_no_step():
-    model = net()
-    before = copy.deepcopy(model)
-    optimizer = GSM(model.named_parameters(), 0.1, compression=4, cut_step=5, **HYPER)
-    get_optimizer_state_dict(model, optimizer)
-    assert optimizer.param_groups[0]["steps"] == 0
-    assert optimizer.param_groups[0]["lr"] == 0.1
-    twin = GSM(before.named_parameters(), 0.1, compression=4, cut_step=5, **HYPER)
-    for one, opt in itertools.product(range(8), ((model, optimizer), (before, twin))):
-        backward(opt[0], one)
-        opt[1].step()
-    assert same_bits(model, before)
+    pairs = []
+    for _ in range(2):
+        model = net()
+        schedule = Schedule(10, ramp=0.1, fade=0.1, cut=0.5)
+        pairs.append((model, GSM(model.named_parameters(), 0.1, compression=4, schedule=schedule, **HYPER)))
+    get_optimizer_state_dict(*pairs[0])
+    assert [pairs[0][1].param_groups[0][key] for key in ("step", "lr")] == [0, 0.1]
+    take_steps(pairs, range(8))
+    assert same_bits(pairs[0][0], pairs[1][0])
 
 
 def test_places_for_masks_to_load_are_no_masks():
@@ -440,18 +419,16 @@ def test_places_for_masks_to_load_are_no_masks():
     optimizer = GSM(model.named_parameters(), 0.1, compression=4, **HYPER)
     get_optimizer_state_dict(model, optimizer)
     model[0].weight.requires_grad_(False)
-    backward(model, 0)
-    optimizer.step()
+    take_steps([(model, optimizer)], [0])
     assert list(optimizer.finalize()) == ["4.weight"]
-    assert optimizer.nonzeros == 16
+    assert optimizer.num_kept == 16
 
 
 def test_a_flat_state_without_its_masks_is_refused():
     model = net()
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     optimizer = GSM(model.named_parameters(), 0.1, compression=4, **HYPER)
-    backward(model, 0)
-    optimizer.step()
+    take_steps([(model, optimizer)], [0])
     optimizer.finalize()
     saved = get_optimizer_state_dict(model, optimizer, options=options)
     broken = {key: value for key, value in copy.deepcopy(saved).items() if not key.endswith(".mask")}
