@@ -155,7 +155,7 @@ def test_a_run_goes_on_with_the_images_that_it_began_with(folder, tmp_path):
     recipe = find_recipe("resnet50")
     for _ in range(2):
         with RunFolder(tmp_path / "run", recipe) as run:
-            run.refuse_other_data(image_folder.load(folder).identity)
+            run.check_data(image_folder.load(folder).identity)
     other_images = pytest.raises(UsageError, match="has been trained on other images than these: choose another --out")
     with RunFolder(tmp_path / "run", recipe) as run, other_images:
-        run.refuse_other_data(image_folder.load(other).identity)
+        run.check_data(image_folder.load(other).identity)

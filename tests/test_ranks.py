@@ -57,7 +57,7 @@ def test_the_mean_over_shares_is_that_of_the_batch(monkeypatch):
         for rank in range(count):
             monkeypatch.setenv("RANK", str(rank))
             mine = losses[rank::count] if rank < 7 else losses[-1:]
-            mean += float(mine.mean()) * ranks.share_of(7) / count
+            mean += float(mine.mean()) * ranks.loss_weight(7) / count
         assert mean == pytest.approx(float(losses.mean()))
 
 

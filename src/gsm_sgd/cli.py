@@ -28,7 +28,7 @@ from .experiments.pretrained import is_torchvisions, load_pretrained
 from .experiments.prune import Job, gsm, prune
 from .experiments.reading import read_yaml
 from .experiments.recipes import Recipe, Training, net_name
-from .experiments.rundir import Record, RunFolder, refuse_other_recipe
+from .experiments.rundir import Record, RunFolder, check_recipe
 from .experiments.states import tensors_hash
 from .export.files import layers_in
 from .export.inference import MEASUREMENTS, Latency, latency_table, measure_inference, verdict
@@ -63,7 +63,7 @@ def run(argv: Sequence[str]) -> int:
     debug = "--debug" in argv
     try:
         options = parse([word for word in argv if word != "--debug"])
-        if ranks.size() > 1 and options.command not in _COMMANDS:
+        if ranks.world_size() > 1 and options.command not in _COMMANDS:
             raise UsageError(f"gsm {options.command} takes one process: start it without torchrun")
         match options.command:
             case "list":
@@ -127,14 +127,14 @@ def _run(command: str, options: Namespace, console: Console, log: Console) -> No
     planned = _plan(command, options, device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    dataset = load_data(next(iter(planned.values())), options.data_dir).share(ranks.rank(), ranks.size())
+    dataset = load_data(next(iter(planned.values())), options.data_dir).shard(ranks.rank(), ranks.world_size())
     _check_net(planned, dataset.classes)
 
-    with ranks.joined(device) as device:
+    with ranks.process_group(device) as device:
         for path, recipe in planned.items():
             with RunFolder(path, recipe, options.checkpoint_seconds) as folder:
                 log.print(f"{path}{_already(folder)}", highlight=False, soft_wrap=True)
-                folder.refuse_other_data(dataset.identity)
+                folder.check_data(dataset.identity)
                 if not folder.finished:
                     folder.note_environment(device)
                     with ProgressBars(log) as bars, ExitStack() as at_end:
@@ -167,8 +167,8 @@ def _plan(command: str, options: Namespace, device: torch.device) -> dict[Path, 
     if not (math.isfinite(options.checkpoint_seconds) and options.checkpoint_seconds >= 0):
         raise UsageError(f"checkpoint-seconds must be at least 0, not {options.checkpoint_seconds}")
     recipe = _recipe(options)
-    if 0 < recipe.batch_size < ranks.size():
-        raise UsageError(f"batch_size {recipe.batch_size} leaves some of {ranks.size()} processes without an image")
+    if 0 < recipe.batch_size < ranks.world_size():
+        raise UsageError(f"batch_size {recipe.batch_size} leaves some of {ranks.world_size()} processes without an image")
     # what is chosen for this machine stands in the run's recipe, so that no other goes on with something else
     recipe = replace(recipe, precision=fitting_precision(recipe.precision, device))
     seeds = [recipe.seed] if options.seeds is None else _seeds(options.seeds)
@@ -192,7 +192,7 @@ def _plan(command: str, options: Namespace, device: torch.device) -> dict[Path, 
                 raise UsageError(f"weights {source} do not exist: give a file, or torchvision")
     _check_optimizer(recipe.scaled(options.epochs_scale))
     for path, seeded in planned.items():
-        refuse_other_recipe(path, seeded)
+        check_recipe(path, seeded)
     return planned
 
 

@@ -32,18 +32,14 @@ def describe(name: str, data_dir: Path | None = None) -> str:
     Raises:
         UsageError: as of `load`.
     """
-    match name:
-        case "mnist":
-            place, files = mnist.find(data_dir)
-            return f"MNIST: {len(files)} files, {sum(map(len, files.values())):,} bytes, md5 verified, in {place}"
-        case "cifar10":
-            place, pixels = cifar10.find(data_dir)
-            return (
-                f"CIFAR-10: {len(pixels.train):,} + {len(pixels.test):,} images, classes and channel means verified, "
-                f"in {place}"
-            )
-        case _:
-            raise UsageError(f"unknown data set {name!r}: {suggestion(name, FETCHED)}")
+    if name not in FETCHED:
+        raise UsageError(f"unknown data set {name!r}: {suggestion(name, FETCHED)}")
+    if name == "mnist":
+        place, files = mnist.find(data_dir)
+        return f"MNIST: {len(files)} files, {sum(map(len, files.values())):,} bytes, md5 verified, in {place}"
+    place, pixels = cifar10.find(data_dir)
+    counts = f"{len(pixels.train):,} + {len(pixels.test):,} images"
+    return f"CIFAR-10: {counts}, classes and channel means verified, in {place}"
 
 
 def synthetic(train: int = 2_048, test: int = 512, shape: Shape = (1, 28, 28), classes: int = _PATTERNS) -> Dataset:

@@ -29,7 +29,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),  # AVX2 and AVX512 round differently
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "processes": ranks.size(),
+        "processes": ranks.world_size(),
         "device": device_name(device),
     }
 

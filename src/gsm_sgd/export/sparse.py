@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..experiments import UsageError
 from ..experiments.states import plain_state, tensors_hash
-from ..experiments.whole_files import write_whole
+from ..experiments.whole_files import write_output
 from ..masks import is_prunable, own_names
 from . import container, indices
 from .container import NUMBER_BYTES, Container, FormatError
@@ -123,7 +123,7 @@ def save_sparse(
         raise UsageError(f"{path} would not be readable: {error}") from error
     if tensors_hash(file.tensors) != file.certificate.sha256:
         raise UsageError(f"{path} would not be the same when it is read: this is a bug, please report it")
-    write_whole(Path(path), content, "path")
+    write_output(Path(path), content, "path")
     return len(content)
 
 

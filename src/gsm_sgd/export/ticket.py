@@ -14,7 +14,7 @@ from ..experiments.prune import Job, finish, initial_net
 from ..experiments.recipes import Recipe
 from ..experiments.rundir import read_weights
 from ..experiments.states import tensors_hash
-from ..experiments.whole_files import write_whole
+from ..experiments.whole_files import write_output
 from ..masks import magnitude_masks, prunable_parameters
 from ..reports.runs import read_run
 from ..selection import kept_weights
@@ -113,7 +113,7 @@ def write_ticket(path: Path, ticket: Ticket) -> None:
     }
     about = {"prunable": rows_to_json(rows), "recipe": ticket.recipe}
     sections = {"code": indices.encode(positions, sizes, codings)}
-    write_whole(path, container.to_bytes(Container(metadata, about, sections)), "--out")
+    write_output(path, container.to_bytes(Container(metadata, about, sections)), "--out")
 
 
 def read_ticket(path: Path) -> Ticket:

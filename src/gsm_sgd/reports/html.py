@@ -10,7 +10,7 @@ from plotly.offline import get_plotlyjs
 from .. import __version__
 from ..experiments import UsageError
 from ..experiments.rundir import Record, dotted
-from ..experiments.whole_files import write_whole
+from ..experiments.whole_files import write_output
 from . import accuracy, production, structure
 from .blocks import Block, Group, Picture, Table, tried
 from .runs import Run, by_recipe, comparable, read_run
@@ -43,7 +43,7 @@ def write_report(paths: Sequence[Path], output: Path) -> list[str]:
     missing: list[str] = []
     groups = _groups(_readable(paths, missing), missing)
     page = _page(groups, missing)
-    write_whole(output, page.encode(errors="replace"), "-o")  # a name may be no text
+    write_output(output, page.encode(errors="replace"), "-o")  # a name may be no text
     return missing
 
 
