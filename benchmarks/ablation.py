@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from frontier import over_seeds
 from gsm_sgd.experiments import data, prune
 from gsm_sgd.experiments.environment import environment
-from gsm_sgd.experiments.observers import Several
+from gsm_sgd.experiments.observers import ProgressBars
 from gsm_sgd.experiments.recipes import Recipe, find_recipe
 from gsm_sgd.experiments.rundir import RunFolder
 from gsm_sgd.experiments.splits import Dataset
@@ -114,7 +115,7 @@ def measure(name: str, recipe: Recipe, dataset: Dataset, runs: Path) -> dict[str
     try:
         with RunFolder(path, recipe, checkpoint_seconds=1e9) as folder:
             if not folder.finished:
-                prune.prune(prune.Job(recipe, dataset, folder, Several([]), torch.device("cpu")))
+                prune.prune(prune.Job(recipe, dataset, folder, ProgressBars(Console(quiet=True)), torch.device("cpu")))
     finally:
         module.gsm = make
     result: dict[str, dict[str, float]] = json.loads((path / "result.json").read_text())

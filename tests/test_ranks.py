@@ -33,7 +33,7 @@ def test_shares_make_up_the_batches(margin):
     images = torch.randint(0, 255, (11, 6, 6, 1), dtype=torch.uint8)
     split = Images(images, torch.arange(11), margin=margin)
     for count in range(1, 6):
-        shares = [split.share(rank, count) for rank in range(count)]
+        shares = [split.shard(rank, count) for rank in range(count)]
         for whole, parts in (
             (split.shuffled(4, 7, 3, 1), [share.shuffled(4, 7, 3, 1) for share in shares]),
             (split.batches(4), None),

@@ -48,13 +48,13 @@ _ARRAYS = {
 def load(data_dir: Path | None = None) -> Dataset:
     """Return MNIST, normalised with its mean and standard deviation: 60,000 and 10,000 images."""
     _, files = find(data_dir)
-    splits = []
-    for prefix in ("train", "t10k"):
-        pixels = torch.frombuffer(files[f"{prefix}-images-idx3-ubyte"], dtype=torch.uint8, offset=16)
-        labels = torch.frombuffer(files[f"{prefix}-labels-idx1-ubyte"], dtype=torch.uint8, offset=8)
-        images = pixels.view(-1, 1, 28, 28).float().div_(255).sub_(_MEAN).div_(_STD)
-        splits.append(Images(images, labels.long()))
-    return Dataset(*splits)
+    return Dataset(_split(files, "train"), _split(files, "t10k"))
+
+
+def _split(files: Files, prefix: str) -> Images:
+    pixels = torch.frombuffer(files[f"{prefix}-images-idx3-ubyte"], dtype=torch.uint8, offset=16)
+    labels = torch.frombuffer(files[f"{prefix}-labels-idx1-ubyte"], dtype=torch.uint8, offset=8)
+    return Images(pixels.view(-1, 1, 28, 28).float().div_(255).sub_(_MEAN).div_(_STD), labels.long())
 
 
 def find(data_dir: Path | None = None) -> tuple[Path, Files]:

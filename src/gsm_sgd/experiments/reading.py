@@ -15,6 +15,7 @@ import torch
 _LONGEST_YAML = 2**16  # bytes: PyYAML reads some 200 KB a second
 _LONGEST_JSON = 2**22
 _DEEPEST = 16
+_TOO_DEEP = f"it is nested more than {_DEEPEST} deep"
 _LARGEST = 1e100  # of numbers: their sums and squares are still finite
 
 
@@ -26,13 +27,14 @@ def open_regular(path: Path, most: int | None = None) -> BinaryIO:
     """
     stream = open(path, "rb", opener=_without_waiting)  # noqa: SIM115  # it is the caller's
     status = os.fstat(stream.fileno())
-    reason = None if stat.S_ISREG(status.st_mode) else (errno.EINVAL, "it is not a regular file")
-    if reason is None and most is not None and status.st_size > most:
-        reason = (errno.EFBIG, f"it has more than {most:,} bytes")
-    if reason is not None:
-        stream.close()
-        raise OSError(*reason, str(path))
-    return stream
+    if not stat.S_ISREG(status.st_mode):
+        reason = "it is not a regular file"
+    elif most is not None and status.st_size > most:
+        reason = f"it has more than {most:,} bytes"
+    else:
+        return stream
+    stream.close()
+    raise OSError(errno.EINVAL, reason, str(path))
 
 
 def check_regular(path: Path) -> None:
@@ -120,7 +122,7 @@ def _plain(load: Callable[[], Any]) -> Any:
     try:
         value = load()
     except RecursionError as error:
-        raise ValueError(f"it is nested more than {_DEEPEST} deep") from error
+        raise ValueError(_TOO_DEEP) from error
     except Exception as error:  # a damaged text can fail in any way
         raise ValueError(str(error) or "it cannot be parsed") from error
     _check(value, _DEEPEST)
@@ -129,23 +131,19 @@ def _plain(load: Callable[[], Any]) -> Any:
 
 def _check(value: Any, depth: int) -> None:
     if depth < 0:
-        raise ValueError(f"it is nested more than {_DEEPEST} deep")
-    match value:
-        case dict():
-            if not all(isinstance(key, str) for key in value):
-                raise ValueError("it has a key that is no text")
-            for item in value.values():
-                _check(item, depth - 1)
-        case list():
-            for item in value:
-                _check(item, depth - 1)
-        case int() | float():
-            if not is_number(value):
-                raise ValueError("it has a number that is infinite, none, or gigantic")
-        case str() | None:
-            pass
-        case _:
-            raise ValueError(f"it has a {type(value).__name__}")
+        raise ValueError(_TOO_DEEP)
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise ValueError("it has a key that is no text")
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            _check(item, depth - 1)
+    elif isinstance(value, int | float):
+        if not is_number(value):
+            raise ValueError("it has a number that is infinite, none, or gigantic")
+    elif not isinstance(value, str | None):
+        raise ValueError(f"it has a {type(value).__name__}")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

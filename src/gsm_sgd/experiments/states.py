@@ -54,7 +54,7 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _not_plain(value: Any) -> str | None:
-    """Return what an entry is, and what to do, unless it is a plain tensor."""
+    """Return what an entry is and what to do about it, None if it is a plain tensor."""
     if isinstance(value, Mapping):
         return "a dict of its own: if it is the net's state, give it alone, else leave it out"
     if not isinstance(value, Tensor):
