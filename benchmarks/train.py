@@ -46,8 +46,8 @@ class PerImage(Dataset[tuple[Tensor, int]]):
             self.labels = torch.frombuffer(files["train-labels-idx1-ubyte"], dtype=torch.uint8, offset=8)
             steps += [transforms.Normalize((0.1307,), (0.3081,))]
         else:
-            found = cifar10.find()[1]
-            self.pixels, self.labels = torch.from_numpy(found.train), torch.from_numpy(found.train_labels)
+            images, labels = cifar10.find()[1]["train"]
+            self.pixels, self.labels = torch.from_numpy(images), torch.from_numpy(labels)
             steps = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *steps]
             steps += [transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))]
         self.transform = transforms.Compose(steps)

@@ -3,7 +3,6 @@
 import ctypes
 import re
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median, quantiles
@@ -20,6 +19,9 @@ from . import UsageError, models, suggestion
 Shapes = list[tuple[int, ...]]
 BASELINE = "SGD, fused"
 CAPTION = "±: half of the interquartile range over the turns"
+WORKLOADS = {"lenet300": 60, "lenet5": 125, "resnet56": 10, "resnet50": 5, "gpt2": 10}
+"""The models whose shapes are known, and the compression ratios to measure them at."""
+
 _SETTINGS: dict[str, Any] = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4}
 _WARM_UP = 2  # turns
 _OPTIMIZERS = 5
@@ -47,14 +49,11 @@ class Cost(NamedTuple):
 
 
 def workload(name: str) -> Workload:
-    """Return a workload by name.
-
-    Raises:
-        UsageError: there is none of that name.
-    """
+    """Return a workload by name; UsageError if there is none."""
     if name not in WORKLOADS:
         raise UsageError(f"no parameter shapes are known for {name!r}: {suggestion(name, WORKLOADS)}")
-    return WORKLOADS[name]()
+    shapes = _gpt2() if name == "gpt2" else [tuple(param.shape) for param in models.build(name, 0).parameters()]
+    return Workload(shapes, WORKLOADS[name])
 
 
 def spread(values: Sequence[float]) -> float:
@@ -174,29 +173,9 @@ def _status(key: str) -> int:
     return 1024 * int(kibibytes)
 
 
-def _shapes(model: nn.Module) -> Shapes:
-    return [tuple(param.shape) for param in model.parameters()]
-
-
-def _resnet50() -> Shapes:
-    from torchvision.models import resnet50  # slow to import
-
-    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-        return _shapes(resnet50())
-
-
 def _gpt2() -> Shapes:
     """Return those of the smallest GPT-2, its head tied to the embedding."""
     width = 768
     norm, biased = [(width,), (width,)], [(3 * width, width), (3 * width,), (width, width), (width,)]
     block: Shapes = [*norm, *biased, *norm, (4 * width, width), (4 * width,), (width, 4 * width), (width,)]
     return [(50257, width), (1024, width), *(12 * block), *norm]
-
-
-WORKLOADS: dict[str, Callable[[], Workload]] = {
-    "lenet300": lambda: Workload(_shapes(models.build("lenet300", 0)), 60),
-    "lenet5": lambda: Workload(_shapes(models.build("lenet5", 0)), 125),
-    "resnet56": lambda: Workload(_shapes(models.build("resnet56", 0)), 10),
-    "resnet50": lambda: Workload(_resnet50(), 5),
-    "gpt2": lambda: Workload(_gpt2(), 10),
-}

@@ -6,16 +6,14 @@ a cache; else torchvision downloads it.
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 import filelock
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from . import UsageError
 from .reading import check_regular
-from .sources import damaged, find_data, read_parquet
+from .sources import Pixels, damaged, find_data, read_parquet
 from .splits import Dataset, Images
 
 _COUNTS = {"train": 50_000, "test": 10_000}
@@ -27,26 +25,20 @@ _PLACES = ("", "cifar10", "cifar10/plain_text", "CIFAR10")
 _TORCHVISION = "cifar-10-batches-py"
 
 
-class Pixels(NamedTuple):
-    """Images, uint8 (n, 32, 32, 3), and labels, uint8 (n,), of the training and the test set."""
-
-    train: NDArray[np.uint8]
-    train_labels: NDArray[np.uint8]
-    test: NDArray[np.uint8]
-    test_labels: NDArray[np.uint8]
-
-
 def load(
     data_dir: Path | None = None, mean: float | tuple[float, ...] = _MEAN, std: float | tuple[float, ...] = _STD
 ) -> Dataset:
     """Return CIFAR-10: 50,000 training images, shifted by up to 4 pixels and mirrored, and 10,000 test images."""
-    _, pixels = find(data_dir)
-    train, train_labels, test, test_labels = (torch.from_numpy(array) for array in pixels)
-    return Dataset(Images(train, train_labels.long(), mean, std, _MARGIN), Images(test, test_labels.long(), mean, std))
+    _, splits = find(data_dir)
+    train, test = (
+        Images(torch.from_numpy(images), torch.from_numpy(labels).long(), mean, std, _MARGIN if name == "train" else 0)
+        for name, (images, labels) in splits.items()
+    )
+    return Dataset(train, test)
 
 
-def find(data_dir: Path | None = None) -> tuple[Path, Pixels]:
-    """Return where CIFAR-10 is, downloaded first if it is nowhere, and its pixels, verified.
+def find(data_dir: Path | None = None) -> tuple[Path, dict[str, Pixels]]:
+    """Return where CIFAR-10 is, downloaded first if it is nowhere, and its splits "train" and "test", verified.
 
     Args:
         data_dir: a folder to look in first; None means `$GSM_DATA`. What has to be downloaded goes into `data_dir` if
@@ -58,33 +50,34 @@ def find(data_dir: Path | None = None) -> tuple[Path, Pixels]:
     return find_data(data_dir, _PLACES, _read, _download)
 
 
-def _read(folder: Path) -> Pixels | None:
+def _read(folder: Path) -> dict[str, Pixels] | None:
     if (folder / _TORCHVISION).is_dir():
-        pixels = _read_torchvision(folder)
+        splits = _read_torchvision(folder)
+    elif (found := read_parquet("CIFAR-10", folder, "img", _COUNTS, (32, 32), "RGB")) is None:
+        return None
     else:
-        arrays: list[NDArray[np.uint8]] = []
-        for split, count in _COUNTS.items():
-            paths = sorted(folder.glob(f"{split}-*.parquet"))
-            if (found := read_parquet("CIFAR-10", paths, "img", count, (32, 32), "RGB")) is None:
-                return None
-            arrays += found
-        pixels = Pixels(*arrays)
-    _verify(pixels, folder)
-    return pixels
+        splits = found
+    for name, (images, labels) in splits.items():
+        # sums of bytes are exact, and so are their means to four places
+        means = torch.from_numpy(images).sum((0, 1, 2)).double() / images[..., 0].size / 255
+        classes = np.bincount(labels, minlength=10).tolist()
+        if classes != [_COUNTS[name] // 10] * 10 or tuple(round(mean, 4) for mean in means.tolist()) != _MEANS[name]:
+            raise damaged(folder, "CIFAR-10")
+    return splits
 
 
-def _read_torchvision(folder: Path) -> Pixels:
-    """Return the pixels in torchvision's folder, which it compares with the md5 of the official files first."""
+def _read_torchvision(folder: Path) -> dict[str, Pixels]:
+    """Return the splits in torchvision's folder, which it compares with the md5 of the official files first."""
     from torchvision.datasets import CIFAR10
 
     try:
         for path in (folder / _TORCHVISION).iterdir():
             if not path.is_dir():
                 check_regular(path)
-        train, test = (CIFAR10(folder, train=train) for train in (True, False))
+        sets = {name: CIFAR10(folder, train=name == "train") for name in _COUNTS}
     except Exception as error:  # a damaged file can fail in any way
         raise damaged(folder / _TORCHVISION, "CIFAR-10") from error
-    return Pixels(train.data, np.array(train.targets, np.uint8), test.data, np.array(test.targets, np.uint8))
+    return {name: (split.data, np.array(split.targets, np.uint8)) for name, split in sets.items()}
 
 
 def _download(folder: Path) -> None:
@@ -103,13 +96,3 @@ def _download(folder: Path) -> None:
             f"run `gsm data cifar10`; or put torchvision's folder {_TORCHVISION}, or Hugging Face's parquet files, "
             f"into a folder FOLDER and pass --data-dir FOLDER (or set GSM_DATA). The cause: {error}"
         ) from error
-
-
-def _verify(pixels: Pixels, path: Path) -> None:
-    """Raise UsageError unless the counts, the classes and the channels' means are CIFAR-10's."""
-    for split, images, labels in (("train", *pixels[:2]), ("test", *pixels[2:])):
-        # sums of bytes are exact, and so are their means to four places
-        means = torch.from_numpy(images).sum((0, 1, 2)).double() / images[..., 0].size / 255
-        classes = np.bincount(labels, minlength=10).tolist()
-        if classes != [_COUNTS[split] // 10] * 10 or tuple(round(mean, 4) for mean in means.tolist()) != _MEANS[split]:
-            raise damaged(path, "CIFAR-10")

@@ -37,9 +37,9 @@ def describe(name: str, data_dir: Path | None = None) -> str:
     if name == "mnist":
         place, files = mnist.find(data_dir)
         return f"MNIST: {len(files)} files, {sum(map(len, files.values())):,} bytes, md5 verified, in {place}"
-    place, pixels = cifar10.find(data_dir)
-    counts = f"{len(pixels.train):,} + {len(pixels.test):,} images"
-    return f"CIFAR-10: {counts}, classes and channel means verified, in {place}"
+    place, splits = cifar10.find(data_dir)
+    counts = " + ".join(f"{len(labels):,}" for _, labels in splits.values())
+    return f"CIFAR-10: {counts} images, classes and channel means verified, in {place}"
 
 
 def synthetic(train: int = 2_048, test: int = 512, shape: Shape = (1, 28, 28), classes: int = _PATTERNS) -> Dataset:

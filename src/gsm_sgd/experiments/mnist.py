@@ -89,15 +89,12 @@ def _read_idx(folder: Path) -> Files | None:
 
 def _read_parquet(folder: Path) -> Files | None:
     """Return the idx files made from Hugging Face's parquet files, or None if the folder has none of MNIST."""
-    files: Files = {}
-    for prefix, split, count in (("train", "train", 60_000), ("t10k", "test", 10_000)):
-        paths = sorted(folder.glob(f"{split}-*.parquet"))
-        if (found := read_parquet("MNIST", paths, "image", count, (28, 28), "L")) is None:
-            return None
-        idx = _as_idx(prefix, *found)
-        if not all(_is_mnist(name, content) for name, content in idx.items()):
-            raise damaged(paths[0], "MNIST")
-        files |= idx
+    splits = read_parquet("MNIST", folder, "image", {"train": 60_000, "test": 10_000}, (28, 28), "L")
+    if splits is None:
+        return None
+    files = {**_as_idx("train", *splits["train"]), **_as_idx("t10k", *splits["test"])}
+    if not all(_is_mnist(name, content) for name, content in files.items()):
+        raise damaged(folder, "MNIST")
     return files
 
 

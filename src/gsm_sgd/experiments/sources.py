@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,14 +14,12 @@ from . import UsageError
 from .reading import check_regular
 
 T = TypeVar("T")
+Pixels = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+"""Images, uint8 (n, height, width) or (n, height, width, 3), and labels, uint8 (n,)."""
 
 
 def folders_of(data_dir: Path | None) -> list[Path]:
-    """Return the folder given to look for data in, `data_dir` or else `$GSM_DATA`, if any.
-
-    Raises:
-        UsageError: it does not exist.
-    """
+    """Return the folder given to look for data in, `data_dir` or else `$GSM_DATA`, if any; UsageError if it is not."""
     given = data_dir or (Path(os.environ["GSM_DATA"]) if os.environ.get("GSM_DATA") else None)
     if given is not None and not given.is_dir():
         name = "--data-dir" if data_dir else "GSM_DATA"
@@ -56,20 +54,17 @@ def damaged(path: Path, title: str) -> UsageError:
 
 
 def read_parquet(
-    title: str, paths: Sequence[Path], column: str, count: int, size: tuple[int, int], mode: str
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]] | None:
-    """Return the images and labels of Hugging Face's parquet files, or None if there are none or another data set's.
+    title: str, folder: Path, column: str, counts: Mapping[str, int], size: tuple[int, int], mode: str
+) -> dict[str, Pixels] | None:
+    """Return the splits in Hugging Face's parquet files, or None if a folder lacks one or has another data set's.
 
     Args:
         title: the data set's name.
-        paths: the files of a split, in order.
+        folder: where the files are, `<split>-*.parquet`.
         column: where the images are, as structs with the bytes of a PNG file; labels are in `label`.
-        count: how many images there may be at most.
+        counts: how many images each split may have at most.
         size: width and height of each.
         mode: Pillow's name of the kind of image, "L" or "RGB".
-
-    Returns:
-        Pixels, uint8 (n, height, width) or (n, height, width, 3), and labels, uint8 (n,).
 
     Raises:
         UsageError: a file is damaged or holds anything else.
@@ -77,22 +72,27 @@ def read_parquet(
     import pyarrow.parquet as pq
     from PIL import Image
 
-    images, labels = [], []
-    for path in paths:
-        try:
-            check_regular(path)
-            parquet = pq.ParquetFile(path)
-            if not {column, "label"} <= set(parquet.schema_arrow.names):
-                return None
-            if parquet.metadata.num_rows > count:
-                raise ValueError("too many rows")
-            table = parquet.read(columns=[column, "label"])
-            labels.append(np.array(table["label"].to_pylist(), np.uint8))
-            for image in table[column]:
-                with Image.open(io.BytesIO(image["bytes"].as_py()), formats=["PNG"]) as opened:
-                    if opened.size != size or opened.mode != mode:  # known before anything is decoded
-                        raise ValueError("an image of another kind")
-                    images.append(np.asarray(opened))
-        except Exception as error:  # a damaged file can fail in any way
-            raise damaged(path, title) from error
-    return (np.stack(images), np.concatenate(labels)) if images else None
+    splits = {}
+    for split, count in counts.items():
+        images, labels = [], []
+        for path in sorted(folder.glob(f"{split}-*.parquet")):
+            try:
+                check_regular(path)
+                parquet = pq.ParquetFile(path)
+                if not {column, "label"} <= set(parquet.schema_arrow.names):
+                    return None
+                if parquet.metadata.num_rows > count:
+                    raise ValueError("too many rows")
+                table = parquet.read(columns=[column, "label"])
+                labels.append(np.array(table["label"].to_pylist(), np.uint8))
+                for image in table[column]:
+                    with Image.open(io.BytesIO(image["bytes"].as_py()), formats=["PNG"]) as opened:
+                        if opened.size != size or opened.mode != mode:  # known before anything is decoded
+                            raise ValueError("an image of another kind")
+                        images.append(np.asarray(opened))
+            except Exception as error:  # a damaged file can fail in any way
+                raise damaged(path, title) from error
+        if not images:
+            return None
+        splits[split] = np.stack(images), np.concatenate(labels)
+    return splits

@@ -18,20 +18,20 @@ from ...masks import is_prunable, prunable_parameters
 from .. import UsageError, suggestion
 from ..data import IMAGE_SHAPES, Shape
 from ..states import plain_state
-from .densenet_cifar import DenseNet
-from .lenet import LeNet5, LeNet300
+from .densenet_cifar import densenet
+from .lenet import lenet5, lenet300
 from .resnet_cifar import resnet, resnet_a
 
 CLASSES = 10  # of each of the following
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "lenet300": LeNet300,
-    "lenet5": LeNet5,
+    "lenet300": lenet300,
+    "lenet5": lenet5,
     "resnet20": partial(resnet, 20),
     "resnet56": partial(resnet, 56),
     "resnet110": partial(resnet, 110),
     "resnet20a": partial(resnet_a, 20),
     "resnet56a": partial(resnet_a, 56),
-    "densenet40": partial(DenseNet, 40, 12),
+    "densenet40": partial(densenet, 40, 12),
 }
 
 
