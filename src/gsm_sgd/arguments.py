@@ -55,9 +55,6 @@ def parse(argv: Sequence[str]) -> Namespace:
     """Return the options of the subcommand, with its name as `command`; without any, show the help.
 
     The defaults of the recipe's fields are those of the recipe and preset named, so these are looked up first.
-
-    Raises:
-        UsageError: they are not those of a command.
     """
     try:
         return _parsed(argv or ["--help"])

@@ -27,7 +27,7 @@ from .experiments.observers import ProgressBars
 from .experiments.pretrained import is_torchvisions, load_pretrained
 from .experiments.prune import Job, gsm, prune
 from .experiments.reading import read_yaml
-from .experiments.recipes import Recipe, Training, net_name
+from .experiments.recipes import Recipe, net_name
 from .experiments.rundir import Record, RunFolder, check_recipe
 from .experiments.states import tensors_hash
 from .experiments.whole_files import write_output
@@ -163,9 +163,8 @@ def _plan(command: str, options: Namespace, device: torch.device) -> dict[Path, 
         raise UsageError(f"checkpoint-seconds must be at least 0, not {options.checkpoint_seconds}")
     recipe = _recipe(options)
     if 0 < recipe.batch_size < ranks.world_size():
-        raise UsageError(
-            f"batch_size {recipe.batch_size} leaves some of {ranks.world_size()} processes without an image"
-        )
+        processes = f"some of {ranks.world_size()} processes"
+        raise UsageError(f"batch_size {recipe.batch_size} leaves {processes} without an image")
     # what is chosen for this machine stands in the run's recipe, so that no other goes on with something else
     recipe = replace(recipe, precision=fitting_precision(recipe.precision, device))
     seeds = [recipe.seed] if options.seeds is None else _seeds(options.seeds)
@@ -217,8 +216,7 @@ def _check_optimizer(recipe: Recipe) -> None:
     """Raise UsageError for what GSM would refuse later, before anything is written."""
     model = models.build(recipe.model, recipe.seed)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # given again when the stage begins
+        with warnings.catch_warnings(action="ignore"):  # given again when the stage begins
             gsm(model, recipe, steps_per_epoch=1_000)
     except ValueError as error:
         raise UsageError(in_options(str(error))) from error
@@ -245,12 +243,11 @@ def _recipe(options: Namespace) -> Recipe:
         theirs = read_yaml(Path(path)).get("recipe", options.recipe)
         if theirs != options.recipe:
             raise UsageError(f"{path} is for the recipe {theirs}, not {options.recipe}")
-    values = {field.name: options[field.name] for field in fields(Recipe)}
+    given = options.as_dict()
     for stage in ("base", "gsm"):
-        if not isinstance(values[stage], Namespace):
-            raise UsageError(f"{stage} must be settings of its own, like {stage}.epochs, not {values[stage]}")
-        values[stage] = {field.name: values[stage][field.name] for field in fields(Training)}
-    return Recipe.from_dict(values)
+        if not isinstance(given[stage], dict):
+            raise UsageError(f"{stage} must be settings of its own, like {stage}.epochs, not {given[stage]}")
+    return Recipe.from_dict({field.name: given[field.name] for field in fields(Recipe)})
 
 
 def _seeds(text: str) -> list[int]:
@@ -306,9 +303,8 @@ def _show(paths: Sequence[Path], json_path: Path | None, console: _Console, log:
         write_output(json_path, (json.dumps(summary(runs), indent=1) + "\n").encode(), "--json")
     for path, rows in layers.items():
         _print_layers(rows, path, console)
-    for one in runs:
-        if one.result is None:
-            console.print(tables.progress_table(one))
+    for one in (one for one in runs if one.result is None):
+        console.print(tables.progress_table(one))
     for group in groups:
         _print_results(group, console)
 

@@ -14,11 +14,7 @@ _PATTERNS = 10
 
 
 def load(name: str, data_dir: Path | None = None, normalization: Normalization = "dataset") -> Dataset:
-    """Return a data set by name, fetched first if it is nowhere on this machine; `Recipe` has the normalization.
-
-    Raises:
-        UsageError: no data set has that name, a file is damaged, or none can be had.
-    """
+    """Return a data set by name, fetched first if it is nowhere on this machine; `Recipe` has the normalization."""
     if name not in DATASETS:
         raise UsageError(f"unknown dataset {name!r}: {suggestion(name, DATASETS)}")
     if (name, normalization) == ("cifar10", "imagenet"):
@@ -27,11 +23,7 @@ def load(name: str, data_dir: Path | None = None, normalization: Normalization =
 
 
 def describe(name: str, data_dir: Path | None = None) -> str:
-    """Return a line that says where a data set is, fetched first if it is nowhere, and what has been verified of it.
-
-    Raises:
-        UsageError: as of `load`.
-    """
+    """Return a line that says where a data set is, fetched first if it is nowhere, and what has been verified of it."""
     if name not in FETCHED:
         raise UsageError(f"unknown data set {name!r}: {suggestion(name, FETCHED)}")
     if name == "mnist":

@@ -69,6 +69,7 @@ def read_parquet(
     Raises:
         UsageError: a file is damaged or holds anything else.
     """
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
     from PIL import Image
 
@@ -85,8 +86,8 @@ def read_parquet(
                     raise ValueError("too many rows")
                 table = parquet.read(columns=[column, "label"])
                 labels.append(np.array(table["label"].to_pylist(), np.uint8))
-                for image in table[column]:
-                    with Image.open(io.BytesIO(image["bytes"].as_py()), formats=["PNG"]) as opened:
+                for content in pc.struct_field(table[column], "bytes").to_pylist():
+                    with Image.open(io.BytesIO(content), formats=["PNG"]) as opened:
                         if opened.size != size or opened.mode != mode:  # known before anything is decoded
                             raise ValueError("an image of another kind")
                         images.append(np.asarray(opened))

@@ -73,13 +73,7 @@ def build(name: str, seed: int, classes: int | None = None) -> nn.Module:
 
 
 def check_named(name: str, source: Path, allowed: str | None) -> None:
-    """Raise UsageError if a file wants a net built by a function of somebody's own, unless the user has named it too.
-
-    Args:
-        name: the network that the file names.
-        source: the file, for the message.
-        allowed: what the user has named, if anything.
-    """
+    """Raise UsageError if a file, `source`, names a function of somebody's own that the user has not `allowed`."""
     if allowed not in (None, name):
         raise UsageError(f"{source} says that {name!r} builds its net, not {allowed!r}: leave out --model")
     if name not in MODELS and torchvision_name(name) is None and name != allowed:
@@ -105,8 +99,8 @@ def check_fits(model: nn.Module, name: str, dataset: str, shape: Sequence[int], 
     try:
         found = _outputs(model, shape)
     except Exception as error:  # a network of anybody's can fail in any way
-        images = f"the {_times(shape)} images of {dataset}"
-        raise UsageError(f"{name} does not take {images}: choose another --model ({error})") from error
+        images = f"{_times(shape)} images of {dataset}"
+        raise UsageError(f"{name} does not take the {images}: choose another --model ({error})") from error
     if found != (2, classes):
         raise UsageError(
             f"{name} makes of 2 images of {dataset} something of shape {found}, not a tensor of (2, {classes}), a "
@@ -115,11 +109,7 @@ def check_fits(model: nn.Module, name: str, dataset: str, shape: Sequence[int], 
 
 
 def fitting_images(name: str) -> tuple[Shape, int]:
-    """Return the shape of images that a network takes, of those that data sets have, and the number of its classes.
-
-    Raises:
-        UsageError: it takes none of them, or does not tell classes apart.
-    """
+    """Return the shape of images that a network takes, of those that data sets have, and the number of its classes."""
     model = build(name, seed=0)
     for shape in IMAGE_SHAPES.values():
         with suppress(Exception):  # a network of anybody's can fail in any way
