@@ -79,18 +79,10 @@ def test_tensorboard_has_the_metrics(runs):
 
 def test_fields_reach_the_recipe(runs):
     recipe = yaml.safe_load((runs[1] / "recipe.yaml").read_text())
-    assert (recipe["recipe"], recipe["preset"], recipe["dataset"], recipe["seed"]) == (
-        "lenet300",
-        "fast",
-        "synthetic",
-        1,
-    )
-    assert (recipe["batch_size"], recipe["compression"]) == (512, 20)
-    assert (recipe["base"]["epochs"], recipe["base"]["milestones"], recipe["gsm"]["milestones"]) == (
-        2,
-        [1],
-        [],
-    )
+    expected = {"recipe": "lenet300", "preset": "fast", "dataset": "synthetic", "seed": 1}
+    expected |= {"batch_size": 512, "compression": 20}
+    assert {key: recipe[key] for key in expected} == expected
+    assert (recipe["base"]["epochs"], recipe["base"]["milestones"], recipe["gsm"]["milestones"]) == (2, [1], [])
 
 
 def test_recipe_from_a_yaml_file(runs, tmp_path):
@@ -167,7 +159,7 @@ def test_prune_and_lottery_are_not_mixed(runs, tmp_path, capsys):
 def test_show_runs(runs, capsys):
     assert cli.run(["show", *map(str, runs)]) == 0
     out = capsys.readouterr().out
-    for word in (
+    words = (
         "seeds 0, 1",
         "±",
         "ticket by GSM",
@@ -176,8 +168,8 @@ def test_show_runs(runs, capsys):
         "266,200",
         "fc1.weight",
         "made-up data",
-    ):
-        assert word in out
+    )
+    assert all(word in out for word in words)
 
 
 def test_the_same_run_counts_once(runs, tmp_path, capsys):
@@ -298,18 +290,9 @@ def test_show_does_not_write_where_a_link_leads(unfinished, tmp_path):
     ("words", "message"),
     [
         (["lottery", "lenet30"], "unknown recipe 'lenet30': did you mean 'lenet300'?"),
-        (
-            ["prune", "lenet300", "--compression", "0.5"],
-            "compression must be a finite number of at least 1, not 0.5",
-        ),
-        (
-            ["prune", "lenet300", "--compression", ".inf"],
-            "compression must be a finite number of at least 1, not inf",
-        ),
-        (
-            ["prune", "lenet300", "--compression", ".nan"],
-            "compression must be a finite number of at least 1, not nan",
-        ),
+        (["prune", "lenet300", "--compression", "0.5"], "must be a finite number of at least 1, not 0.5"),
+        (["prune", "lenet300", "--compression", ".inf"], "must be a finite number of at least 1, not inf"),
+        (["prune", "lenet300", "--compression", ".nan"], "must be a finite number of at least 1, not nan"),
         (["prune", "lenet300", "--compression", "266201"], "leaves none of 266200 weights"),
         (["prune", "lenet300", "--compression", "many"], "compression"),
         (["prune", "lenet300", "--preset", "slow"], "preset"),
@@ -336,10 +319,7 @@ def test_show_does_not_write_where_a_link_leads(unfinished, tmp_path):
         (["prune", "resnet50", "--data-dir", "."], "ImageNet has to be there already"),
         (["prune", "resnet20", "--weights", "no.safetensors"], "weights no.safetensors do not exist: give a file"),
         (["prune", "lenet300", "--weights", "torchvision"], "weights are a base net to start from: add --start base"),
-        (
-            ["lottery", "resnet50"],
-            "a lottery trains its base net from the ticket's initialisation: leave out --weights",
-        ),
+        (["lottery", "resnet50"], "trains its base net from the ticket's initialisation: leave out --weights"),
         (["prune", "resnet20", "--precision", "float16"], "precision"),
         (["prune", "lenet300", "--nonsense", "3"], "unrecognized arguments: --nonsense 3; gsm prune --help shows what"),
         (["prune", "lenet300", "--epochs", "2"], "--epochs 2; did you mean --base.epochs or --gsm.epochs?"),

@@ -200,21 +200,16 @@ def test_weights_from_a_file(form, tmp_path):
     path = tmp_path / ("net.safetensors" if form == "safetensors" else "net.pt")
     if form == "safetensors":
         save_file(state, path)
-    elif form == "pt":
-        torch.save(state, path)
-    elif form == "wrapped":
-        torch.save({"state_dict": state, "epoch": 3}, path)
-    elif form == "compiled":
-        torch.save({f"module._orig_mod.{name}": tensor for name, tensor in state.items()}, path)
-    elif form == "compiled net":
-        torch.save(state, path)
-        model = torch.compile(model, backend="eager")
     elif form == "pruned":
         prune.l1_unstructured(source.fc, "weight", 0.5)
         torch.save(source.state_dict(), path)
         prune.remove(source.fc, "weight")
     else:
-        torch.save({f"module.{name}": tensor for name, tensor in state.items()}, path)
+        prefix = {"parallel": "module.", "compiled": "module._orig_mod."}.get(form, "")
+        saved = {f"{prefix}{name}": tensor for name, tensor in state.items()}
+        torch.save({"state_dict": saved, "epoch": 3} if form == "wrapped" else saved, path)
+    if form == "compiled net":
+        model = torch.compile(model, backend="eager")
     load_pretrained(model, "resnet20", str(path))
     loaded = dict(zip(state, model.state_dict().values(), strict=True))
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in source.state_dict().items())
@@ -280,10 +275,7 @@ def test_weights_that_cannot_be_loaded(tmp_path, capsys):
         ("noise.safetensors", "is not a safetensors file"),
         ("missing.pt", "does not exist"),
         ("list.pt", "holds no state dict"),
-        (
-            "checkpoint.pt",
-            r"holds no state dict: .* alone \(the state's entry 'net' is a dict of its own",
-        ),
+        ("checkpoint.pt", r"holds no state dict: .* alone \(the state's entry 'net' is a dict of its own"),
         ("lenet5.pt", "do not fit resnet20"),
     ):
         with pytest.raises(UsageError, match=message) as error:

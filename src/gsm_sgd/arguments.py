@@ -248,13 +248,11 @@ class _Parser(ArgumentParser):
         """Raise what is wrong, with the options that are meant if one is misspelt, or lacks its stage."""
         misspelt = re.match(r"unrecognized arguments: --?([^ =]+)", message)
         if misspelt and ex is None:  # else it has been said by the parser of a subcommand
-            meant = self._like(misspelt[1])
+            options = [option for option in self._option_string_actions if option.startswith("--")]
+            names = {
+                option: {option[2:], option.rpartition(".")[2].lstrip("-")} for option in options
+            }  # --lr: --gsm.lr
+            near = difflib.get_close_matches(misspelt[1], set().union(*names.values()), n=1)
+            meant = [option for option in options if names[option].intersection(near)]
             message += f"; did you mean {' or '.join(meant)}?" if meant else ""
         super().error(message, ex)
-
-    def _like(self, word: str) -> list[str]:
-        """Return the options that have the name nearest to a word, or have it as their last part: --lr is --gsm.lr."""
-        options = [option for option in self._option_string_actions if option.startswith("--")]
-        names = {option: {option[2:], option[2:].rpartition(".")[2]} for option in options}
-        near = difflib.get_close_matches(word, set().union(*names.values()), n=1)
-        return [option for option in options if near and near[0] in names[option]]

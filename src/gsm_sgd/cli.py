@@ -65,10 +65,9 @@ def run(argv: Sequence[str]) -> int:
     console, log = (_Console(stderr=stderr, markup=False, quiet=ranks.rank() > 0) for stderr in (False, True))
     if not console.is_terminal:
         console.width = 100
-    debug = "--debug" in argv
     try:
         options = parse([word for word in argv if word != "--debug"])
-        if ranks.world_size() > 1 and options.command not in _COMMANDS:
+        if ranks.is_distributed() and options.command not in _COMMANDS:
             raise UsageError(f"gsm {options.command} takes one process: start it without torchrun")
         match options.command:
             case "list":
@@ -97,22 +96,23 @@ def run(argv: Sequence[str]) -> int:
                     warnings.showwarning = lambda message, *_: log.say(f"warning: {in_options(str(message))}")
                     _run(command, options, console, log)
     except Exception as error:
-        if debug:
+        if "--debug" in argv:
             raise
-        return _complain(error, 2 if isinstance(error, UsageError) else 1)
+        return _complain(error)
     return 0
 
 
-def _complain(error: Exception, status: int) -> int:
+def _complain(error: Exception) -> int:
+    """Print one line that says what is wrong, and return the exit status."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None:
         again = "; make room, then give the same command again" if error.errno in _FULL else ""
         text = f"{error.filename}: {error.strerror}{again}"
-    elif status == 1:
+    elif not isinstance(error, UsageError):
         text += f" ({type(error).__name__}; --debug shows where)"
     who = f"gsm, process {ranks.rank()}" if ranks.rank() else "gsm"
     print(f"{who}: error: {tables.printable(text)}", file=sys.stderr)
-    return status
+    return 2 if isinstance(error, UsageError) else 1
 
 
 # --- prune and lottery ---
