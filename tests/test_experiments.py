@@ -25,7 +25,7 @@ from gsm_sgd.experiments.prune import Job, gsm, plain_sgd, prune
 from gsm_sgd.experiments.recipes import Training, find_recipe
 from gsm_sgd.experiments.rundir import RunFolder, read_metrics, read_weights
 from gsm_sgd.experiments.splits import Dataset, Images
-from gsm_sgd.experiments.whole_files import write_whole
+from gsm_sgd.experiments.whole_files import write_output
 
 CPU = torch.device("cpu")
 RECIPE = replace(
@@ -575,7 +575,7 @@ def test_a_file_is_written_though_its_unfinished_name_is_taken(tmp_path, monkeyp
     (tmp_path / f"out.{os.getpid()}.partial").symlink_to(tmp_path / "mine")
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "mine")
-    write_whole(tmp_path / "out", b"new", "--out")
+    write_output(tmp_path / "out", b"new", "--out")
     assert (tmp_path / "out").read_bytes() == b"new"
     assert (tmp_path / "mine").read_text() == "precious"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..experiments import UsageError
 from ..experiments.reading import open_regular
 from ..experiments.states import plain_state, tensors_hash
-from ..experiments.whole_files import write_whole
+from ..experiments.whole_files import write_output
 from ..names import is_prunable, own_names
 from .container import DTYPES, FormatError, from_bytes, most_bytes, to_bytes
 
@@ -82,7 +82,7 @@ def save_sparse(
         _decoded(content, sum(tensor.nbytes for tensor in tensors.values()))
     except (AttributeError, TypeError, ValueError) as error:
         raise UsageError(f"{path} would not be readable: {error}") from error
-    write_whole(Path(path), content, "path")
+    write_output(Path(path), content, "path")
     return len(content)
 
 
