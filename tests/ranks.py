@@ -1,4 +1,7 @@
-"""Processes of one gloo group that wait for functions to run, since starting them takes longer than most tests."""
+"""Processes of one gloo group that wait for functions to run, since starting them takes longer than most tests.
+
+They are forked from one that has imported what takes seconds.
+"""
 
 import os
 import time
@@ -14,10 +17,13 @@ _SECONDS = 120  # nothing takes so long unless processes wait for each other for
 
 
 class Ranks:
-    """So many processes; use as a context."""
+    """So many processes."""
+
+    closed = False
 
     def __init__(self, size, folder):
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
         self._jobs = [context.Queue() for _ in range(size)]
         self._results = context.Queue()
         store = f"file://{folder}/store-{os.getpid()}-{time.monotonic_ns()}"
@@ -33,6 +39,7 @@ class Ranks:
         results = self.outcomes(function, *args)
         for outcome in results:
             if isinstance(outcome, Failure):
+                self.close()  # the others may wait for it for ever
                 raise AssertionError(outcome.text)
         return results
 
@@ -56,6 +63,7 @@ class Ranks:
         return [outcomes[rank] for rank in range(len(self._jobs))]
 
     def close(self):
+        self.closed = True
         for process in self._processes:
             process.kill()
             process.join()
@@ -74,7 +82,7 @@ class Failure:
 
 def full(tensor):
     """Return a copy of a tensor, of all of it if processes hold parts."""
-    return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach().clone()
+    return (tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()).clone()
 
 
 def _serve(rank, size, store, jobs, results):
