@@ -83,7 +83,7 @@ def ranks(tmp_path_factory):
     started = {}
 
     def of(size):
-        if size not in started:
+        if size not in started or started[size].closed:
             started[size] = Ranks(size, tmp_path_factory.mktemp("ranks"))
         return started[size]
 

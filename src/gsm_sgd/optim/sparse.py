@@ -336,7 +336,8 @@ class SparseOptimizer(Optimizer):
         if not finite:
             self._buffer.sanitize_()
         if shards is not None and self._score not in STREAMED:
-            self._buffer.whole.clamp_(min=-1)  # below zero all are alike, and what is exchanged goes no lower
+            whole = self._buffer.whole
+            whole.masked_fill_(whole <= 0, -1)  # passive all alike: no other sign is exchanged
         if single:
             try:
                 threshold = _threshold(self._buffer.scores_of, len(weights), num_active, shards, suspect=not finite)
