@@ -14,8 +14,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 _SECONDS = 120  # nothing takes so long unless processes wait for each other for ever
-
-
 _PRELOADED = ["torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "gsm_sgd.optim.gsm"]
 
 
