@@ -86,7 +86,11 @@ class Masks(dict[str, Tensor]):
         whole = {key: mask.full_tensor() if is_dtensor(mask) else mask for key, mask in masks.items()}
         content = save({key: mask.cpu().contiguous() for key, mask in whole.items()}, _FORMAT)
         partial = Path(f"{os.fspath(path)}.partial")
-        partial.write_bytes(content)
+        partial.unlink(missing_ok=True)
+        with partial.open("xb") as stream:  # which follows no link that somebody has put there
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
         partial.replace(path)
 
     @classmethod
