@@ -1,7 +1,4 @@
-"""Processes of one gloo group that wait for functions to run, since starting them takes longer than most tests.
-
-They are forked from one that has imported what takes seconds.
-"""
+"""Processes of one gloo group that wait for functions to run: forked from one that has imported what takes long."""
 
 import os
 import time
@@ -13,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+_PRELOADED = ["torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "gsm_sgd.optim.gsm", "hypothesis"]
 _SECONDS = 120  # nothing takes so long unless processes wait for each other for ever
 
 
@@ -23,7 +21,7 @@ class Ranks:
 
     def __init__(self, size, folder):
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
+        context.set_forkserver_preload(_PRELOADED)
         self._jobs = [context.Queue() for _ in range(size)]
         self._results = context.Queue()
         store = f"file://{folder}/store-{os.getpid()}-{time.monotonic_ns()}"

@@ -1,7 +1,7 @@
 """Nothing that a user does by mistake costs accuracy silently: exactly Q, frozen parameters, cuts, low precision."""
 
 import copy
-import io
+import functools
 import itertools
 import math
 import warnings
@@ -9,7 +9,6 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from gsm_sgd.groups import check_lr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -18,23 +17,20 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from gsm_sgd import GSM, CutWarning, magnitude_masks, prunable_parameters, sparsity_table
+from gsm_sgd import GSM, CutWarning, Phase, Schedule, magnitude_masks, prunable_parameters
+from nets import assert_same_bits, backward, dense_net, kept_of, saved_and_loaded, train
 from ranks import full
 from reference_gsm import NaiveGSM, naive_active
 
-SHAPES = [(3, 2), (1, 3), (5, 7), (2, 2), (33, 1)]
+SHAPES = [(3, 2), (1, 3), (5, 7), (2, 2), (33, 1)]  # 81 weights
+COMPILED = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 
 
-def small_net(dtype=torch.float32):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).to(dtype)
-
-
-def backward(model, seed=0):
-    model.zero_grad()
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(32, 12, generator=generator).to(next(model.parameters()).dtype)
-    F.cross_entropy(model(images).float(), torch.randint(4, (32,), generator=generator)).backward()
+@pytest.fixture
+def uncompiled():
+    """Run the passes that would be compiled as they are written."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 # --- exactly min(Q, weights with a gradient and a score above zero) are active ---
@@ -49,85 +45,68 @@ def gradients(seed, present, zeros):
     return [grad if is_present else None for grad, is_present in zip(grads, present, strict=True)]
 
 
-sequences = st.lists(
-    st.tuples(
-        st.integers(0, 10**6), st.lists(st.booleans(), min_size=5, max_size=5), st.sampled_from([0.0, 0.5, 0.95, 1.0])
-    ),
-    min_size=2,
-    max_size=6,
-)
-
-
-def check_active(params, optimizer, steps, kept, resume=None, spread=lambda tensor: tensor):
+def check_active(steps, kept, compiled=False, resumed=False, spread=lambda tensor: tensor):
     """Take steps in which nothing but gradients moves anything, and hold what moved against a stable sort."""
+    torch.manual_seed(0)
+    params = [nn.Parameter(spread(torch.rand(shape) + 0.5)) for shape in SHAPES]
+    hyper = {"momentum": 0.0, "weight_decay": 0.0, "passive_decay": 1e-30, "compiled": compiled}
+    optimizer = GSM(params, 0.5, num_kept=kept, **hyper)
     for seed, present, zeros in steps:
         grads = gradients(seed, present, zeros)
         for param, grad in zip(params, grads, strict=True):
             param.grad = None if grad is None else spread(grad)
         before = [full(param) for param in params]
         scores = [torch.zeros(w.shape) if g is None else (w * g).abs() for w, g in zip(before, grads, strict=True)]
-        there = [i for i, grad in enumerate(grads) if grad is not None]
-        active = [torch.zeros(w.shape, dtype=torch.bool) for w in before]
-        available = sum(scores[i].numel() for i in there)
-        for i, mask in zip(there, naive_active([scores[i] for i in there], min(kept, available)), strict=True):
-            active[i] = mask
-        if resume is not None:
-            optimizer = resume(optimizer)
+        if resumed:
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = GSM(params, 0.5, num_kept=kept, **hyper)
+            optimizer.load_state_dict(state)
         optimizer.step()
-        for param, old, expected in zip(params, before, active, strict=True):
+        for param, old, expected in zip(params, before, naive_active(scores, kept), strict=True):
             assert torch.equal(full(param) != old, expected)
 
 
-def governed(params, compression, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return GSM(params, 0.5, compression=compression, momentum=0.0, weight_decay=0.0, **options)
+some_steps = st.lists(
+    st.tuples(
+        st.integers(0, 10**6), st.lists(st.booleans(), min_size=5, max_size=5), st.sampled_from([0.0, 0.5, 0.95, 1.0])
+    ),
+    min_size=2,
+    max_size=5,
+)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@settings(max_examples=60, deadline=None)
-@given(steps=sequences, kept=st.integers(1, 80), resumed=st.booleans())
+@COMPILED
+@settings(max_examples=50, deadline=None)
+@given(steps=some_steps, kept=st.integers(1, 80), resumed=st.booleans())
 def test_exactly_q_whatever_gradients_are_missing(compiled, steps, kept, resumed):
-    params = [nn.Parameter(torch.rand(shape) + 0.5) for shape in SHAPES]
-    make = lambda: governed(params, 81 / kept, fused=True if compiled else None)  # noqa: E731
-
-    def resume(optimizer):
-        fresh = make()
-        fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        return fresh
-
     with torch.compiler.set_stance("force_eager"):
-        check_active(params, make(), steps, kept, resume if resumed else None)
+        check_active(steps, kept, compiled, resumed)
 
 
-def check_active_sharded(steps, kept):
+def check_active_sharded(steps):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    spread = lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)])  # noqa: E731
-    torch.manual_seed(0)
-    params = [nn.Parameter(spread(torch.rand(shape) + 0.5)) for shape in SHAPES]
-    check_active(params, governed(params, 81 / kept), steps, kept, spread=spread)
+    for kept in (4, 17, 40, 80):
+        check_active(steps, kept, spread=lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)]))
 
 
-@pytest.mark.parametrize("kept", [4, 17, 40, 80])
-def test_exactly_q_whatever_gradients_are_missing_on_several_processes(ranks, kept):
+def test_exactly_q_whatever_gradients_are_missing_on_several_processes(ranks):
     present = [[True] * 5, [True, False, True, True, True], [False, True, False, False, True], [True] * 5]
-    steps = [(seed, here_, zeros) for seed, (here_, zeros) in enumerate(itertools.product(present, [0.0, 0.5, 0.95]))]
-    ranks(2).run(check_active_sharded, steps, kept)
+    steps = [(seed, there, zeros) for seed, (there, zeros) in enumerate(itertools.product(present, [0.0, 0.5, 0.95]))]
+    ranks(2).run(check_active_sharded, steps)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@COMPILED
+@pytest.mark.usefixtures("uncompiled")
 def test_a_score_of_zero_is_passive(compiled):
     """Dead weights decay like others, whatever their index, and do not survive the cut."""
     weight = nn.Parameter(torch.ones(1, 100))
-    optimizer = GSM(
-        [weight], 0.1, compression=2, momentum=0.0, weight_decay=0.0, passive_decay=0.1, fused=compiled or None
-    )
-    with torch.compiler.set_stance("force_eager"):
-        for _ in range(400):
-            weight.grad = torch.zeros_like(weight)
-            weight.grad[0, -10:] = 1e-6
-            optimizer.step()
-    torch.testing.assert_close(weight[0, :90].detach(), torch.full((90,), 0.99**400))
+    hyper = {"momentum": 0.0, "weight_decay": 0.0, "passive_decay": 0.1}
+    optimizer = GSM([weight], 0.1, compression=2, compiled=compiled, **hyper)
+    for _ in range(100):
+        weight.grad = torch.zeros_like(weight)
+        weight.grad[0, -10:] = 1e-6
+        optimizer.step()
+    torch.testing.assert_close(weight[0, :90].detach(), torch.full((90,), 0.99**100))
     assert (weight[0, 90:] > 0.999).all()
 
 
@@ -135,31 +114,11 @@ def test_tensors_of_zeros_are_named_unless_a_ramp_lets_them_begin():
     params = [("a", nn.Parameter(torch.randn(4, 20))), ("b", nn.Parameter(torch.zeros(8, 4)))]
     for _, param in params:
         param.grad = torch.ones_like(param)
-    with pytest.warns(UserWarning, match="every weight of 'b' is zero, so none has an importance above zero"):
+    with pytest.warns(UserWarning, match="every weight of 'b' is zero, so none has a score above zero"):
         GSM(params, 0.1, compression=2).step()
-    GSM(params, 0.1, compression=2, compression_schedule="cubic", ramp_steps=5).step()
-
-
-@pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16])
-def test_eager_importances_keep_the_precision_of_their_weights_among_wider_ones(narrow):
-    generator = torch.Generator().manual_seed(0)
-    params = [
-        nn.Parameter(torch.rand(shape, generator=generator).to(dtype))
-        for shape, dtype in (((5, 8), narrow), ((3, 3), torch.float64))
-    ]
-    grads = [torch.rand(p.shape, generator=generator).to(p.dtype) for p in params]
-    scores = [
-        (p.detach().to(torch.promote_types(p.dtype, torch.float32)) * g).abs()
-        for p, g in zip(params, grads, strict=True)
-    ]
-    for kept in range(1, 49):
-        ours = [nn.Parameter(p.detach().clone()) for p in params]
-        optimizer = governed(ours, 49 / kept)
-        for param, grad in zip(ours, grads, strict=True):
-            param.grad = grad
-        optimizer.step()
-        for param, old, active in zip(ours, params, naive_active(scores, kept), strict=True):
-            assert torch.equal(param.detach() != old.detach(), active)
+    params[1][1].data.zero_()
+    GSM(params, 0.1, compression=2, schedule=Schedule(5)).step()
+    assert params[1][1].all()
 
 
 # --- frozen parameters ---
@@ -167,29 +126,24 @@ def test_eager_importances_keep_the_precision_of_their_weights_among_wider_ones(
 
 def test_a_frozen_parameter_stays_and_does_not_count():
     """A trunk that is frozen, even with a gradient left from before, through ramp, fade, cut and after."""
-    model = small_net()
+    model = dense_net()
     backward(model)
     model[0].requires_grad_(False)
-    before = copy.deepcopy(model[0])
-    settings = {"total_steps": 30, "fade_steps": 4, "cut_step": 20, "passive_decay": "auto"}
-    optimizer = GSM(model.named_parameters(), 0.05, compression=4, compression_schedule="cubic", **settings)
+    before, grad = copy.deepcopy(model[0]), model[0].weight.grad
+    optimizer = GSM(model.named_parameters(), 0.05, compression=4, schedule=Schedule(30, fade=4 / 30, cut=2 / 3))
     assert optimizer.num_prunable == 16 * 8 + 8 * 4
-    for step in range(30):
-        for layer in model[2:]:
-            layer.zero_grad()
-        grads = model[0].weight.grad
-        backward_kept = F.cross_entropy(model(torch.randn(32, 12)), torch.arange(32) % 4)
-        backward_kept.backward()
-        model[0].weight.grad = grads
+    for seed in range(30):
+        backward(model, seed)
+        model[0].weight.grad = grad
         optimizer.step()
-        assert torch.equal(model[0].weight, before.weight), step
-        assert torch.equal(model[0].bias, before.bias), step
+        assert_same_bits(model[0], before)
+    assert optimizer.phase is Phase.DONE
     assert list(optimizer.masks) == ["2.weight", "4.weight"]
-    assert sum(row.nonzeros for row in sparsity_table(model)[1:]) == optimizer.nonzeros == 40
+    assert kept_of(model[2:]) == optimizer.num_kept == 40
 
 
 def test_frozen_parameters_of_density_1_stay():
-    model = small_net()
+    model = dense_net()
     backward(model)
     model[0].requires_grad_(False)
     before = model[0].weight.detach().clone()
@@ -198,56 +152,49 @@ def test_frozen_parameters_of_density_1_stay():
 
 
 def test_n_and_q_follow_what_is_unfrozen():
-    model = small_net()
+    model = dense_net()
     model[0].requires_grad_(False)
     optimizer = GSM(model.named_parameters(), 0.1, compression=4)
-    assert (optimizer.num_prunable, optimizer.nonzeros) == (160, 40)
-    backward(model)
-    optimizer.step()
+    assert (optimizer.num_prunable, optimizer.num_kept) == (160, 40)
+    train(model, optimizer, [0])
     model[0].requires_grad_(True)
-    assert (optimizer.num_prunable, optimizer.nonzeros) == (352, 88)
-    backward(model)
-    optimizer.step()
+    assert (optimizer.num_prunable, optimizer.num_kept) == (352, 88)
+    train(model, optimizer, [0])
     masks = optimizer.finalize()
-    assert sum(int(mask.sum()) for mask in masks.values()) == 88
+    assert masks.num_kept == 88
     assert list(masks) == ["0.weight", "2.weight", "4.weight"]
 
 
 def test_what_is_left_to_train_after_the_cut_may_be_fewer_weights_than_the_ratio():
-    model = small_net()
+    model = dense_net()
     optimizer = GSM(model.named_parameters(), 0.1, compression=60)
-    backward(model)
-    optimizer.step()
+    train(model, optimizer, [0])
     optimizer.finalize()
     model[0].requires_grad_(False)
     model[2].requires_grad_(False)  # 32 weights are left
     before = model[4].bias.detach().clone()
-    backward(model)
-    optimizer.step()
-    assert (optimizer.num_prunable, optimizer.nonzeros) == (352, 5)
+    train(model, optimizer, [0])
+    assert (optimizer.num_prunable, optimizer.num_kept) == (352, 5)
     assert not torch.equal(model[4].bias, before)
 
 
 def test_everything_prunable_may_be_frozen_for_a_while():
-    model = small_net()
+    model = dense_net()
     optimizer = GSM(model.named_parameters(), 0.1, compression=4)
     for name, param in model.named_parameters():
         param.requires_grad_("bias" in name)
     before = copy.deepcopy(model)
-    backward(model)
-    optimizer.step()
+    train(model, optimizer, [0])
     assert torch.equal(model[0].weight, before[0].weight)
     assert not torch.equal(model[0].bias, before[0].bias)
 
 
 @pytest.mark.parametrize("finalized", [False, True], ids=["in the fade", "after the cut"])
 def test_freezing_and_unfreezing_once_the_masks_are_fixed(finalized):
-    model = small_net()
+    model = dense_net()
     model[0].requires_grad_(False)
-    optimizer = GSM(model.named_parameters(), 0.1, compression=4, total_steps=20, fade_steps=15)
-    for seed in range(8):
-        backward(model, seed)
-        optimizer.step()
+    optimizer = GSM(model.named_parameters(), 0.1, compression=4, schedule=Schedule(20, ramp=0, fade=0.75, cut=1))
+    train(model, optimizer, range(8))
     if finalized:
         optimizer.finalize()
     before = copy.deepcopy(model)
@@ -265,24 +212,25 @@ def test_freezing_and_unfreezing_once_the_masks_are_fixed(finalized):
     else:
         with pytest.raises(ValueError, match=r"'2\.weight' was frozen during the fade"):
             optimizer.step()
+        assert_same_bits(model, before)
 
 
 # --- parameters that the rule cannot govern ---
 
 
 def test_integer_parameters_are_left_alone():
-    model = small_net()
+    model = dense_net()
     packed = nn.Parameter(torch.randint(0, 255, (6, 5), dtype=torch.uint8), requires_grad=False)
     before = packed.clone()
     optimizer = GSM([("packed", packed), *model.named_parameters()], 0.1, compression=4)
     assert optimizer.num_prunable == 352
-    backward(model)
-    optimizer.step()
+    train(model, optimizer, [0])
     optimizer.finalize()
     assert torch.equal(packed, before)
 
 
-@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}], ids=str)
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("options", [{}, {"compiled": True}, {"foreach": True}], ids=str)
 @pytest.mark.parametrize("compression", [1, 2])
 def test_complex_parameters_are_refused_by_name_or_trained_as_sgd_trains_them(compression, options):
     weight = nn.Parameter(torch.randn(4, 4))
@@ -291,32 +239,19 @@ def test_complex_parameters_are_refused_by_name_or_trained_as_sgd_trains_them(co
         GSM([("weight", weight), ("phases", phases)], 0.1, compression=compression, **options)
     twin = nn.Parameter(phases.detach().clone())
     sgd = torch.optim.SGD([twin], 0.1, momentum=0.9)
-    optimizer = GSM(
-        [{"params": [weight]}, {"params": [phases], "prunable": False, "weight_decay": 0.0}],
-        0.1,
-        compression=compression,
-        **options,
-    )
-    with torch.compiler.set_stance("force_eager"):
-        for _ in range(3):
-            weight.grad, phases.grad = torch.randn_like(weight), torch.randn_like(phases)
-            twin.grad = phases.grad.clone()
-            optimizer.step()
-            sgd.step()
+    apart = {"params": [phases], "prunable": False, "weight_decay": 0.0}
+    optimizer = GSM([{"params": [weight]}, apart], 0.1, compression=compression, **options)
+    for _ in range(3):
+        weight.grad, phases.grad = torch.randn_like(weight), torch.randn_like(phases)
+        twin.grad = phases.grad.clone()
+        optimizer.step()
+        sgd.step()
     assert torch.equal(phases, twin)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: nn.LazyLinear(4), lambda: nn.Linear(3, 4, device="meta")], ids=["lazy", "meta"]
-)
-def test_parameters_without_data_are_refused_by_name(make):
-    layer = make()
-    with pytest.raises(ValueError, match=r"parameter '0\.weight' has no data yet: run a batch through the model"):
-        GSM(nn.Sequential(layer).named_parameters(), 0.1, compression=2)
-
-
-@pytest.mark.parametrize("options", [{}, {"fused": True}], ids=str)
-def test_sparse_gradients_are_refused_before_anything_moves_or_trained_as_sgd_trains_them(options):
+@pytest.mark.usefixtures("uncompiled")
+@COMPILED
+def test_sparse_gradients_are_refused_before_anything_moves_or_trained_as_sgd_trains_them(compiled):
     embedding, linear = nn.EmbeddingBag(50, 8, sparse=True), nn.Linear(8, 3)
     twin = copy.deepcopy(embedding)
 
@@ -329,28 +264,29 @@ def test_sparse_gradients_are_refused_before_anything_moves_or_trained_as_sgd_tr
     named = [*linear.named_parameters("linear"), *embedding.named_parameters("embedding")]
     before = linear.weight.detach().clone()
     with pytest.raises(RuntimeError, match=r"'embedding\.weight' has a sparse gradient: put it into a group with"):
-        GSM(named, 0.1, compression=4, **options).step()
+        GSM(named, 0.1, compression=4, compiled=compiled).step()
     assert torch.equal(linear.weight, before)
     apart = {"params": embedding.parameters(), "prunable": False, "weight_decay": 0.0}
-    optimizer = GSM([{"params": linear.parameters()}, apart], 0.1, compression=4, **options)
+    optimizer = GSM([{"params": linear.parameters()}, apart], 0.1, compression=4, compiled=compiled)
     sgd = torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9)
-    with torch.compiler.set_stance("force_eager"):
-        for _ in range(3):
-            backward()
-            twin.weight.grad = embedding.weight.grad.clone()
-            optimizer.step()
-            sgd.step()
+    for _ in range(3):
+        backward()
+        twin.weight.grad = embedding.weight.grad.clone()
+        optimizer.step()
+        sgd.step()
     torch.testing.assert_close(embedding.weight, twin.weight)
 
 
-@pytest.mark.parametrize("norm", [parametrizations.weight_norm, "old"], ids=["parametrization", "old"])
+@pytest.mark.parametrize("layer", [nn.LazyLinear(4), nn.Linear(3, 4, device="meta")], ids=["lazy", "meta"])
+def test_parameters_without_data_are_refused_by_name(layer):
+    with pytest.raises(ValueError, match=r"parameter '0\.weight' has no data yet: run a batch through the model"):
+        GSM(nn.Sequential(layer).named_parameters(), 0.1, compression=2)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, nn.utils.weight_norm], ids=["parametrization", "old"])
 def test_parts_of_a_weight_are_refused(norm):
-    if norm == "old":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            model = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(20, 6)), nn.Linear(6, 4))
-    else:
-        model = nn.Sequential(norm(nn.Linear(20, 6)), nn.Linear(6, 4))
+    model = nn.Sequential(norm(nn.Linear(20, 6)), nn.Linear(6, 4))
     with pytest.raises(ValueError, match=r"parameter '0\.\S+' is a part of a weight \(weight norm, say\)"):
         GSM(model.named_parameters(), 0.1, compression=2)
     groups = [{"params": model[0].named_parameters("0"), "prunable": False}, {"params": model[1].named_parameters("1")}]
@@ -360,33 +296,30 @@ def test_parts_of_a_weight_are_refused(norm):
 
 def test_spectral_norm_is_pruned():
     model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(20, 6)), nn.Linear(6, 4))
-    masks = GSM(model.named_parameters(), 0.1, compression=2).finalize()
-    assert sum(int(mask.sum()) for mask in masks.values()) == 72
+    assert GSM(model.named_parameters(), 0.1, compression=2).finalize().num_kept == 72
     assert model(torch.randn(3, 20)).isfinite().all()
 
 
-@pytest.mark.parametrize("function", [lambda model: magnitude_masks(prunable_parameters(model), 4), None])
-def test_nan_weights_are_named(function):
-    model = small_net()
+@pytest.mark.parametrize("at_once", [False, True])
+def test_nan_weights_are_named(at_once):
+    model = dense_net()
     with torch.no_grad():
         model[2].weight[0, 0] = math.nan
     optimizer = GSM(model.named_parameters(), 0.1, compression=4)
     before = model[0].weight.detach().clone()
     with pytest.raises(ValueError, match=r"parameter '2\.weight' contains NaN.*training has diverged"):
-        function(model) if function else optimizer.finalize()
+        magnitude_masks(prunable_parameters(model), compression=4) if at_once else optimizer.finalize()
     assert torch.equal(model[0].weight, before)
-    assert not optimizer.finalized
+    assert optimizer.phase is Phase.SEARCH
 
 
 # --- a cut that hurts warns ---
 
 
-def trained(steps, **options):
-    model = small_net()
-    optimizer = GSM(model.named_parameters(), **{"lr": 0.1, "compression": 10, **options})
-    for seed in range(steps):
-        backward(model, seed)
-        optimizer.step()
+def trained(steps, schedule=None, **options):
+    model = dense_net()
+    optimizer = GSM(model.named_parameters(), **{"lr": 0.1, "compression": 10, "schedule": schedule, **options})
+    train(model, optimizer, range(steps))
     return model, optimizer
 
 
@@ -396,7 +329,7 @@ def test_a_cut_that_takes_weights_that_matter_says_so_and_why():
     largest = weights.abs().sort(descending=True).values
     share = float(largest[35:].norm() / largest.norm())
     assert optimizer.passive_residual == pytest.approx(share, rel=1e-6)
-    with pytest.warns(CutWarning, match=rf"takes {share:.1%} of the weights' norm.* take passive_decay='auto'"):
+    with pytest.warns(CutWarning, match=rf"takes {share:.1%} of the weights' norm.* use passive_decay='auto'"):
         optimizer.finalize()
     assert optimizer.passive_residual == 0
     with warnings.catch_warnings():
@@ -405,45 +338,35 @@ def test_a_cut_that_takes_weights_that_matter_says_so_and_why():
 
 
 def test_a_scheduled_cut_warns_too():
-    settings = {"passive_decay": "auto", "momentum": 0.5, "total_steps": 60}
-    with pytest.warns(CutWarning, match="active shortly before had no time to shrink; take fade_steps"):
-        trained(50, cut_step=40, shrink_to=0.3, **settings)
+    with pytest.warns(CutWarning, match="active shortly before had no time to shrink: add a fade"):
+        trained(41, Schedule(60, ramp=0, fade=0, cut=2 / 3, shrink_to=0.3), momentum=0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _, optimizer = trained(59, cut_step=58, fade_steps=50, **settings)
-    assert optimizer.finalized
+        _, optimizer = trained(59, Schedule(60, ramp=0, fade=50 / 60, cut=58 / 60), momentum=0.5)
+    assert optimizer.phase is Phase.DONE
 
 
 def test_a_rate_that_fell_too_early_is_named_as_the_cause():
-    model = small_net()
-    settings = {"passive_decay": "auto", "momentum": 0.5, "total_steps": 60, "fade_steps": 50}
-    optimizer = GSM(model.named_parameters(), 0.1, compression=10, **settings)
-    for seed in range(60):
-        optimizer.param_groups[0]["lr"] = 0.1 if seed < 10 else 1e-7
-        backward(model, seed)
-        optimizer.step()
+    model, optimizer = trained(10, Schedule(60, ramp=0, fade=50 / 60, cut=1), momentum=0.5)
+    optimizer.param_groups[0]["lr"] = 1e-7
+    train(model, optimizer, range(10, 60))
     with pytest.warns(CutWarning, match="the learning rate was too low for passive weights to shrink"):
         optimizer.finalize()
 
 
 def test_fewer_steps_than_planned_are_named_as_the_cause():
-    _, optimizer = trained(25, passive_decay="auto", momentum=0.5, total_steps=400, cut_step=300, fade_steps=50)
-    with pytest.warns(CutWarning, match=r"only 25 of the 300 steps planned .* \(steps, not batches, are counted\)"):
+    _, optimizer = trained(25, Schedule(400, ramp=0, cut=0.75), momentum=0.5)
+    with pytest.warns(CutWarning, match=r"only 25 of the 300 steps before it were taken \(steps, not batches, are"):
         optimizer.finalize()
 
 
-def test_steps_after_the_last_one_and_a_state_of_a_net_that_was_not_cut_warn():
-    model, optimizer = trained(20, total_steps=20, momentum=0.0, passive_decay=0.9)
+def test_a_state_of_a_net_that_was_not_cut_in_time_warns():
+    model, optimizer = trained(20, Schedule(20, ramp=0, fade=0, cut=1), momentum=0.0)
     with pytest.warns(CutWarning, match="total_steps are over, and the net of this state has not been cut"):
         optimizer.state_dict()
-    backward(model)
-    with pytest.warns(CutWarning, match="total_steps=20 steps have been taken, and nothing has been cut"):
-        optimizer.step()
+    train(model, optimizer, [20])
+    assert kept_of(model) == optimizer.num_kept
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        optimizer.step()  # said once
-        warnings.simplefilter("ignore", CutWarning)
-        optimizer.finalize()
         warnings.simplefilter("error")
         optimizer.state_dict()
 
@@ -451,14 +374,15 @@ def test_steps_after_the_last_one_and_a_state_of_a_net_that_was_not_cut_warn():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"total_steps": 100, "lr": 1e-3}, r"at this decay 1 of a passive weight is left by then; take passive_decay"),
-        ({"weight_decay": 0.0}, "weight_decay and passive_decay are both 0"),
-        ({"total_steps": 30, "passive_decay": "auto", "momentum": 0.99}, "too few steps"),
+        ({"weight_decay": 0.0}, "passive weights never shrink where weight_decay and passive_decay are both 0"),
+        ({"schedule": Schedule(100), "passive_decay": 1e-4}, r"at this decay 1 of a passive weight is left by then"),
+        ({"schedule": Schedule(30, fade=0), "momentum": 0.99}, "there are too few steps"),
+        ({"schedule": Schedule(100), "momentum": 0.9}, "the fade is too short for passive weights to shrink"),
     ],
 )
 def test_settings_that_cannot_work_warn_when_built(options, message):
-    with pytest.warns(CutWarning, match=message):
-        GSM(small_net().parameters(), **{"lr": 0.1, "compression": 10, **options})
+    with pytest.warns(CutWarning, match=f"the cut will remove weights that still matter: .*{message}"):
+        trained(0, **options)
 
 
 def test_a_layer_that_keeps_nothing_is_named():
@@ -480,10 +404,11 @@ def test_dense_weights_loaded_after_the_cut_are_cut_again():
 
 def test_gradients_of_cut_weights_are_zero_before_anybody_sees_them():
     """So clipping takes the norm of what is trained; also in a copy, and in an optimizer that loaded the state."""
-    model, optimizer = trained(20, total_steps=40, cut_step=10, momentum=0.5, compression=3)
-    fresh = small_net()
+    schedule = Schedule(40, ramp=0, fade=0, cut=0.25)
+    model, optimizer = trained(20, schedule, compression=3)
+    fresh = dense_net()
     fresh.load_state_dict(model.state_dict())
-    loaded = GSM(fresh.named_parameters(), 0.1, compression=3, total_steps=40, cut_step=10)
+    loaded = GSM(fresh.named_parameters(), 0.1, compression=3, schedule=schedule)
     loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     copied, other = copy.deepcopy((model, optimizer))
     for net in (model, fresh, copied):
@@ -499,43 +424,21 @@ def test_gradients_of_cut_weights_are_zero_before_anybody_sees_them():
     assert all(param.grad.bool().float().mean() > 0.3 for param in prunable_parameters(model).values())
 
 
-# --- the learning rate that a scheduler multiplies ---
-
-
-def test_auto_does_not_depend_on_the_unit_that_a_scheduler_multiplies():
-    left = []
-    for base, factor in ((0.01, 1.0), (1.0, 0.01)):
-        weight = nn.Parameter(torch.ones(1, 2, dtype=torch.float64))
-        optimizer = GSM([weight], base, compression=2, weight_decay=0.0, passive_decay="auto", total_steps=1_000)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _, factor=factor: factor)
-        for _ in range(1_000):
-            weight.grad = torch.tensor([[1e-9, 0.0]], dtype=torch.float64)
-            optimizer.step()
-            scheduler.step()
-        left.append(weight[0, 1].item())
-    assert left == pytest.approx([1e-6, 1e-6], rel=0.05)
-
-
-def test_a_rate_may_be_a_tensor():
-    check_lr(torch.tensor(0.1))
-    with pytest.raises(ValueError, match="lr must be finite"):
-        check_lr(torch.tensor(math.nan))
-
-
 # --- low precision ---
 
 UNIT = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@COMPILED
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
 def test_one_step_is_the_naive_twins_up_to_the_units_of_the_precision(dtype, nesterov, compiled):
     """Active weights are rounded to the nearest, passive ones to either neighbour: one unit of weight and momentum."""
     hyper = {"momentum": 0.9, "weight_decay": 1e-2, "nesterov": nesterov, "passive_decay": 0.2}
-    model = small_net(dtype)
+    model = dense_net(dtype)
     twin = copy.deepcopy(model).double()
-    optimizer = GSM(model.parameters(), 0.1, compression=4, fused=compiled or None, **hyper)
+    optimizer = GSM(model.parameters(), 0.1, compression=4, compiled=compiled, **hyper)
     naive = NaiveGSM(twin.parameters(), 0.1, 4, **hyper)
     for seed in range(6):
         backward(model, seed)
@@ -544,8 +447,7 @@ def test_one_step_is_the_naive_twins_up_to_the_units_of_the_precision(dtype, nes
             theirs.grad = ours.grad.double()
             if ours in optimizer.state:
                 z.copy_(optimizer.state[ours]["momentum_buffer"])
-        with torch.compiler.set_stance("force_eager"):
-            optimizer.step()
+        optimizer.step()
         naive.step()
         for ours, theirs, z in zip(model.parameters(), twin.parameters(), naive.z, strict=True):
             momentum = optimizer.state[ours]["momentum_buffer"].double()
@@ -554,7 +456,8 @@ def test_one_step_is_the_naive_twins_up_to_the_units_of_the_precision(dtype, nes
             torch.testing.assert_close(ours.detach().double(), theirs.detach(), rtol=allowed, atol=0.1 * allowed)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@COMPILED
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(
     ("dtype", "grad"),
     [(torch.bfloat16, 1e-4), (torch.float16, 1e-5), (torch.float32, 1e-9), (torch.float64, 1e-17)],
@@ -562,25 +465,23 @@ def test_one_step_is_the_naive_twins_up_to_the_units_of_the_precision(dtype, nes
 )
 def test_the_gradient_of_an_active_weight_is_not_rounded_away(dtype, grad, compiled):
     weight = nn.Parameter(torch.tensor([[0.5, 0.5]], dtype=dtype))
-    options = {"momentum": 0.9, "weight_decay": 0.0, "passive_decay": 0.1, "fused": compiled or None}
+    options = {"momentum": 0.9, "weight_decay": 0.0, "passive_decay": 0.1, "compiled": compiled}
     optimizer = GSM([weight], 1.0, compression=2, **options)
     weight.grad = torch.tensor([[grad, 0.0]], dtype=dtype)
-    with torch.compiler.set_stance("force_eager"):
-        optimizer.step()
+    optimizer.step()
     assert torch.equal(optimizer.state[weight]["momentum_buffer"][0, 0], weight.grad[0, 0])
 
 
+@functools.cache
 def left_of_passive_weights(dtype, fading):
-    """Return the share of each passive weight that is left after 3,000 steps, in the fade or not, and the promise."""
+    """Return the share of each passive weight that is left after 1,500 steps, in the fade or not, and the promise."""
     torch.manual_seed(0)
     weight = nn.Parameter((torch.rand(20, 100) + 0.5).to(dtype))
-    budget = {"fade_steps": 2_990} if fading else {}
-    optimizer = GSM(
-        [weight], 0.01, compression=2_000, passive_decay="auto", shrink_to=1e-2, total_steps=3_000, **budget
-    )
+    schedule = Schedule(1_500, ramp=0, fade=0.995 * fading, cut=1, shrink_to=0.1)
+    optimizer = GSM([weight], 0.01, num_kept=1, schedule=schedule)
     active = int(weight.argmax()) if fading else 0
-    for step in range(3_000):
-        if step == (10 if fading else 0):
+    for step in range(1_500):
+        if step == schedule.fade_start % 1_500:
             start = weight.detach().double().clone()
         weight.grad = torch.zeros_like(weight)
         weight.grad.view(-1)[active] = 1e-3
@@ -590,60 +491,47 @@ def left_of_passive_weights(dtype, fading):
 
 
 @pytest.mark.parametrize("fading", [False, True])
-@pytest.mark.parametrize("dtype", UNIT, ids=str)
-def test_passive_weights_vanish_in_every_precision(dtype, fading):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_passive_weights_vanish_in_half_precision(dtype, fading):
     """As fast on average as in float64: also where a step of decay is less than half a unit in the last place."""
     left, promised = left_of_passive_weights(dtype, fading)
     exact, _ = left_of_passive_weights(torch.float64, fading)
-    assert promised == pytest.approx(1e-2, rel=0.05)
+    assert promised == pytest.approx(0.1, rel=0.05)
     assert exact.mean().item() == pytest.approx(promised, rel=0.2)
     assert left.mean().item() == pytest.approx(exact.mean().item(), rel=0.05)
-    assert left.max() < 0.05
+    assert left.max() < 0.3
 
 
 def test_noise_is_the_same_in_a_run_that_was_resumed():
-    straight, resumed = small_net(torch.bfloat16), small_net(torch.bfloat16)
-    make = lambda model: GSM(model.parameters(), 0.1, compression=6, passive_decay=0.05)  # noqa: E731
-    optimizer, other = make(straight), make(resumed)
-    for seed in range(8):
-        if seed == 4:
-            file = io.BytesIO()
-            torch.save(other.state_dict(), file)
-            file.seek(0)
-            other = make(resumed)
-            other.load_state_dict(torch.load(file))
-        torch.manual_seed(seed)
-        for model, opt in ((straight, optimizer), (resumed, other)):
-            backward(model, seed)
-            opt.step()
-    assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True))
+    straight, resumed = dense_net(torch.bfloat16), dense_net(torch.bfloat16)
+    optimizer, other = (
+        GSM(model.parameters(), 0.1, compression=6, passive_decay=0.05) for model in (straight, resumed)
+    )
+    train(straight, optimizer, range(8))
+    train(resumed, other, range(4))
+    again = GSM(resumed.parameters(), 0.1, compression=6)
+    again.load_state_dict(saved_and_loaded(other.state_dict()))
+    train(resumed, again, range(4, 8))
+    assert_same_bits(straight, resumed)
 
 
 # --- compiled passes, and processes that differ ---
 
 
+@pytest.mark.usefixtures("quick_compile")
 def test_more_sets_of_parameters_than_can_be_compiled_for():
     """Heads that take turns: torch compiles a function for eight sets at most."""
     torch.manual_seed(0)
-    trunk, heads = nn.Linear(20, 16), nn.ModuleList(nn.Linear(16, 2 + i) for i in range(12))
-    twin, twins = copy.deepcopy(trunk), copy.deepcopy(heads)
-
-    def make(trunk, heads, **options):
-        named = [*trunk.named_parameters("trunk"), *heads.named_parameters("heads")]
-        return GSM(named, 0.05, compression=4, passive_decay=0.02, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        compile_ = torch.compile
-        patch.setattr(torch, "compile", lambda function, **options: compile_(function, backend="eager", **options))
-        optimizers = make(trunk, heads, fused=True), make(twin, twins)
+    nets = [nn.ModuleList([nn.Linear(20, 16), *(nn.Linear(16, 2 + i) for i in range(12))])]
+    nets.append(copy.deepcopy(nets[0]))
+    for net, compiled in zip(nets, (True, False), strict=True):
+        optimizer = GSM(net.named_parameters(), 0.05, compression=4, passive_decay=0.02, compiled=compiled)
         for step in range(26):
-            for body, tops, optimizer in ((trunk, heads, optimizers[0]), (twin, twins, optimizers[1])):
-                optimizer.zero_grad()
-                images = torch.randn(32, 20, generator=torch.Generator().manual_seed(step))
-                tops[step % 12](torch.relu(body(images))).square().mean().backward()
-                optimizer.step()
-    torch.compiler.reset()
-    for p, q in zip([*trunk.parameters(), *heads.parameters()], [*twin.parameters(), *twins.parameters()], strict=True):
+            optimizer.zero_grad()
+            images = torch.randn(32, 20, generator=torch.Generator().manual_seed(step))
+            net[1 + step % 12](torch.relu(net[0](images))).square().mean().backward()
+            optimizer.step()
+    for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         torch.testing.assert_close(p, q)
 
 

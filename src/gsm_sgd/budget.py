@@ -54,9 +54,9 @@ class Budget(NamedTuple):
         kept = rounded_down(self._exact(num_prunable), num_prunable)
         if not 1 <= kept <= num_prunable:
             most = "use at least 1 / N" if self.kind == "density" else f"use at most {num_prunable}"
-            what = "leaves none" if kept < 1 else "is more than"
+            what = "leaves none of" if kept < 1 else "is more than the"
             advice = "" if self.kind == "sparsity" else f"; {most}"
-            raise ValueError(f"{self.kind} {self.value:g} {what} of {num_prunable} weights{advice}")
+            raise ValueError(f"{self.kind} {self.value:.12g} {what} {num_prunable} weights{advice}")
         return kept
 
     def share(self, num_prunable: int) -> float:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from .. import __version__
 from ..experiments import UsageError
 from ..experiments.rundir import Record
-from ..experiments.whole_files import write_whole
+from ..experiments.whole_files import write_output
 from . import accuracy, figures, production, structure
 from .blocks import Block, Group, Table, tried
 from .runs import PROGRESS, Run, by_recipe, comparable, read_run
@@ -37,7 +37,7 @@ def write_report(paths: Sequence[Path], output: Path) -> list[str]:
     if not runs:
         raise UsageError("; ".join(missing))
     page = _page(_groups(list(runs.values()), missing), missing)
-    write_whole(output, page.encode(errors="replace"), "-o")  # a name may be no text
+    write_output(output, page.encode(errors="replace"), "-o")  # a name may be no text
     return missing
 
 

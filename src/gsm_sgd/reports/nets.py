@@ -9,7 +9,7 @@ from torch import Tensor
 from ..experiments import UsageError
 from ..experiments.lottery import TICKETS
 from ..experiments.rundir import read_masks, read_weights
-from ..masks import magnitude_masks
+from ..masks import Masks, magnitude_masks
 from .runs import Run
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -51,11 +51,11 @@ def methods(run: Run) -> list[str]:
     return ["GSM", *(["magnitude"] if (run.path / "base.safetensors").exists() else [])]
 
 
-def mask(run: Run, method: str) -> dict[str, Tensor]:
-    """Return which weights of each layer a method keeps.
+def mask(run: Run, method: str) -> Masks:
+    """Return which weights of each layer a method keeps, GSM or magnitude.
 
     Raises:
-        UsageError: the weights that this is to be told from cannot be read.
+        UsageError: the masks, or the weights that an older run's are to be told from, cannot be read.
     """
     assert run.result is not None
     stored = run.path / f"{TICKETS[method.lower()]}.safetensors"
@@ -64,9 +64,9 @@ def mask(run: Run, method: str) -> dict[str, Tensor]:
         layers = {layer["name"]: layer["shape"] for layer in run.result["layers"]}
         if {name: list(mask.shape) for name, mask in masks.items()} != layers:
             raise UsageError(f"{stored} is not of the net that result.json beside it describes")
-        return {name: masks[name] for name in layers}
-    if method == methods(run)[0]:  # what the run's own net keeps
-        return {name: weight != 0 for name, weight in prunable_weights(run, run.net).items()}
+        return Masks({name: masks[name] for name in layers})
+    if method.lower() == methods(run)[0].lower():  # what the run's own net keeps
+        return Masks({name: weight != 0 for name, weight in prunable_weights(run, run.net).items()})
     try:
         return magnitude_masks(prunable_weights(run, "base"), compression=run.result["compression"])
     except ValueError as error:
