@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from gsm_sgd.budget import shrinkage
+from gsm_sgd.decay import shrinkage
 from gsm_sgd.experiments import UsageError, data, models
 from gsm_sgd.experiments.loop import lr_factor, parameter_groups
 from gsm_sgd.experiments.recipes import RECIPES, Training, find_recipe, net_name, published
@@ -163,6 +163,7 @@ def test_learning_rate_falls_along_a_cosine():
         ({"holdout": 10**18}, "holdout must be at least 0 and below 2**32"),
         ({"gsm": Training(4, 0.1, cosine=1.0)}, "gsm.cosine must be at least 0 and below 1"),
         ({"gsm": Training(4, 0.1, label_smoothing=1.0)}, "gsm.label_smoothing must be at least 0 and below 1"),
+        ({"score": "tailor"}, "unknown score 'tailor': did you mean 'taylor'?"),
     ],
 )
 def test_settings_that_make_no_sense(changes, message):

@@ -162,8 +162,7 @@ def _maker(name: str, classes: int | None) -> Callable[[], nn.Module]:
         known = [*MODELS, "resnet50", "torchvision:NAME", "FILE.py:FUNCTION", "MODULE:FUNCTION"]
         raise UsageError(f"unknown model {name!r}: {suggestion(name, known)}")
     try:
-        path = Path(module_name).resolve()
-        make = getattr(_module(str(path) if path.suffix == ".py" else module_name), function)
+        make = getattr(_module(module_name), function)
     except Exception as error:  # a module of anybody's can fail in any way
         raise UsageError(f"model {name!r} cannot be imported from {Path.cwd()}: {error}") from error
     if not callable(make):
@@ -171,17 +170,20 @@ def _maker(name: str, classes: int | None) -> Callable[[], nn.Module]:
     return make  # type: ignore[no-any-return]  # what it returns is checked when it is called
 
 
-@cache
 def _module(name: str) -> ModuleType:
-    """Return a module of the user's own, by its name or the path of its file, and let it import its neighbours."""
-    file = Path(name)
-    is_file = file.suffix == ".py"
-    sys.path.insert(0, str(file.parent if is_file else Path.cwd()))  # a console command does not look there
-    if not is_file:
-        return importlib.import_module(name)
-    spec = spec_from_file_location(name, file)  # under its whole path, as its name may be another module's too
+    """Return a module of the user's own, by its name or its file, and let it import its neighbours."""
+    file = Path(name).resolve()
+    folder = str(file.parent if file.suffix == ".py" else Path.cwd())
+    if folder not in sys.path:  # a console command does not look there
+        sys.path.insert(0, folder)
+    return _load(file) if file.suffix == ".py" else importlib.import_module(name)
+
+
+@cache
+def _load(file: Path) -> ModuleType:
+    spec = spec_from_file_location(str(file), file)  # under its whole path: its name may be another module's too
     assert spec is not None  # the suffix is Python's
     assert spec.loader is not None
-    sys.modules[name] = module = module_from_spec(spec)
+    sys.modules[spec.name] = module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,0 +1,299 @@
+"""The schedule: what it plans, and that an optimizer goes by it."""
+
+import copy
+import io
+import json
+import math
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import nn
+
+from gsm_sgd import GSM, NonFiniteGradientError, Phase, Schedule
+from reference_gsm import naive_top
+
+shares = st.floats(0, 1)
+
+
+def only_cut(total, cut):
+    return Schedule(total, ramp=0, fade=0, cut=cut / total)
+
+
+# --- what is planned ---
+
+
+@pytest.mark.parametrize(
+    ("curve", "middle"), [("cubic", 1 - 0.9 * (1 - 0.5**3)), ("linear", 0.55), (lambda share: share**2, 0.775)]
+)
+def test_the_density_falls_from_1_to_the_budgets(curve, middle):
+    schedule = Schedule(200, ramp=0.5, curve=curve)
+    densities = [schedule.density(step, 0.1) for step in range(120)]
+    assert densities[0] == 1
+    assert densities[50] == pytest.approx(middle)
+    assert densities[99] > 0.1
+    assert densities[100:] == [0.1] * 20
+    assert densities == sorted(densities, reverse=True)
+
+
+def test_without_a_ramp_the_density_is_the_budgets_at_once():
+    assert Schedule(10, ramp=0).density(0, 0.1) == 0.1
+
+
+@given(st.integers(1, 10_000), shares, shares, shares)
+def test_phases_are_the_shares_to_the_step(total, ramp, fade, cut):
+    steps = round(ramp * total), round(cut * total) - round(fade * total), round(cut * total)
+    assume(steps[0] < steps[1])
+    schedule = Schedule(total, ramp, fade, cut)
+    assert (schedule.ramp_steps, schedule.fade_start, schedule.cut_step) == steps
+    edges = {step: schedule.phase(step) for edge in (0, *steps, total) for step in (edge - 1, edge) if step >= 0}
+    order = list(Phase)
+    assert [*edges.values()] == [order[sum(step >= edge for edge in steps)] for step in edges]
+
+
+@pytest.mark.parametrize(
+    ("shares", "steps"),
+    [
+        ({}, [30, 30, 10, 30]),
+        ({"ramp": 0, "fade": 0}, [0, 70, 0, 30]),
+        ({"ramp": 0.299, "fade": 0.104, "cut": 0.695}, [30, 30, 10, 30]),
+        ({"cut": 1}, [30, 60, 10, 0]),
+    ],
+)
+def test_each_phase_lasts_its_share(shares, steps):
+    phases = [Schedule(100, **shares).phase(step) for step in range(100)]
+    assert [phases.count(phase) for phase in Phase] == steps
+    assert phases == [phase for phase, count in zip(Phase, steps, strict=True) for _ in range(count)]
+
+
+def test_a_schedule_is_plain_values_and_back():
+    schedule = Schedule(np.int64(50), ramp=np.float32(0.25), curve="linear", peak_lr=torch.tensor(0.5))
+    values = json.loads(json.dumps(schedule.as_dict()))
+    assert values["ramp"] == 0.25
+    assert Schedule.from_dict({**values, "later": 1}) == schedule
+    custom = Schedule.from_dict(Schedule(50, curve=lambda share: share).as_dict())
+    assert custom.density(15, 0.1) == 0.1
+    with pytest.raises(ValueError, match="a curve that is a function: assign"):
+        custom.density(14, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"total_steps": "40"}, "total_steps must be a whole number, not '40'"),
+        ({"total_steps": 40.0}, r"total_steps must be a whole number, not 40\.0"),
+        ({"total_steps": True}, "total_steps must be a whole number, not True"),
+        ({"total_steps": 0}, "total_steps must be at least 1, not 0"),
+        ({"total_steps": -1}, "total_steps must be at least 1, not -1"),
+        ({"ramp": "0.3"}, "ramp must be a number, not '0.3'"),
+        ({"fade": None}, "fade must be a number, not None"),
+        ({"ramp": 30}, r"ramp is a share of total_steps, from 0 to 1, not 30\.0"),
+        ({"fade": -0.1}, r"fade is a share of total_steps, from 0 to 1, not -0\.1"),
+        ({"cut": 1.1}, r"cut is a share of total_steps, from 0 to 1, not 1\.1"),
+        ({"cut": math.nan}, "cut is a share of total_steps, from 0 to 1, not nan"),
+        ({"ramp": 0.7}, r"ramp \+ fade must be less than cut.*ramp 0\.7, fade 0\.1 and cut 0\.7 of 100 steps"),
+        ({"ramp": 0.6}, r"ramp \+ fade must be less than cut"),
+        ({"total_steps": 2}, r"ramp \+ fade must be less than cut.*of 2 steps leave none"),
+        ({"curve": "square"}, "unknown curve 'square': choose cubic, linear, or pass a function"),
+        ({"peak_lr": "high"}, "peak_lr must be a number, not 'high'"),
+        ({"peak_lr": math.inf}, "peak_lr must be finite and at least 0, not inf"),
+        ({"peak_lr": -1}, "peak_lr must be finite and at least 0, not -1"),
+        ({"shrink_to": 0}, r"shrink_to must be above 0 and below 1, not 0\.0"),
+        ({"shrink_to": 1}, r"shrink_to must be above 0 and below 1, not 1\.0"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule(**{"total_steps": 100, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"passive_decay": "auto"}, r"passive_decay='auto' needs schedule=Schedule\(total_steps\)"),
+        ({"passive_decay": "auto", "schedule": lambda step: 1}, "passive_decay='auto' needs schedule=Schedule"),
+        ({"passive_decay": "automatic"}, "passive_decay must be a number, 'auto' or None, not 'automatic'"),
+        ({"schedule": 100}, "schedule must be a Schedule, a function of the step, or None, not 100"),
+        ({"schedule": lambda step: 0}, r"must return a density above 0 and at most 1, not 0\.0"),
+    ],
+)
+def test_schedules_that_an_optimizer_does_not_take(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GSM([nn.Parameter(torch.ones(10, 10))], 0.1, compression=10, **settings)
+
+
+# --- what an optimizer does ---
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("by_function", [False, True])
+def test_exactly_q_of_the_step_are_active(quick_compile, by_function, compiled):
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.rand(shape, generator=generator) + 0.5) for shape in ((7, 5), (4, 3, 2), (3, 3))]
+    settings = {"momentum": 0.0, "weight_decay": 0.0, "passive_decay": 1e-30, "compiled": compiled}
+    schedule = (lambda step: 1 / (1 + step)) if by_function else Schedule(20, ramp=0.5, cut=1)
+    optimizer = GSM(params, 0.1, compression=12, schedule=schedule, **settings)
+    for step in range(14):
+        for param in params:
+            param.grad = torch.rand(param.shape, generator=generator) + 0.5
+        density = 1 / (1 + step) if by_function else 1 / 12 + 11 / 12 * (1 - min(1, step / 10)) ** 3
+        count = max(5, math.floor(68 * density + 1e-9))
+        assert optimizer.num_active == count
+        assert optimizer.phase is (Phase.RAMP if count > 5 else Phase.SEARCH)
+        expected = naive_top([(p * p.grad).abs().detach() for p in params], count)
+        before = [p.detach().clone() for p in params]
+        optimizer.step()
+        for param, old, active in zip(params, before, expected, strict=True):
+            assert torch.equal(param.detach() != old, active)
+
+
+def test_the_cut_comes_once_and_training_goes_on():
+    torch.manual_seed(0)
+    param = nn.Parameter(torch.randn(10, 10))
+    optimizer = GSM([("w", param)], 0.1, compression=10, schedule=only_cut(6, 3), passive_decay=0.1)
+    for step in range(6):
+        assert (optimizer.phase is Phase.DONE) == (step > 3)
+        param.grad = torch.randn(10, 10)
+        before = param.detach().clone()
+        optimizer.step()
+        assert int(param.count_nonzero()) == (100 if step < 3 else 10)
+        assert not torch.equal(param, before)
+    assert optimizer.num_active == 10
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("cut", [False, True], ids=["cut by finalize", "cut by the schedule"])
+def test_in_the_fade_the_same_weights_are_active_and_the_others_only_decay(quick_compile, cut, compiled):
+    """A gradient a hundred times as large on what is passive brings nothing back, and the cut then costs nothing."""
+    torch.manual_seed(0)
+    param = nn.Parameter(torch.randn(10, 12))
+    total = 80 if cut else 60
+    schedule = Schedule(total, ramp=0, fade=50 / total, cut=60 / total)
+    optimizer = GSM([("w", param)], 0.1, compression=10, momentum=0.5, schedule=schedule, compiled=compiled)
+    for _ in range(10):
+        assert not optimizer.masks
+        param.grad = torch.randn(10, 12)
+        optimizer.step()
+    kept = naive_top([param.detach().abs()], 12)[0]
+    start = param.detach().clone()
+    for step in range(50):
+        param.grad = torch.where(kept, 0.01, 1.0) * torch.randn(10, 12)
+        optimizer.step()
+        assert torch.equal(optimizer.masks["w"], kept)
+        assert optimizer.phase is Phase.FADE
+        if step == 0:
+            assert torch.equal(param.detach() != start, torch.ones_like(kept))
+    passive = param.detach()[~kept].abs()
+    assert 0 < passive.max() < 1e-5
+    assert optimizer.passive_shrinkage < 2e-6
+    assert param.detach()[kept].abs().min() > 1e-3
+    masks = None if cut else optimizer.finalize()
+    param.grad = torch.randn(10, 12)
+    optimizer.step()
+    assert optimizer.phase is Phase.DONE
+    assert masks is None or torch.equal(masks["w"], kept)
+    assert torch.equal(param.detach() != 0, kept)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_in_the_fade_kept_weights_without_a_gradient_stay(quick_compile, compiled):
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(10, 12)) for _ in range(2)]
+    schedule = Schedule(60, ramp=0, fade=50 / 60, cut=1)
+    optimizer = GSM(params, 0.1, compression=4, momentum=0.5, schedule=schedule, compiled=compiled)
+    for step in range(60):
+        for param in params:
+            param.grad = torch.randn(10, 12) * 0.01
+        if step >= 10:
+            params[1].grad = None
+        optimizer.step()
+    kept = optimizer.masks["1"]
+    assert params[1].detach()[kept].abs().min() > 0.1
+    assert 0 < params[1].detach()[~kept].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("fade", [0, 0.4], ids=["cut", "fade"])
+def test_a_step_that_is_refused_neither_begins_the_fade_nor_cuts(fade):
+    param = nn.Parameter(torch.randn(10, 10))
+    optimizer = GSM([param], 0.1, compression=10, schedule=Schedule(10, ramp=0, fade=fade, cut=0.1 + fade))
+    for grad in (torch.ones(10, 10), torch.full((10, 10), math.nan)):
+        before = param.detach().clone()
+        param.grad = grad
+        with pytest.raises(NonFiniteGradientError) if grad.isnan().any() else nullcontext():
+            optimizer.step()
+    assert torch.equal(param, before)
+    assert not optimizer.masks
+    assert optimizer.phase is Phase.SEARCH
+
+
+@pytest.mark.parametrize("stop", [3, 9, 13, 17])
+def test_a_loaded_state_goes_on_with_the_schedule(stop):
+    """In the ramp, after it, in the fade, and after the cut; through a file that only tensors and numbers can be in."""
+
+    def make(seed):
+        torch.manual_seed(seed)
+        params = [nn.Parameter(torch.randn(12, 10)), nn.Parameter(torch.randn(10))]
+        schedule = Schedule(20, ramp=0.4, fade=0.2, cut=0.75, shrink_to=0.9)
+        return params, GSM(params, 0.1, compression=10, schedule=schedule)
+
+    def step(params, optimizer, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator)
+        optimizer.step()
+
+    straight, optimizer = make(0)
+    for number in range(stop):
+        step(straight, optimizer, number)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    resumed, other = make(1)
+    for param, source in zip(resumed, straight, strict=True):
+        param.data = source.detach().clone()
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for number in range(stop, 20):
+        step(straight, optimizer, number)
+        step(resumed, other, number)
+    assert all(torch.equal(p, q) for p, q in zip(straight, resumed, strict=True))
+    assert int(resumed[0].count_nonzero()) == 12
+
+
+@pytest.mark.parametrize("schedule", [lambda step: 1 / (2 + step), Schedule(9, curve=lambda share: 0.5 + share / 2)])
+def test_schedules_with_functions_are_copied_and_loaded_where_the_function_is(schedule):
+    def make(schedule):
+        return GSM([nn.Parameter(torch.ones(10, 10))], 0.1, compression=10, schedule=schedule)
+
+    optimizer = make(schedule)
+    same = make(schedule)
+    same.load_state_dict(optimizer.state_dict())
+    assert optimizer.num_active == copy.deepcopy(optimizer).num_active == same.num_active > 10
+
+
+def test_schedules_with_functions_are_refused_where_the_function_is_not():
+    param = nn.Parameter(torch.ones(10, 10))
+    plain = GSM([param], 0.1, compression=10)
+    with pytest.raises(ValueError, match="a schedule that is a function: give it to the optimizer as well"):
+        plain.load_state_dict(GSM([param], 0.1, compression=10, schedule=lambda step: 0.5).state_dict())
+    curved = GSM([param], 0.1, compression=10, schedule=Schedule(10, curve=lambda share: share))
+    with pytest.warns(UserWarning, match=r"brings schedule=.*'curve': 'custom'"):
+        plain.load_state_dict(curved.state_dict())
+    with pytest.raises(ValueError, match=r"assign optimizer\.schedule"):
+        _ = plain.num_active
+    plain.schedule = Schedule(10)
+    assert plain.num_active == 100
+
+
+def test_a_schedule_that_is_assigned_is_checked_and_followed():
+    param = nn.Parameter(torch.ones(10, 10))
+    optimizer = GSM([param], 0.1, compression=10, schedule=only_cut(10, 5))
+    with pytest.raises(ValueError, match="passive_decay='auto' needs schedule"):
+        optimizer.schedule = None
+    optimizer.schedule = only_cut(10, 2)
+    for _ in range(3):
+        param.grad = torch.rand(10, 10)
+        optimizer.step()
+    assert optimizer.phase is Phase.DONE
