@@ -1,8 +1,6 @@
 import math
-from fractions import Fraction
 from typing import ClassVar
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +8,6 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsm_sgd import select_top
-from gsm_sgd.budget import Budget, kept_weights
 from gsm_sgd.selection.stored import StoredScores
 from gsm_sgd.selection.threshold import Local, find_threshold
 from reference_gsm import naive_active, naive_top
@@ -153,48 +150,3 @@ def test_bad_scores(scores, k, message):
 def test_nothing_to_select():
     assert select_top([], 0) == []
     assert not select_top([torch.ones(3)], 0)[0].any()
-
-
-# --- how many: the budget ---
-
-
-@given(st.integers(1, 10**12), st.floats(1, 1e6))
-def test_the_number_kept_is_the_floor(num_weights, compression):
-    exact = Fraction(num_weights) / Fraction(compression)
-    if exact < 1 - Fraction(1, 10**12):
-        with pytest.raises(ValueError, match="leaves none"):
-            kept_weights(num_weights, compression)
-    else:
-        kept = kept_weights(num_weights, compression)
-        assert kept in (math.floor(exact), math.floor(exact * (1 + Fraction(1, 10**15))))
-        assert type(kept) is int
-
-
-@given(st.integers(1, 10**12), st.data())
-def test_a_ratio_that_was_divided_out_keeps_what_was_meant(num_weights, data):
-    kept = data.draw(st.integers(1, num_weights))
-    assert kept_weights(num_weights, num_weights / kept) == kept
-
-
-@pytest.mark.parametrize(
-    ("num_weights", "budget", "kept"),
-    [
-        (1_000, {"compression": 1 / (1 - 0.9)}, 100),
-        (1_000, {"compression": np.float32(10)}, 100),
-        (1_000, {"sparsity": 0.9}, 100),
-        (1_000, {"density": 0.1}, 100),
-        (1_000, {"num_kept": np.int64(100)}, 100),
-        (266_200, {"compression": 60}, 4_436),  # the paper's nets
-        (430_500, {"compression": 125}, 3_444),
-        (430_500, {"compression": 300}, 1_435),
-        (851_504, {"compression": 10}, 85_150),
-    ],
-)
-def test_budgets_keep_what_was_meant(num_weights, budget, kept):
-    assert Budget.of(**budget).num_kept(num_weights) == kept
-
-
-@pytest.mark.parametrize("compression", [0.99, 0, -3, math.inf, -math.inf, math.nan])
-def test_bad_compression(compression):
-    with pytest.raises(ValueError, match="compression must be a finite number of at least 1"):
-        Budget.of(compression)
