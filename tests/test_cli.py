@@ -11,10 +11,11 @@ import sys
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import save_file
 
 from gsm_sgd import __version__, cli
-from gsm_sgd.experiments import bench, observers
+from gsm_sgd.experiments import UsageError, bench, observers
 from gsm_sgd.experiments.recipes import Recipe
 from gsm_sgd.experiments.rundir import RunFolder, read_weights
 from gsm_sgd.export import save_sparse
@@ -66,6 +67,14 @@ def test_folders_and_pictures(runs):
         assert process["instructions"] == torch.backends.cpu.get_cpu_capability()
         stages = {path.name for path in (run / "tensorboard").iterdir()}
         assert stages == {"base", "gsm", "ticket-gsm", "ticket-magnitude"}
+
+
+def test_event_files_are_not_written_where_a_link_leads(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "tensorboard").symlink_to(tmp_path / "mine")
+    with pytest.raises(UsageError, match="tensorboard is a link: delete it"):
+        observers.ProgressBars(Console(quiet=True), tmp_path / "tensorboard").start("base", 1, 1, 0, 0)
+    assert not list((tmp_path / "mine").iterdir())
 
 
 def test_tensorboard_has_the_metrics(runs):

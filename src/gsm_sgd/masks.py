@@ -1,5 +1,6 @@
 """Masks: which weights are kept, and how the others are cut and stay at zero in any optimizer."""
 
+import json
 import math
 import os
 from collections import OrderedDict
@@ -31,7 +32,7 @@ from .selection.sharded import Sharded, Shards
 from .selection.stored import StoredScores, select_top
 from .selection.threshold import find_threshold
 
-_FORMAT = {"format": "gsm-sgd masks"}
+_NAMES = "gsm_sgd.masks"  # in the metadata of a file: the names in model order, as safetensors sorts them
 
 
 class LayerSparsity(NamedTuple):
@@ -94,7 +95,7 @@ class Masks(dict[str, Tensor]):
 
         masks: dict[str, Any] = dict(self)
         whole = {key: mask.full_tensor() if is_dtensor(mask) else mask for key, mask in masks.items()}
-        return save({key: mask.cpu().contiguous() for key, mask in whole.items()}, _FORMAT)
+        return save({key: mask.cpu().contiguous() for key, mask in whole.items()}, {_NAMES: json.dumps([*self])})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -108,8 +109,10 @@ class Masks(dict[str, Tensor]):
 
         try:
             with safe_open(path, framework="pt") as file:
-                masks = cls({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118  # not a dict
-        except SafetensorError as error:
+                keys = list(file.keys())
+                names = json.loads((file.metadata() or {}).get(_NAMES, "[]"))
+                masks = cls({key: file.get_tensor(key) for key in (names if sorted(names) == sorted(keys) else keys)})
+        except (SafetensorError, ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{os.fspath(path)} is not a safetensors file, or damaged") from error
         if not masks or any(mask.dtype != torch.bool for mask in masks.values()):
             raise ValueError(f"{os.fspath(path)} holds something else than masks: Masks.save writes them")

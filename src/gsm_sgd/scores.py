@@ -73,6 +73,6 @@ def score_dtype(weights: Sequence[Tensor]) -> torch.dtype:
     return reduce(torch.promote_types, (weight.dtype for weight in weights), torch.float32)
 
 
-def seed_of(number: int, offsets: Sequence[int]) -> int:
-    """Return a seed for the part at these offsets of the optimizer's parameter of this number."""
-    return zlib.crc32(repr((number, *offsets)).encode())
+def seed_of(key: str, offsets: Sequence[int]) -> int:
+    """Return a seed for the part at these offsets of the parameter of this name, or position among the prunable."""
+    return zlib.crc32(repr((key, *offsets)).encode())

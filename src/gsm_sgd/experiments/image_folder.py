@@ -120,8 +120,6 @@ def load(data_dir: Path | None = None) -> Dataset:
     Raises:
         UsageError: they are not there, hold no images, or differ in their classes.
     """
-    from torchvision.datasets import ImageFolder
-
     places = [place for folder in folders_of(data_dir) for place in (folder, folder / "imagenet")]
     place = next((place for place in places if (place / "train").is_dir()), None)
     if place is None:
@@ -130,13 +128,42 @@ def load(data_dir: Path | None = None) -> Dataset:
             "FOLDER/val have a folder of images for each class"
         )
     try:
-        train, val = (ImageFolder(place / name) for name in ("train", "val"))
-        identity = _identity(place, train.classes, [*train.samples, *val.samples])
+        (classes, train), (theirs, val) = (_samples(place / name) for name in ("train", "val"))
+        identity = _identity(place, classes, [*train, *val])
     except OSError as error:
         raise UsageError(f"{place} does not have images in folders by class: {error}") from error
-    if train.classes != val.classes:
+    if classes != theirs:
         raise UsageError(f"{place}: train and val differ in their folders, and so in their classes")
-    return Dataset(Folder(train.samples, True), Folder(val.samples, False), len(train.classes), identity)
+    return Dataset(Folder(train, True), Folder(val, False), len(classes), identity)
+
+
+def _samples(place: Path) -> tuple[list[str], list[Sample]]:
+    """Return the classes and images of a folder, in the order of torchvision's ImageFolder.
+
+    Links to folders are followed, but as they may lead back to where they are, none is entered twice for a class.
+
+    Raises:
+        OSError: there is no class, or one without an image.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
+
+    classes, _ = find_classes(str(place))
+    samples: list[Sample] = []
+    for label, name in enumerate(classes):
+        seen: set[tuple[int, int]] = set()
+        found: list[str] = []
+        for folder, folders, files in os.walk(place / name, followlinks=True):
+            status = Path(folder).stat()
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders.sort()  # which of two ways to a folder is taken is not to be left to the disk
+            found += [f"{folder}{os.sep}{file}" for file in files if file.lower().endswith(IMG_EXTENSIONS)]
+        if not found:
+            raise FileNotFoundError(f"no image in {place / name}")
+        samples += [(path, label) for path in sorted(found, key=os.path.split)]
+    return classes, samples
 
 
 def _identity(place: Path, classes: list[str], samples: list[Sample]) -> str:

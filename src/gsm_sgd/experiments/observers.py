@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from . import UsageError
 from .loop import Observer
 from .rundir import Record
 
@@ -70,6 +71,9 @@ class ProgressBars(Observer):
         if self._tensorboard is not None:
             from torch.utils.tensorboard import SummaryWriter
 
+            for path in (self._tensorboard, self._tensorboard / stage):
+                if path.is_symlink():
+                    raise UsageError(f"{path} is a link: delete it, or do without --tensorboard")
             self._files.close()
             self._writer = self._files.enter_context(SummaryWriter(self._tensorboard / stage, purge_step=epoch + 1))
 

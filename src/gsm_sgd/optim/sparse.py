@@ -372,9 +372,9 @@ class SparseOptimizer(Optimizer):
         owners = [owner for part in parts for owner in part.owners]
         if self._score in (taylor, magnitude):
             return [{}] * len(owners)
-        numbers = {id(param): i for i, param in enumerate(p for group in self.param_groups for p in group["params"])}
+        keys = {id(param): key for key, param in prunable_in(self).items()}
         buffers = [{k: v[i] for k, v in part.buffers.items()} for part in parts for i in range(len(part.owners))]
-        seeds = [seed_of(numbers[id(owner)], offsets(owner)) for owner in owners]
+        seeds = [seed_of(keys[id(owner)], offsets(owner)) for owner in owners]
         return [{**mine, "seed": seed} for mine, seed in zip(buffers, seeds, strict=True)]
 
     def _parts(self, everything: bool) -> tuple[list[Part], list[Part], list[Part]]:
