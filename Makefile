@@ -14,12 +14,12 @@ test: .venv/installed lint  ## everything that must hold
 	$(PYTEST)
 
 quick: .venv/installed  ## what to run after every edit, in under a minute
-	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples docs
 	$(PYTEST) -m "not slow"
 
 lint: .venv/installed
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples docs
+	$(BIN)/ruff format --check src tests benchmarks examples docs
 	$(BIN)/mypy
 
 # the demo does without what only the tests need

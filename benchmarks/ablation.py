@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from frontier import over_seeds
 from gsm_sgd.experiments import data
 from gsm_sgd.experiments.environment import environment
-from gsm_sgd.experiments.observers import Several
+from gsm_sgd.experiments.observers import ProgressBars
 from gsm_sgd.experiments.prune import Job, prune
 from gsm_sgd.experiments.recipes import Recipe, find_recipe
 from gsm_sgd.experiments.rundir import RunFolder
@@ -94,7 +95,7 @@ def measure(name: str, recipe: Recipe, dataset: Dataset, runs: Path) -> dict[str
     path = runs / f"{recipe.model}-x{recipe.compression:g}-e{recipe.gsm.epochs}-{label}-s{recipe.seed}"
     with RunFolder(path, recipe, checkpoint_seconds=1e9) as folder:
         if not folder.finished:
-            prune(Job(recipe, dataset, folder, Several([]), torch.device("cpu")))
+            prune(Job(recipe, dataset, folder, ProgressBars(Console(quiet=True)), torch.device("cpu")))
     result: dict[str, dict[str, float]] = json.loads((path / "result.json").read_text())
     return result["top1"]
 

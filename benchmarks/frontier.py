@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from rich.console import Console
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 from torch.optim import Optimizer
@@ -34,7 +35,7 @@ from gsm_sgd.budget import kept_weights
 from gsm_sgd.experiments import data, models
 from gsm_sgd.experiments.environment import environment
 from gsm_sgd.experiments.loop import evaluate, steps_per_epoch, train
-from gsm_sgd.experiments.observers import Several
+from gsm_sgd.experiments.observers import ProgressBars
 from gsm_sgd.experiments.prune import Job, plain_sgd, prune
 from gsm_sgd.experiments.recipes import Recipe, find_recipe
 from gsm_sgd.experiments.rundir import RunFolder
@@ -105,7 +106,7 @@ def measure(method: str, recipe: Recipe, dataset: Dataset, runs: Path) -> float:
     path = runs / f"{recipe.model}-{method.replace(',', '').replace(' ', '-')}-{size}"
     with RunFolder(path, recipe, checkpoint_seconds=1e9) as folder:
         if not folder.finished:
-            job = Job(recipe, dataset, folder, Several([]), _CPU)
+            job = Job(recipe, dataset, folder, ProgressBars(Console(quiet=True)), _CPU)
             if method.startswith("GSM"):
                 prune(job)
             else:

@@ -29,6 +29,12 @@ STYLES = {  # Okabe and Ito's colours
 }
 
 
+def of_size(total: int) -> bench.Workload:
+    """Return about `total` weights as four equal matrices, to see how the cost grows."""
+    columns = max(1, round(math.sqrt(total / 4) / 64)) * 64
+    return bench.Workload([(round(total / 4 / columns), columns)] * 4, 10)
+
+
 def picture(curve: list[dict[str, Any]]) -> Figure:
     """Return milliseconds of a step against the number of weights."""
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -73,7 +79,7 @@ def main() -> None:
             "costs": [cost._asdict() for cost in costs],
         }
     for size in options.sizes:
-        work = bench.of_size(size)
+        work = of_size(size)
         costs = bench.measure(work, options.repeats, options.device)
         console.print(costs_table(f"{size:.0e} weights", work, costs))
         weights = sum(math.prod(shape) for shape in work.shapes)

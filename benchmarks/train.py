@@ -40,14 +40,14 @@ class PerImage(Dataset[tuple[Tensor, int]]):
     def __init__(self, name: str) -> None:
         steps: list[Callable[[Any], Any]] = [transforms.ToTensor()]
         if name == "mnist":
-            files = mnist.files()
+            _, files = mnist.find()
             self.pixels = torch.frombuffer(files["train-images-idx3-ubyte"], dtype=torch.uint8, offset=16)
             self.pixels = self.pixels.view(-1, 28, 28)
             self.labels = torch.frombuffer(files["train-labels-idx1-ubyte"], dtype=torch.uint8, offset=8)
             steps += [transforms.Normalize((0.1307,), (0.3081,))]
         else:
-            found = cifar10.find()[1]
-            self.pixels, self.labels = torch.from_numpy(found.train), torch.from_numpy(found.train_labels)
+            images, labels = cifar10.find()[1]["train"]
+            self.pixels, self.labels = torch.from_numpy(images), torch.from_numpy(labels)
             steps = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *steps]
             steps += [transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))]
         self.transform = transforms.Compose(steps)

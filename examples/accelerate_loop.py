@@ -11,9 +11,8 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from gsm_sgd import GSM, freeze
+from gsm_sgd import GSM, Schedule, keep_masked, sparsity_table
 from gsm_sgd.experiments import data, models
-from gsm_sgd.masks import sparsity_table
 
 
 def main(dataset: str = "mnist", epochs: str = "10") -> None:
@@ -24,11 +23,7 @@ def main(dataset: str = "mnist", epochs: str = "10") -> None:
     accelerator = Accelerator(cpu=True)
     # Of every process: Accelerate divides the batches among them, so each takes fewer steps.
     steps = int(epochs) * len(loader) // accelerator.num_processes
-    optimizer = GSM(
-        model.named_parameters(), 0.05, compression=60, momentum=0.9, weight_decay=5e-4, passive_decay="auto",
-        total_steps=steps, compression_schedule="cubic", ramp_steps=round(0.3 * steps),
-        fade_steps=round(0.1 * steps), cut_step=round(0.7 * steps),
-    )  # fmt: skip
+    optimizer = GSM(model.named_parameters(), 0.05, compression=60, weight_decay=5e-4, schedule=Schedule(steps))
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
     for _ in range(int(epochs)):
@@ -41,7 +36,7 @@ def main(dataset: str = "mnist", epochs: str = "10") -> None:
     masks = optimizer.optimizer.finalize()
     net = accelerator.unwrap_model(model)
     finetuner = accelerator.prepare(torch.optim.AdamW(net.parameters(), 1e-3))
-    freeze(finetuner, masks, net)
+    keep_masked(finetuner, masks, net)
     for inputs, labels in loader:
         finetuner.zero_grad()
         accelerator.backward(nn.functional.cross_entropy(model(inputs), labels))

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gsm_sgd import GSM
-from gsm_sgd.budget import cubic_compression
+from gsm_sgd import GSM, Schedule
 
 WIDTH, HEADS, LAYERS, LENGTH, BATCH = 64, 4, 2, 64, 32
 
@@ -45,22 +44,23 @@ def train(text: Tensor, steps: int, compression: float) -> tuple[Transformer, GS
     model = Transformer()
     blocks = [(name, p) for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
     others = [(name, p) for name, p in model.named_parameters() if not (name.startswith("blocks.") and p.ndim == 2)]
+    groups = [{"params": blocks}, {"params": others, "prunable": False, "weight_decay": 0.0}]
 
-    def rising(step):
-        """Return the compression ratio of a step: 1 until the net has learned to attend, which takes it long."""
-        return cubic_compression(compression, max(0, step - round(0.35 * steps)), round(0.25 * steps))
+    def late(share):
+        """Return what share of the sparsity is reached: none until the net has learned to attend, which takes it long.
 
-    optimizer = GSM(
-        [{"params": blocks}, {"params": others, "prunable": False, "weight_decay": 0.0}],
-        lr=0.3, momentum=0.95, weight_decay=1e-4, compression=compression, passive_decay="auto", total_steps=steps,
-        compression_schedule=rising, fade_steps=round(0.1 * steps), cut_step=round(0.75 * steps),
-    )  # fmt: skip
+        The ramp is 60 % of the steps; in the first 35 % all weights are active.
+        """
+        return 1 - (1 - max(0.0, (0.6 * share - 0.35) / 0.25)) ** 3
+
+    schedule = Schedule(steps, ramp=0.6, fade=0.1, cut=0.75, curve=late)
+    optimizer = GSM(groups, lr=0.3, momentum=0.95, compression=compression, schedule=schedule)
 
     def factor(step):
         """Return a warm-up, then half a cosine."""
         return min(1.0, 20 * (step + 1) / steps) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     for _ in range(steps):
         starts = torch.randint(len(text) - LENGTH - 1, (BATCH, 1))
         pieces = text[starts + torch.arange(LENGTH + 1)]
@@ -69,7 +69,7 @@ def train(text: Tensor, steps: int, compression: float) -> tuple[Transformer, GS
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
+        scheduler.step()
     return model, optimizer
 
 

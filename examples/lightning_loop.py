@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from gsm_sgd import GSM
+from gsm_sgd import GSM, Schedule, sparsity_table
 from gsm_sgd.experiments import data, models
-from gsm_sgd.masks import sparsity_table
 
 
 class Pruned(lightning.LightningModule):
@@ -29,13 +28,9 @@ class Pruned(lightning.LightningModule):
         return nn.functional.cross_entropy(self.net(images), labels)
 
     def configure_optimizers(self) -> GSM:
-        """Return GSM: compression rises, what is kept is fixed, the rest fades and is cut, training goes on."""
-        steps = int(self.trainer.estimated_stepping_batches)
-        return GSM(
-            self.named_parameters(), 0.05, compression=60, momentum=0.9, weight_decay=5e-4, passive_decay="auto",
-            total_steps=steps, compression_schedule="cubic", ramp_steps=round(0.3 * steps),
-            fade_steps=round(0.1 * steps), cut_step=round(0.7 * steps),
-        )  # fmt: skip
+        """Return GSM: the density falls, what is kept is fixed, the rest fades and is cut, training goes on."""
+        schedule = Schedule(int(self.trainer.estimated_stepping_batches))
+        return GSM(self.named_parameters(), 0.05, compression=60, weight_decay=5e-4, schedule=schedule)
 
 
 def main(dataset: str = "mnist", epochs: str = "10") -> None:
@@ -47,7 +42,7 @@ def main(dataset: str = "mnist", epochs: str = "10") -> None:
     trainer = lightning.Trainer(max_epochs=int(epochs), accelerator="cpu", devices=1, **quiet)
     trainer.fit(model, loader)
     masks = trainer.optimizers[0].finalize()  # it has cut already: these are its masks
-    print(f"masks: {sum(int(m.sum()) for m in masks.values()):,} of {sum(m.numel() for m in masks.values()):,} weights")
+    print(f"masks: {masks.num_kept:,} of {sum(row.params for row in masks.table()):,} weights")
 
     with torch.no_grad():
         correct = (model.net(images.test.images).argmax(1) == images.test.labels).float().mean()

@@ -11,7 +11,7 @@ import tempfile
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from gsm_sgd import GSM, freeze
+from gsm_sgd import GSM, Schedule, keep_masked
 from gsm_sgd.masks import sparsity_rows
 
 LENGTH = 64
@@ -25,15 +25,12 @@ def main(steps: str = "500") -> None:
     sizes = {"vocab_size": 256, "n_positions": LENGTH, "n_embd": 64, "n_layer": 2, "n_head": 4}
     model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None))
 
+    # the embedding, which is the head as well, is left out
     blocks = [(name, p) for name, p in model.named_parameters() if ".h." in name and p.ndim == 2]
     others = [(name, p) for name, p in model.named_parameters() if not (".h." in name and p.ndim == 2)]
     total = int(steps)
-    optimizer = GSM(  # the embedding, which is the head as well, is left out
-        [{"params": blocks}, {"params": others, "prunable": False, "weight_decay": 0.0}],
-        0.05, compression=10, momentum=0.9, weight_decay=5e-4, passive_decay="auto",
-        total_steps=total, compression_schedule="cubic", ramp_steps=round(0.3 * total),
-        fade_steps=round(0.2 * total), cut_step=round(0.7 * total),
-    )  # fmt: skip
+    groups = [{"params": blocks}, {"params": others, "prunable": False, "weight_decay": 0.0}]
+    optimizer = GSM(groups, 0.05, compression=10, weight_decay=5e-4, schedule=Schedule(total, fade=0.2))
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -43,7 +40,7 @@ def main(steps: str = "500") -> None:
         Trainer(model, arguments, train_dataset=pieces, optimizers=(optimizer, schedule)).train()
         masks = optimizer.finalize()  # it has cut already: these are its masks; callbacks get it in a wrapper
         finetuning = Trainer(model, arguments, train_dataset=pieces)
-        freeze(finetuning.create_optimizer(), masks, model)
+        keep_masked(finetuning.create_optimizer(), masks, model)
         finetuning.train()
 
     rows = sparsity_rows(dict(blocks))

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
-from gsm_sgd.experiments import UsageError, mnist
+from gsm_sgd.experiments import UsageError, cifar10, mnist
 from gsm_sgd.selection import stored, streamed
 from ranks import Ranks
 
@@ -13,12 +14,16 @@ from ranks import Ranks
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
+# A busy machine is slow now and then, which is no failure.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
+
 
 @pytest.fixture(scope="session")
 def mnist_files():
     """MNIST's idx files, from wherever the chain finds them."""
     try:
-        return mnist.files()
+        return mnist.find()[1]
     except UsageError as error:
         pytest.skip(f"needs MNIST: {error}")
 
@@ -34,26 +39,25 @@ def mnist_folder(mnist_files, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def cifar10_folder():
-    """A folder with the real CIFAR-10 in it, `$GSM_DATA` or beside the checkout; nothing is downloaded for a test."""
+def _data_place(*names):
+    """Return `$GSM_DATA`, or the shared data beside the checkout, if it has a folder of such a name; else skip."""
     places = [Path(os.environ["GSM_DATA"])] if os.environ.get("GSM_DATA") else []
-    places.append(Path(__file__).parents[2] / "shared" / "data")
-    for place in places:
-        if any((place / name).is_dir() for name in ("cifar10", "CIFAR10", "cifar-10-batches-py")):
+    for place in [*places, Path(__file__).parents[2] / "shared" / "data"]:
+        if any((place / name).is_dir() for name in names):
             return place
-    pytest.skip("needs CIFAR-10: set GSM_DATA to a folder that has it")
+    pytest.skip(f"needs {names[0]}: set GSM_DATA to a folder that has it")
+
+
+@pytest.fixture(scope="session")
+def cifar10_splits():
+    """The real CIFAR-10; nothing is downloaded for a test."""
+    return cifar10.find(_data_place("cifar10", "CIFAR10", "cifar-10-batches-py"))[1]
 
 
 @pytest.fixture(scope="session")
 def public_nets():
-    """A folder with the trained nets of github.com/akamaster/pytorch_resnet_cifar10: `akamaster`, beside CIFAR-10."""
-    places = [Path(os.environ["GSM_DATA"])] if os.environ.get("GSM_DATA") else []
-    places.append(Path(__file__).parents[2] / "shared" / "data")
-    for place in places:
-        if (place / "akamaster").is_dir():
-            return place / "akamaster"
-    pytest.skip("needs the public ResNets: set GSM_DATA to a folder that has them in akamaster")
+    """A folder with the trained nets of github.com/akamaster/pytorch_resnet_cifar10."""
+    return _data_place("akamaster") / "akamaster"
 
 
 @pytest.fixture
@@ -79,7 +83,7 @@ def ranks(tmp_path_factory):
     started = {}
 
     def of(size):
-        if size not in started:
+        if size not in started or started[size].closed:
             started[size] = Ranks(size, tmp_path_factory.mktemp("ranks"))
         return started[size]
 

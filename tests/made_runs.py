@@ -37,7 +37,7 @@ def make_run(path, name="lenet300", seed=0, preset="fast", command="lottery", ep
     prunable = prunable_parameters(net)
     noise = torch.Generator().manual_seed(seed)
     moved = {key: weight.detach() + torch.randn(weight.shape, generator=noise) / 30 for key, weight in prunable.items()}
-    kept = {key: mask * moved[key] for key, mask in magnitude_masks(moved, recipe["compression"]).items()}
+    kept = {key: mask * moved[key] for key, mask in magnitude_masks(moved, compression=recipe["compression"]).items()}
     save({**net.state_dict(), **moved}, path / "gsm.safetensors")
     save({**net.state_dict(), **kept}, path / "pruned.safetensors")
 

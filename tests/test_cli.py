@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import yaml
 from safetensors.torch import save_file
 
 from gsm_sgd import __version__, cli
-from gsm_sgd.experiments import UsageError, bench, observers
+from gsm_sgd.experiments import bench, observers
 from gsm_sgd.experiments.recipes import Recipe
 from gsm_sgd.experiments.rundir import RunFolder, read_weights
 from gsm_sgd.export import save_sparse
@@ -76,28 +77,12 @@ def test_tensorboard_has_the_metrics(runs):
     assert [(event.step, pytest.approx(event.value, abs=1e-4)) for event in events.Scalars("top1")] == expected
 
 
-def test_event_files_are_not_written_where_a_link_leads(tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "tensorboard").symlink_to(tmp_path / "mine")
-    with pytest.raises(UsageError, match="tensorboard is a link: delete it"):
-        observers.TensorBoard(tmp_path).start("base", 1, 1, 0, 0)
-    assert not list((tmp_path / "mine").iterdir())
-
-
 def test_fields_reach_the_recipe(runs):
     recipe = yaml.safe_load((runs[1] / "recipe.yaml").read_text())
-    assert (recipe["recipe"], recipe["preset"], recipe["dataset"], recipe["seed"]) == (
-        "lenet300",
-        "fast",
-        "synthetic",
-        1,
-    )
-    assert (recipe["batch_size"], recipe["compression"]) == (512, 20)
-    assert (recipe["base"]["epochs"], recipe["base"]["milestones"], recipe["gsm"]["milestones"]) == (
-        2,
-        [1],
-        [],
-    )
+    expected = {"recipe": "lenet300", "preset": "fast", "dataset": "synthetic", "seed": 1}
+    expected |= {"batch_size": 512, "compression": 20}
+    assert {key: recipe[key] for key in expected} == expected
+    assert (recipe["base"]["epochs"], recipe["base"]["milestones"], recipe["gsm"]["milestones"]) == (2, [1], [])
 
 
 def test_recipe_from_a_yaml_file(runs, tmp_path):
@@ -174,7 +159,7 @@ def test_prune_and_lottery_are_not_mixed(runs, tmp_path, capsys):
 def test_show_runs(runs, capsys):
     assert cli.run(["show", *map(str, runs)]) == 0
     out = capsys.readouterr().out
-    for word in (
+    words = (
         "seeds 0, 1",
         "±",
         "ticket by GSM",
@@ -183,8 +168,8 @@ def test_show_runs(runs, capsys):
         "266,200",
         "fc1.weight",
         "made-up data",
-    ):
-        assert word in out
+    )
+    assert all(word in out for word in words)
 
 
 def test_the_same_run_counts_once(runs, tmp_path, capsys):
@@ -235,8 +220,8 @@ def test_layers_of_a_file_that_keep_nothing_are_named(tmp_path, capsys):
     assert cli.run(["show", str(tmp_path / "net.safetensors")]) == 0
     named = ", ".join(f"\\x1b{index}.weight" for index in range(5))
     assert f"{named} and 3 more keep no weight: nothing passes through them." in capsys.readouterr().out
-    save_sparse(tmp_path / "net.sparse.safetensors", {"a": torch.zeros(2, 2), "b": torch.eye(2)})
-    assert cli.run(["verify", str(tmp_path / "net.sparse.safetensors")]) == 0
+    save_sparse(tmp_path / "net.sparse.safetensors.xz", {"a": torch.zeros(2, 2), "b": torch.eye(2)})
+    assert cli.run(["verify", str(tmp_path / "net.sparse.safetensors.xz")]) == 0
     assert "\na keeps no weight: nothing passes through it." in capsys.readouterr().out
 
 
@@ -267,34 +252,37 @@ def test_show_json(runs, tmp_path):
     assert record["processes"][0][0]["processor"]
 
 
-def test_show_unfinished(runs, tmp_path, capsys):
+@pytest.fixture
+def unfinished(runs, tmp_path):
+    folder = tmp_path / "unfinished"
+    folder.mkdir()
     for name in ("recipe.yaml", "metrics.jsonl"):
-        (tmp_path / name).write_bytes((runs[0] / name).read_bytes())
-    assert cli.run(["show", str(tmp_path)]) == 0
+        shutil.copy(runs[0] / name, folder)
+    return folder
+
+
+def test_show_unfinished(unfinished, tmp_path, capsys):
+    assert cli.run(["show", str(unfinished)]) == 0
     out = capsys.readouterr().out
     assert "not finished" in out
     assert "2/2" in out
-    assert "not finished" in fails(capsys, "show", tmp_path, "--json", tmp_path / "x.json")
-    assert not (tmp_path / ".lock").exists()
+    assert "not finished" in fails(capsys, "show", unfinished, "--json", tmp_path / "x.json")
+    assert not (unfinished / ".lock").exists()
 
 
-def test_show_says_that_a_run_is_going_on(runs, tmp_path, capsys):
-    for name in ("recipe.yaml", "metrics.jsonl"):
-        (tmp_path / name).write_bytes((runs[0] / name).read_bytes())
-    with RunFolder(tmp_path, Recipe.from_dict(yaml.safe_load((tmp_path / "recipe.yaml").read_text()))):
-        assert cli.run(["show", str(tmp_path)]) == 0
+def test_show_says_that_a_run_is_going_on(unfinished, capsys):
+    with RunFolder(unfinished, Recipe.from_dict(yaml.safe_load((unfinished / "recipe.yaml").read_text()))):
+        assert cli.run(["show", str(unfinished)]) == 0
         assert "still running" in capsys.readouterr().out
-        assert fails(capsys, "export", tmp_path) == f"{tmp_path} is still running: wait for it"
-    assert cli.run(["show", str(tmp_path)]) == 0
+        assert fails(capsys, "export", unfinished) == f"{unfinished} is still running: wait for it"
+    assert cli.run(["show", str(unfinished)]) == 0
     assert "not finished" in capsys.readouterr().out
 
 
-def test_show_does_not_write_where_a_link_leads(runs, tmp_path):
-    for name in ("recipe.yaml", "metrics.jsonl"):
-        (tmp_path / name).write_bytes((runs[0] / name).read_bytes())
+def test_show_does_not_write_where_a_link_leads(unfinished, tmp_path):
     (tmp_path / "mine").write_text("precious")
-    (tmp_path / ".lock").symlink_to(tmp_path / "mine")
-    assert cli.run(["show", str(tmp_path)]) == 0
+    (unfinished / ".lock").symlink_to(tmp_path / "mine")
+    assert cli.run(["show", str(unfinished)]) == 0
     assert (tmp_path / "mine").read_text() == "precious"
 
 
@@ -302,18 +290,9 @@ def test_show_does_not_write_where_a_link_leads(runs, tmp_path):
     ("words", "message"),
     [
         (["lottery", "lenet30"], "unknown recipe 'lenet30': did you mean 'lenet300'?"),
-        (
-            ["prune", "lenet300", "--compression", "0.5"],
-            "compression must be a finite number of at least 1, not 0.5",
-        ),
-        (
-            ["prune", "lenet300", "--compression", ".inf"],
-            "compression must be a finite number of at least 1, not inf",
-        ),
-        (
-            ["prune", "lenet300", "--compression", ".nan"],
-            "compression must be a finite number of at least 1, not nan",
-        ),
+        (["prune", "lenet300", "--compression", "0.5"], "must be a finite number of at least 1, not 0.5"),
+        (["prune", "lenet300", "--compression", ".inf"], "must be a finite number of at least 1, not inf"),
+        (["prune", "lenet300", "--compression", ".nan"], "must be a finite number of at least 1, not nan"),
         (["prune", "lenet300", "--compression", "266201"], "leaves none of 266200 weights"),
         (["prune", "lenet300", "--compression", "many"], "compression"),
         (["prune", "lenet300", "--preset", "slow"], "preset"),
@@ -340,10 +319,7 @@ def test_show_does_not_write_where_a_link_leads(runs, tmp_path):
         (["prune", "resnet50", "--data-dir", "."], "ImageNet has to be there already"),
         (["prune", "resnet20", "--weights", "no.safetensors"], "weights no.safetensors do not exist: give a file"),
         (["prune", "lenet300", "--weights", "torchvision"], "weights are a base net to start from: add --start base"),
-        (
-            ["lottery", "resnet50"],
-            "a lottery trains its base net from the ticket's initialisation: leave out --weights",
-        ),
+        (["lottery", "resnet50"], "trains its base net from the ticket's initialisation: leave out --weights"),
         (["prune", "resnet20", "--precision", "float16"], "precision"),
         (["prune", "lenet300", "--nonsense", "3"], "unrecognized arguments: --nonsense 3; gsm prune --help shows what"),
         (["prune", "lenet300", "--epochs", "2"], "--epochs 2; did you mean --base.epochs or --gsm.epochs?"),
@@ -363,7 +339,7 @@ def test_show_does_not_write_where_a_link_leads(runs, tmp_path):
         (["prune", "lenet300", "--preset", "papr"], "fast or paper or repo, not 'papr': did you mean 'paper'?"),
         (["prune", "lenet300", "--gsm.epochs", "few"], "gsm.epochs takes a whole number, not 'few'"),
         (["prune", "lenet300", "--passive-decay", "x"], "passive_decay takes a number or auto or null, not 'x'"),
-        (["prune", "lenet300", "--config", "no.yaml"], "config: File does not exist: "),
+        (["prune", "lenet300", "--config", "no.yaml"], "--config no.yaml cannot be read: No such file or directory"),
         (["show", "nowhere"], "nowhere is not a run's folder"),
         (["show"], "runs"),
         (["data", "imagenet"], "unknown data set 'imagenet': choose one of mnist, cifar10"),
@@ -525,10 +501,10 @@ def test_debug_shows_where():
         cli.run(["prune", "nope", "--debug"])
 
 
-def test_help_shows_the_presets_own_settings():
-    words = [sys.executable, "-m", "gsm_sgd", "lottery", "lenet300", "--preset", "repo", "--help"]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    text = " ".join(done.stdout.split())
+def test_help_shows_the_presets_own_settings(capsys):
+    with pytest.raises(SystemExit):
+        cli.run(["lottery", "lenet300", "--preset", "repo", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
     assert "--gsm.epochs EPOCHS" in text
     assert "default: 280" in text
     assert "passes over the training set" in text  # a field's docstring is its help
@@ -546,13 +522,15 @@ def test_a_cut_on_the_way_is_told(tmp_path, capsys):
     assert record["cut_top1"] == record["top1"]
 
 
-def test_a_warning_is_one_line(tmp_path):
+@pytest.mark.filterwarnings("always::gsm_sgd.CutWarning")
+def test_a_warning_is_one_line(tmp_path, capsys):
     words = ["prune", "lenet300", "--dataset", "synthetic", "--gsm.epochs", "2", "--ramp", "0", "--out", str(tmp_path)]
-    done = subprocess.run([sys.executable, "-m", "gsm_sgd", *words], capture_output=True, text=True, check=True)
-    warned = [line for line in done.stderr.splitlines() if line.startswith("warning: the cut will remove weights")]
+    assert cli.run(words) == 0
+    said = capsys.readouterr().err
+    warned = [line for line in said.splitlines() if line.startswith("warning: the cut will remove weights")]
     assert warned
     assert all(line.count("the steps of --fade") and line.count("--gsm.momentum") for line in warned)  # not fade_steps
-    assert ".py:" not in done.stderr
+    assert ".py:" not in said
 
 
 def test_the_precision_chosen_for_this_machine_stands_in_the_recipe(tmp_path, monkeypatch, capsys):
@@ -676,19 +654,28 @@ def test_one_measurement_has_no_spread():
     assert bench.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(1 / 3)
 
 
-def test_python_m_is_the_same_command():
-    done = subprocess.run([sys.executable, "-m", "gsm_sgd", "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout == f"gsm-sgd {__version__}\n"
+def test_python_m_is_the_same_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gsm", "--version"])
+    monkeypatch.delitem(sys.modules, "gsm_sgd.__main__", raising=False)
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_module("gsm_sgd", run_name="__main__")
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"gsm-sgd {__version__}\n"
 
 
 @pytest.mark.parametrize(
-    ("words", "hint"), [(["prune", "lenet300"], ": give the same command again"), (["list"], "\n")]
+    ("words", "hint", "when"),
+    [
+        (["prune", "lenet300"], ": give the same command again", "torch"),
+        (["prune", "lenet300"], ": give the same command again", "run"),
+        (["list"], "\n", "rich"),
+        (["list"], "\n", "run"),
+    ],
 )
-@pytest.mark.parametrize("when", ["torch", "rich", "run"])
 def test_however_often_it_is_interrupted_it_says_so_in_one_line(words, hint, when):
     """Ctrl-C in the first seconds too, while slow packages are imported, some of which swallow it; and at the end."""
     code = f"""if True:
-        import atexit, os, signal, sys
+        import atexit, os, signal, sys, types
         interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)
 
         class Packages:
@@ -711,8 +698,7 @@ def test_however_often_it_is_interrupted_it_says_so_in_one_line(words, hint, whe
         atexit.register(interrupt)
         from gsm_sgd.__main__ import main
         if {when!r} == "run":
-            import gsm_sgd.cli
-            gsm_sgd.cli.run = run
+            sys.modules["gsm_sgd.cli"] = types.SimpleNamespace(run=run)
         sys.exit(main())
     """
     # `python -m` would have imported the package already

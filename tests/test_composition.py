@@ -15,9 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from gsm_sgd import GSM
-from gsm_sgd.masks import apply_masks_, prunable_parameters, sparsity_table
-from gsm_sgd.sharded import here
+from gsm_sgd import GSM, Phase, Schedule, sparsity_table
+from gsm_sgd.distributed import to_local
 from ranks import full
 
 # Of these the weights do not depend: with them training ends as it does without them.
@@ -33,7 +32,7 @@ NEUTRAL = [
 CHANGING = ["bfloat16 autocast", "gradient clipping", "tied weights", "LR scheduler"]
 FEATURES = [*NEUTRAL, *CHANGING]
 STEPS = 24
-SCHEDULE = {"compression_schedule": "cubic", "ramp_steps": 8, "fade_steps": 4, "cut_step": 18, "total_steps": STEPS}
+SCHEDULE = Schedule(STEPS, ramp=8 / STEPS, fade=4 / STEPS, cut=18 / STEPS)
 
 
 class Net(nn.Module):
@@ -70,7 +69,7 @@ class Training:
         named = list(self.model.named_parameters())
         if "parameter groups" in features:
             named = [{"params": named[:2]}, {"params": named[2:]}]
-        self.optimizer = GSM(named, lr=0.2, momentum=0.9, weight_decay=1e-2, compression=6, **SCHEDULE)
+        self.optimizer = GSM(named, lr=0.2, momentum=0.9, weight_decay=1e-2, compression=6, schedule=SCHEDULE)
         factor = (lambda step: 1 / (1 + step)) if "LR scheduler" in features else (lambda _: 1.0)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled="GradScaler" in features)
@@ -91,7 +90,7 @@ class Training:
         if self.scaler.is_enabled() and self.scheduler.last_epoch == 5:
             before = (
                 copy.deepcopy(self.optimizer.state_dict()),
-                [here(p.detach()).clone() for p in self.model.parameters()],
+                [to_local(p.detach()).clone() for p in self.model.parameters()],
             )
             scale = self.scaler.get_scale()
             self.backward(tokens, labels, math.inf)
@@ -99,7 +98,7 @@ class Training:
             self.scaler.update(scale)
             assert str(self.optimizer.state_dict()) == str(before[0]), "a skipped step changed the state"
             for param, old in zip(self.model.parameters(), before[1], strict=True):
-                assert torch.equal(here(param.detach()), old), "a skipped step changed a weight"
+                assert torch.equal(to_local(param.detach()), old), "a skipped step changed a weight"
         self.backward(tokens, labels)
         if "gradient clipping" in self.features:
             self.scaler.unscale_(self.optimizer)
@@ -126,12 +125,12 @@ def train(features, wrapping=None):
         training.step(tokens[rank::ranks], labels[rank::ranks])
 
     optimizer, model = training.optimizer, training.model
-    assert optimizer.finalized
-    assert sum(row.nonzeros for row in sparsity_table(model)) == optimizer.nonzeros
-    assert optimizer.num_prunable == sum(row.params for row in sparsity_table(model))
+    assert optimizer.phase is Phase.DONE
+    assert sum(row.nonzeros for row in sparsity_table(model)) == optimizer.num_kept
+    assert sum(row.params for row in sparsity_table(model)) == optimizer.num_prunable
     if "EMA of weights" in features:
-        apply_masks_(prunable_parameters(training.averaged.module), optimizer.masks)
-        assert sum(row.nonzeros for row in sparsity_table(training.averaged.module)) == optimizer.nonzeros
+        optimizer.masks.apply_(training.averaged.module)
+        assert sum(row.nonzeros for row in sparsity_table(training.averaged.module)) == optimizer.num_kept
     return {name: full(parameter) for name, parameter in model.named_parameters()}
 
 
@@ -162,9 +161,9 @@ def test_each_feature_on_several_processes(ranks, size, wrapping, feature):
         check([feature], weights)
 
 
-def test_the_readme_has_the_matrix():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+def test_the_guide_has_the_matrix():
+    guide = (Path(__file__).parent.parent / "docs" / "guide.md").read_text()
     rows = "".join(f"| {feature} | ✓ | ✓ | ✓ |\n" for feature in FEATURES)
-    assert rows in readme
-    assert "what stands in the first seven rows changes no result" in readme
+    assert rows in guide
+    assert "The first seven features do not change the result" in guide
     assert len(NEUTRAL) == 7

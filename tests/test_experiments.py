@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
-from gsm_sgd import magnitude_masks, prunable_parameters
+from gsm_sgd import Masks, magnitude_masks, prunable_parameters
 from gsm_sgd.experiments import UsageError, data, loop, mnist, models
 from gsm_sgd.experiments.cutnow import CutNow
 from gsm_sgd.experiments.loop import TrainingDivergedError, evaluate, train
@@ -25,7 +25,7 @@ from gsm_sgd.experiments.prune import Job, gsm, plain_sgd, prune
 from gsm_sgd.experiments.recipes import Training, find_recipe
 from gsm_sgd.experiments.rundir import RunFolder, read_metrics, read_weights
 from gsm_sgd.experiments.splits import Dataset, Images
-from gsm_sgd.experiments.whole_files import write_whole
+from gsm_sgd.experiments.whole_files import write_output
 
 CPU = torch.device("cpu")
 RECIPE = replace(
@@ -117,6 +117,8 @@ def test_result_has_the_documented_form(straight):
 def test_files_of_a_finished_run(straight):
     names = {path.name for path in straight.iterdir()} - {".lock"}
     assert names == {f"{name}.safetensors" for name in WEIGHTS} | {
+        "masks.safetensors",
+        "masks-magnitude.safetensors",
         "recipe.yaml",
         "metrics.jsonl",
         "result.json",
@@ -131,9 +133,11 @@ def test_files_of_a_finished_run(straight):
 
 def test_cut_leaves_exactly_q_of_the_gsm_net(straight):
     gsm, pruned = read_weights(straight / "gsm.safetensors"), read_weights(straight / "pruned.safetensors")
-    masks = magnitude_masks({key: value for key, value in gsm.items() if value.ndim >= 2}, 20.0)
-    assert sum(int(mask.sum()) for mask in masks.values()) == 13_310
+    masks = magnitude_masks({key: value for key, value in gsm.items() if value.ndim >= 2}, compression=20.0)
+    assert masks.num_kept == 13_310
+    stored = Masks.load(straight / "masks.safetensors")
     for name, mask in masks.items():
+        assert torch.equal(stored[name], mask)
         assert torch.equal(pruned[name], gsm[name] * mask)
 
 
@@ -141,7 +145,7 @@ def test_cut_leaves_exactly_q_of_the_gsm_net(straight):
 def test_ticket_is_the_masked_initialisation_retrained(straight, synthetic, method, trained, tmp_path):
     """Rewinding, checked against a run of the protocol's last steps by hand: start weights == mask * init."""
     weights = weights_of(straight)
-    masks = magnitude_masks({k: v for k, v in weights[trained].items() if v.ndim >= 2}, 20.0)
+    masks = magnitude_masks({k: v for k, v in weights[trained].items() if v.ndim >= 2}, compression=20.0)
     ticket = weights[f"ticket-{method}"]
     for name, mask in masks.items():
         assert not ticket[name][~mask].any()
@@ -571,7 +575,7 @@ def test_a_file_is_written_though_its_unfinished_name_is_taken(tmp_path, monkeyp
     (tmp_path / f"out.{os.getpid()}.partial").symlink_to(tmp_path / "mine")
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "mine")
-    write_whole(tmp_path / "out", b"new", "--out")
+    write_output(tmp_path / "out", b"new", "--out")
     assert (tmp_path / "out").read_bytes() == b"new"
     assert (tmp_path / "mine").read_text() == "precious"
 
@@ -621,7 +625,7 @@ def test_damaged_checkpoint_is_named(synthetic, tmp_path, damage):
 
 def test_masked_weight_that_moved_fails_the_stage(synthetic, tmp_path, monkeypatch):
     """Were retraining to lose its mask, as can happen with several GPUs in the published code, it would be seen."""
-    monkeypatch.setattr("gsm_sgd.experiments.prune.freeze", lambda optimizer, masks: None)
+    monkeypatch.setattr("gsm_sgd.experiments.prune.keep_masked", lambda optimizer, masks: None)
     with pytest.raises(RuntimeError, match=r"a masked weight of fc1\.weight moved in stage ticket-gsm"):
         run(lottery, tmp_path / "run", synthetic)
     assert not (tmp_path / "run" / "ticket-gsm.safetensors").exists()

@@ -1,14 +1,12 @@
 """The sparse file: what comes back, how large it is, and what becomes of files that lie."""
 
-import functools
 import json
+import lzma
 import math
 import os
 import struct
 import subprocess
 import sys
-import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,19 +14,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import load, save, save_file
 from torch.nn.utils import prune
 
 import reference_sparse
 from gsm_sgd import magnitude_masks, prunable_parameters
 from gsm_sgd.experiments import UsageError, models
 from gsm_sgd.experiments.recipes import find_recipe
-from gsm_sgd.export import indices, largest_size, load_sparse, save_sparse
+from gsm_sgd.export import container, largest_size, load_sparse, save_sparse
 from gsm_sgd.export.files import layers_in
-from gsm_sgd.export.sparse import FORMAT, read_sparse
-from gsm_sgd.export.table import DTYPES
+from gsm_sgd.export.sparse import read_sparse
 from gsm_sgd.export.target import _ratio, compression_for, parse_size
-from gsm_sgd.export.verify import CertificateError, verify
 
 quick = settings(max_examples=60, deadline=None)
 
@@ -44,76 +40,38 @@ def assert_same(ours, theirs):
         assert bits(ours[name]) == bits(tensor), name
 
 
-def pruned(name, compression, seed=0, spread="even"):
-    """The state of a net with exactly Q weights, all of random bits, which nothing makes smaller.
-
-    Where they are is random, or one run of them in each layer, or in the last layers.
-    """
-    model = models.build(name, seed)
-    weights = prunable_parameters(model)
-    generator = torch.Generator().manual_seed(seed)
-    scores = {key: torch.rand(weight.shape, generator=generator) for key, weight in weights.items()}
-    if spread == "runs":
-        scores = {
-            key: torch.arange(score.numel()).reshape(score.shape) / score.numel() for key, score in scores.items()
-        }
-    if spread == "last layer":
-        scores = {key: score + place for place, (key, score) in enumerate(scores.items())}
-    masks = magnitude_masks(scores, compression)
-    state = {key: value.contiguous() for key, value in model.state_dict().items()}
-    for key, mask in masks.items():
-        state[key] = torch.where(mask, random_bits(mask.shape, generator), 0.0)
-    for key, value in state.items():
-        if value.ndim == 1:
-            state[key] = random_bits(value.shape, generator)
-    return state
-
-
 def random_bits(shape, generator):
     """Finite numbers other than zero, their exponents as random as the rest."""
     numbers = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=generator) | 1
     return torch.where(numbers.view(torch.float32).isfinite(), numbers, 1).view(torch.float32)
 
 
+def pruned(name, compression, spread="even"):
+    """The state of a net with exactly Q random weights, anywhere, in a run in each layer, or in the last one."""
+    model = models.build(name, 0)
+    generator = torch.Generator().manual_seed(0)
+    scores = {}
+    for place, (key, weight) in enumerate(prunable_parameters(model).items()):
+        scores[key] = torch.rand(weight.shape, generator=generator) + place * (spread == "last layer")
+        if spread == "runs":
+            scores[key] = torch.arange(weight.numel()).reshape(weight.shape) / weight.numel()
+    masks = magnitude_masks(scores, compression=compression)
+    state = {
+        key: random_bits(value.shape, generator) if value.ndim else value for key, value in model.state_dict().items()
+    }
+    return state | {key: torch.where(mask, state[key], 0.0) for key, mask in masks.items()}
+
+
 # --- what comes back ---
 
 
-@st.composite
-def kept(draw):
-    """The size of a tensor and the positions of what is kept."""
-    size = draw(st.one_of(st.integers(0, 40), st.integers(0, 5_000)))
-    density = draw(st.sampled_from([0.0, 0.001, 0.02, 0.3, 0.9, 1.0]))
-    random = np.random.default_rng(draw(st.integers(0, 2**32)))
-    return size, np.flatnonzero(random.random(size) < density)
-
-
 @quick
-@given(st.lists(kept(), max_size=5), st.sampled_from([0, 8, 32]))
-def test_positions_come_back(tensors, value_bits):
-    sizes, positions = [size for size, _ in tensors], [where for _, where in tensors]
-    codings = [indices.choose(where, size, value_bits) for size, where in tensors]
-    code = indices.encode(positions, sizes, codings)
-    for where, coding, found in zip(positions, codings, indices.decode(code, sizes, codings), strict=True):
-        if coding.kind != "whole":
-            assert found.tolist() == where.tolist()
-        else:
-            assert value_bits
-
-
-@quick
-@given(
-    st.binary(max_size=60), st.lists(st.tuples(st.integers(0, 300), st.integers(0, 9), st.integers(0, 40)), max_size=3)
-)
-def test_any_code_is_positions_in_order_or_an_error(code, rows):
-    codings = [indices.Coding("rice", stored, parameter) for _, stored, parameter in rows]
-    try:
-        found = indices.decode(code, [size for size, _, _ in rows], codings)
-    except ValueError:
-        return
-    for (size, stored, _), where in zip(rows, found, strict=True):
-        assert len(where) == stored
-        assert all(0 <= one < size for one in where)
-        assert (np.diff(where) > 0).all()
+@given(st.integers(0, 5_000), st.sampled_from([0.0, 0.001, 0.02, 0.12, 0.14, 0.9, 1.0]), st.integers(0, 2**32))
+def test_positions_come_back(size, density, seed):
+    mask = np.random.default_rng(seed).random(size) < density
+    code = container.encode_positions(mask)
+    assert len(code) <= container.most_position_bytes(size, mask.sum())
+    assert (container.decode_positions(code, size, mask.sum()) == mask).all()
 
 
 @st.composite
@@ -121,7 +79,7 @@ def tensors(draw):
     """Named tensors of any type, of random bits, some of them zero, none -0."""
     named = {}
     for name in draw(st.lists(st.text(max_size=12).filter(lambda t: t.isprintable()), unique=True, max_size=4)):
-        dtype = DTYPES[draw(st.sampled_from(sorted(DTYPES)))]
+        dtype = container.DTYPES[draw(st.sampled_from(sorted(container.DTYPES)))]
         shape = draw(st.lists(st.integers(0, 12), max_size=4))
         random = np.random.default_rng(draw(st.integers(0, 2**32)))
         raw = random.integers(0, 256, (math.prod(shape), dtype.itemsize), np.uint8)
@@ -134,36 +92,32 @@ def tensors(draw):
 
 
 @quick
-@given(tensors())
-def test_the_same_bits_come_back(tmp_path_factory, named):
-    path = tmp_path_factory.mktemp("f") / "x.safetensors"
-    size = save_sparse(path, named)
+@given(tensors(), st.booleans())
+def test_the_same_bits_come_back_and_a_reader_written_from_the_documentation_agrees(tmp_path_factory, named, all_of_it):
+    path = tmp_path_factory.mktemp("f") / "x"
+    prunable = list(named) if all_of_it else None
+    size = save_sparse(path, named, prunable=prunable)
     assert size == path.stat().st_size
     assert_same(load_sparse(path), named)
-    verify(path)
-    stored = sum(int((t.reshape(-1).view(torch.uint8).reshape(t.numel(), -1) != 0).any(1).sum())
-                 for t in named.values() if t.ndim >= 2 and t.is_floating_point() and t.numel())  # fmt: skip
-    assert size <= largest_size(named, stored)
-
-
-@quick
-@given(tensors())
-def test_a_reader_written_from_the_documentation_agrees(tmp_path_factory, named):
-    path = tmp_path_factory.mktemp("f") / "x.safetensors"
-    save_sparse(path, named)
-    found, _ = reference_sparse.read(path.read_bytes())
-    assert found == {name: bits(tensor) for name, tensor in named.items()}
+    assert reference_sparse.read(path.read_bytes())[0] == {name: bits(tensor) for name, tensor in named.items()}
+    assert size <= largest_size(named, read_sparse(path).certificate.nonzeros, prunable=prunable)
 
 
 @pytest.mark.parametrize("values", ["float32", "float16", "bfloat16"])
-def test_that_reader_agrees_on_a_pruned_net(tmp_path, values):
-    state = pruned("lenet300", 60)
-    for name, weight in state.items():
-        state[name] = torch.where(weight != 0, torch.randn(weight.shape), 0.0) if weight.ndim == 2 else weight
-    save_sparse(tmp_path / "x", state, values=values)
-    found, metadata = reference_sparse.read((tmp_path / "x").read_bytes())
-    assert found == {name: bits(tensor) for name, tensor in load_sparse(tmp_path / "x").items()}
-    assert metadata["nonzeros"] == "4436"
+def test_rounded_values(tmp_path, values):
+    state = {
+        "w": torch.where(torch.rand(300, 400) < 0.02, torch.randn(300, 400), 0.0),
+        "b": torch.randn(9),
+        "half": torch.ones(2, 2).half(),
+    }
+    size = save_sparse(tmp_path / "x", state, values=values)
+    assert size <= largest_size(state, int(state["w"].count_nonzero()) + 4, values=values)
+    assert size < save_sparse(tmp_path / "y", state) - 2_000 or values == "float32"
+    found = load_sparse(tmp_path / "x")
+    assert_same(found, state | {"w": state["w"].to(getattr(torch, values)).float()})
+    theirs, about = reference_sparse.read((tmp_path / "x").read_bytes())
+    assert theirs == {name: bits(tensor) for name, tensor in found.items()}
+    assert about["certificate"]["nonzeros"] == int(state["w"].count_nonzero()) + 4
 
 
 def test_odd_numbers_come_back(tmp_path):
@@ -175,23 +129,12 @@ def test_odd_numbers_come_back(tmp_path):
         "s": torch.tensor(3),
         "e": torch.empty(0, 4),
         "zero": torch.zeros(9, 9),
-        "full": torch.ones(9, 9),
+        "b": torch.tensor([-0.0]),
     }
-    named["b"] = torch.tensor([-0.0])
     save_sparse(str(tmp_path / "x"), named)
     odd[3, 0] = 0.0
     assert_same(load_sparse(str(tmp_path / "x")), named)
-    assert verify(tmp_path / "x").certificate.kept == (4, 0, 0, 81)
-
-
-def test_a_net_pruned_by_multiplying_with_masks_is_small(tmp_path):
-    layer = torch.nn.Linear(784, 300)
-    prune.l1_unstructured(layer, "weight", amount=0.99)
-    prune.remove(layer, "weight")
-    state = layer.state_dict()
-    assert (state["weight"].signbit() & (state["weight"] == 0)).any()
-    kept = int(state["weight"].count_nonzero())
-    assert save_sparse(tmp_path / "x", state) <= largest_size(state, kept) < 20_000
+    assert read_sparse(tmp_path / "x").certificate.kept == (4, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +143,8 @@ def test_a_net_pruned_by_multiplying_with_masks_is_small(tmp_path):
         ({"prunable": ["typo"]}, "there is no tensor 'typo' to be prunable: there are w"),
         ({"recipe": {"clip": math.inf}}, "would not be readable"),
         ({"recipe": {"clip": {1, 2}}}, "would not be readable"),
-        ({"top1": math.nan}, "would not be readable: its certificate is damaged"),
+        ({"top1": math.nan}, "would not be readable"),
+        ({"top1": 101}, "would not be readable: its certificate is damaged"),
     ],
 )
 def test_what_could_not_be_read_is_not_written(tmp_path, options, message):
@@ -209,37 +153,21 @@ def test_what_could_not_be_read_is_not_written(tmp_path, options, message):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_name_that_stands_twice_counts_once(tmp_path):
-    save_sparse(tmp_path / "x", {"w": torch.ones(4, 4)}, prunable=["w", "w"])
-    assert verify(tmp_path / "x").certificate.prunable == 16
-
-
 def test_a_file_of_many_tensors_comes_back(tmp_path):
     named = {f"model.layers.{i}.mlp.experts.{j}.up.weight": torch.ones(1, 1) for i in range(48) for j in range(256)}
-    save_sparse(tmp_path / "x", named)
+    save_sparse(tmp_path / "x", named, prunable=[*named, *named])
     assert load_sparse(tmp_path / "x").keys() == named.keys()
+    assert read_sparse(tmp_path / "x").certificate.prunable == len(named)
 
 
-def test_memory_layout_does_not_matter(tmp_path):
-    weight = torch.randn(8, 3, 5, 5).to(memory_format=torch.channels_last)
-    save_sparse(tmp_path / "a", {"w": weight})
-    save_sparse(tmp_path / "b", {"w": weight.contiguous()})
+def test_the_same_tensors_make_the_same_file(tmp_path):
+    """In whatever order they lie in memory, and whichever process writes it."""
+    weight = torch.arange(600.0).reshape(8, 3, 5, 5)
+    save_sparse(tmp_path / "a", {"w": weight.to(memory_format=torch.channels_last), "b": torch.ones(3)}, top1=50.0)
+    code = "import sys, torch; from gsm_sgd.export import save_sparse; weight = torch.arange(600.).reshape(8, 3, 5, 5);"
+    code += "save_sparse(sys.argv[1], {'w': weight, 'b': torch.ones(3)}, top1=50.0)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "b")], check=True)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
-@pytest.mark.parametrize("values", ["float16", "bfloat16"])
-def test_rounded_values(tmp_path, values):
-    state = pruned("lenet300", 60)
-    for name, weight in state.items():
-        state[name] = torch.where(weight != 0, torch.randn(weight.shape), 0.0) if weight.ndim == 2 else weight
-    small = save_sparse(tmp_path / "x", state, values=values)
-    assert (
-        small < save_sparse(tmp_path / "y", state) - 3 * 4_436 // 2
-    )  # float16 has less of the exponent in its highest byte
-    assert small <= largest_size(state, 4_436, values=values)
-    rounded = {k: v.to(getattr(torch, values)).float() if v.ndim == 2 else v for k, v in state.items()}
-    assert_same(load_sparse(tmp_path / "x"), rounded)
-    verify(tmp_path / "x")
 
 
 @pytest.mark.parametrize("weight", [1e-9, 1e6])
@@ -247,11 +175,6 @@ def test_rounding_does_not_lose_weights(tmp_path, weight):
     with pytest.raises(UsageError, match="a weight of w is too small or too large for float16"):
         save_sparse(tmp_path / "x", {"w": torch.full((2, 2), weight)}, values="float16")
     assert not list(tmp_path.iterdir())
-
-
-def test_types_that_the_format_lacks_are_named(tmp_path):
-    with pytest.raises(UsageError, match=r"w is torch\.complex64, which the format does not have"):
-        save_sparse(tmp_path / "x", {"w": torch.zeros(2, 2, dtype=torch.complex64)})
 
 
 class Odd(torch.nn.Linear):
@@ -335,7 +258,7 @@ def test_what_torch_prunes_is_stored_as_its_mask_leaves_it(tmp_path):
     prune.random_unstructured(layer, "bias", amount=4)
     masked, nonzeros = layer.state_dict(), int(layer.weight.count_nonzero())
     save_sparse(tmp_path / "x", masked)
-    certificate = verify(tmp_path / "x").certificate
+    certificate = read_sparse(tmp_path / "x").certificate
     assert (certificate.prunable, certificate.nonzeros, nonzeros) == (320, 32, 32)
     assert [(row.name, row.nonzeros) for row in layers_in(tmp_path / "x")] == [("weight", 32)]
     save_file(masked, tmp_path / "dense.safetensors")
@@ -363,29 +286,19 @@ def test_numbers_may_be_numpy(tmp_path):
     assert largest_size(many, np.int32(2**26)) == largest_size(many, 2**26)
 
 
-def test_what_is_not_prunable_is_whole(tmp_path):
+def test_what_is_not_prunable_is_whole_for_other_tools_too(tmp_path):
     state = {"weight": torch.eye(64), "table": torch.eye(64)}
-    save_sparse(tmp_path / "x", state, prunable=["weight"])
-    file = verify(tmp_path / "x")
+    save_sparse(tmp_path / "x", state, prunable=["weight"], top1=91.5, recipe={"recipe": "resnet20"})
+    file = read_sparse(tmp_path / "x")
     assert (file.prunable, file.certificate.prunable, file.certificate.nonzeros) == (("weight",), 4096, 64)
-    assert_same(load_sparse(tmp_path / "x"), state)
-
-
-def test_other_tools_read_the_file_too(tmp_path):
-    state = pruned("resnet20", 10)
-    save_sparse(tmp_path / "x", state, top1=91.5, recipe={"recipe": "resnet20"})
-    with safe_open(tmp_path / "x", "pt") as file:
-        metadata = file.metadata()
-        assert (metadata["format"], metadata["top1"]) == (FORMAT, "91.5")
-        assert (
-            sum(map(int, metadata["kept"].split()))
-            == int(metadata["nonzeros"])
-            == sum(int(weight.count_nonzero()) for weight in state.values() if weight.ndim >= 2)
-        )
-        about = json.loads(zlib.decompress(file.get_tensor("about").numpy().tobytes()))
-        assert about["recipe"] == {"recipe": "resnet20"}
-        assert about["prunable"][0] == ["conv.weight", [16, 3, 3, 3]]
-        assert file.get_tensor("I64").numel() == 19 + 2  # batch norms with their counters
+    assert_same(file.tensors, state)
+    (tmp_path / "y").write_bytes(lzma.decompress((tmp_path / "x").read_bytes()))
+    with safe_open(tmp_path / "y", "pt") as other:
+        assert torch.equal(other.get_tensor("table"), state["table"])
+        assert torch.equal(other.get_tensor("weight"), torch.ones(64))
+        about = json.loads(other.metadata()["gsm-sgd"])
+    assert (about["format"], about["certificate"]["top1"], about["recipe"]) == (container.FORMAT, 91.5, file.recipe)
+    assert_same(load_sparse(tmp_path / "y"), state)  # which need not be compressed
 
 
 # --- how large it is ---
@@ -393,62 +306,29 @@ def test_other_tools_read_the_file_too(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "compression", "kept", "times"),
-    [("lenet300", 60, 4_436, 40), ("lenet5", 300, 1_435, 150), ("resnet56", 10, 85_150, 7)],
+    [("lenet300", 60, 4_436, 40), ("lenet5", 300, 1_435, 140), ("resnet56", 10, 85_150, 7)],
 )
-@pytest.mark.parametrize("seed", [0, 1])
-def test_size_targets(tmp_path, name, compression, kept, times, seed):
-    state = pruned(name, compression, seed)
+def test_size_targets(tmp_path, name, compression, kept, times):
+    state = pruned(name, compression)
     recipe = find_recipe(name).as_dict() | {"compression": float(compression)}
     size = save_sparse(tmp_path / "x", state, recipe=recipe, top1=98.41000000000001)
-    assert verify(tmp_path / "x").certificate.nonzeros == kept
+    assert read_sparse(tmp_path / "x").certificate.nonzeros == kept
     assert size * times <= len(save(state))
-    most = largest_size(state, kept, recipe=recipe)
-    assert size <= most <= 1.02 * size  # random positions are nearly the worst
+    assert size <= largest_size(state, kept, recipe=recipe) <= 1.2 * size + 2_000
 
 
 @pytest.mark.parametrize("spread", ["even", "runs", "last layer"])
 @pytest.mark.parametrize(
-    ("name", "target"), [("lenet300", 20_000), ("lenet300", 3_000), ("lenet300", 400_000), ("lenet5", 12_288)]
+    ("name", "target"), [("lenet300", 20_000), ("lenet300", 8_000), ("lenet300", 400_000), ("lenet5", 12_288)]
 )
 def test_a_target_size_is_met_wherever_the_weights_are(tmp_path, name, target, spread):
     recipe = find_recipe(name)
     compression = compression_for(target, models.build(name, 0), [recipe])
-    state = pruned(name, compression, 0, spread)
     fields = {**recipe.as_dict(), "compression": compression}
-    size = save_sparse(tmp_path / "x", state, recipe=fields, top1=98.41000000000001)
+    size = save_sparse(tmp_path / "x", pruned(name, compression, spread), recipe=fields, top1=98.41000000000001)
     assert size <= target
     if spread == "even":
-        assert size >= 0.93 * target  # and not by keeping less than there is room for
-
-
-@quick
-@given(
-    st.lists(st.integers(1, 30), min_size=1, max_size=5),
-    st.integers(0, 2**32),
-    st.sampled_from([0.0, 0.01, 0.1, 0.4, 0.8, 1.0]),
-    st.sampled_from(["alternate", "random", "ends", "one tensor"]),
-)
-def test_no_positions_take_more_than_the_formula(tmp_path_factory, sides, seed, density, pattern):
-    random = np.random.default_rng(seed)
-    sizes = [side * side * 7 for side in sides]
-    total = sum(sizes)
-    count = int(total * density)
-    flat = np.zeros(total, np.float32)
-    match pattern:
-        case "alternate":
-            where = np.arange(count) * total // max(count, 1)
-        case "random":
-            where = random.choice(total, count, replace=False)
-        case "ends":
-            where = np.concatenate([np.arange(count // 2), total - 1 - np.arange(count - count // 2)])
-        case _:
-            where = np.arange(count)
-    flat[where] = random.standard_normal(count) + 9
-    parts = np.split(flat, np.cumsum(sizes)[:-1])
-    state = {f"w{i}": torch.from_numpy(part.reshape(7, -1)) for i, part in enumerate(parts)} | {"b": torch.ones(5)}
-    size = save_sparse(tmp_path_factory.mktemp("f") / "x", state, top1=100 / 3)
-    meta = {name: tensor.to("meta") for name, tensor in state.items()}
-    assert size <= largest_size(meta, count)
+        assert size >= 0.9 * target - 1_000  # and not by keeping less than there is room for
 
 
 @pytest.mark.parametrize(
@@ -469,9 +349,7 @@ def test_sizes_that_are_too_small_say_the_smallest():
     model, recipe = models.build("lenet300", 0), find_recipe("lenet300")
     with pytest.raises(UsageError, match="one weight left") as caught:
         compression_for(1_000, model, [recipe])
-    smallest = int(
-        str(caught.value).split("up to ")[1].split(",")[0] + str(caught.value).split("up to ")[1].split(",")[1][:3]
-    )
+    smallest = int(str(caught.value).split("up to ")[1].split(", which")[0].replace(",", ""))
     assert compression_for(smallest, model, [recipe]) > 266_200 / 2 - 1
     with pytest.raises(UsageError, match="one weight left"):
         compression_for(smallest - 1, model, [recipe])
@@ -491,166 +369,112 @@ def test_ratios_have_six_digits_and_never_keep_more(total, data):
 # --- files that lie ---
 
 
-def parts_of(content):
-    length = int.from_bytes(content[:8], "little")
-    return json.loads(content[8 : 8 + length]), content[8 + length :]
+def edited(content, change):
+    """The file, without compression, after `change(about, stored)` has changed its JSON or its tensors."""
+    raw = lzma.decompress(content)
+    about = json.loads(json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]["gsm-sgd"])
+    stored = load(raw)
+    text = change(about, stored)
+    return save(stored, {"gsm-sgd": text if isinstance(text, str) else json.dumps(about)})
 
 
-def put_together(header, data):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data
+def with_header(text):
+    text = text.encode()
+    return len(text).to_bytes(8, "little") + text
 
 
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory):
-    """A sparse file with tensors of all three codings."""
-    state = {"a.weight": torch.zeros(40, 50), "b.weight": torch.zeros(20, 20), "c.weight": torch.ones(4, 4)}
+    state = {"a.weight": torch.zeros(40, 50), "b.weight": torch.zeros(20, 20), "c.weight": torch.ones(2, 2)}
     state |= {"a.bias": torch.ones(3), "flag": torch.tensor([True, False]), "n": torch.tensor(5)}
     state["a.weight"][::7, ::9] = 1.5
     state["b.weight"][1::2] = 2.5
-    path = tmp_path_factory.mktemp("honest") / "x.safetensors"
+    path = tmp_path_factory.mktemp("honest") / "x"
     save_sparse(path, state, recipe={"recipe": "lenet300"}, top1=98.0)
-    assert [word[0] for word in parts_of(path.read_bytes())[0]["__metadata__"]["codes"].split()] == ["r", "b", "d"]
     return path
 
 
-@functools.cache
-def zip_bomb():
-    return zlib.compress(b" " * 2**28, 1)
+def bomb():
+    """An xz file of 512 MiB of zeros."""
+    xz = lzma.LZMACompressor(preset=0)
+    return b"".join([*(xz.compress(bytes(2**24)) for _ in range(32)), xz.flush()])
 
 
-def section(kind, start, count):
-    return {"dtype": kind, "shape": [count], "data_offsets": [start, start + count * DTYPES[kind].itemsize]}
+def stored(**tensors):
+    tensors = {"gsm-sgd.positions" if name == "positions" else name: tensor for name, tensor in tensors.items()}
+    return lambda content: edited(content, lambda _, stored: stored.update(tensors))
 
 
-def about_with(content, change):
-    """The file with other JSON in its section about."""
-    header, data = parts_of(content)
-    start, end = header["about"]["data_offsets"]
-    about = json.loads(zlib.decompress(data[start:end]))
-    changed = change(about)
-    packed = changed if isinstance(changed, bytes) else zlib.compress(json.dumps(changed or about).encode())
-    header["about"] |= {"shape": [len(packed)], "data_offsets": [start, start + len(packed)]}
-    return put_together(header, data[:start] + packed)
+def says(**fields):
+    return lambda content: edited(content, lambda about, _: about.update(fields))
 
 
-def top_with(content, packed):
-    """The file with other highest bytes of its numbers."""
-    header, data = parts_of(content)
-    start, end = header["F32.top"]["data_offsets"]
-    for entry in header.values():
-        if "data_offsets" in entry and entry["data_offsets"][0] >= end:
-            entry["data_offsets"] = [at - (end - start) + len(packed) for at in entry["data_offsets"]]
-    header["F32.top"] |= {"shape": [len(packed)], "data_offsets": [start, start + len(packed)]}
-    return put_together(header, data[:start] + packed + data[end:])
+def certified(**fields):
+    return lambda content: edited(content, lambda about, _: about["certificate"].update(fields))
 
 
-def metadata_with(content, **fields):
-    header, data = parts_of(content)
-    header["__metadata__"] |= fields
-    return put_together(header, data)
+def row(*fields):
+    """The first row of the table is another."""
+    return lambda content: edited(content, lambda about, _: about["pruned"].__setitem__(0, fields))
 
 
-def header_with(content, change):
-    header, data = parts_of(content)
-    return put_together(change(header) or header, data)
+def shape(*sides):
+    return row("a.weight", sides, "float32")
 
 
-def shape_of_first(*shape):
-    return lambda about: about["prunable"][0].__setitem__(1, list(shape))
-
-
+HUGE = json.dumps({"__metadata__": {"gsm-sgd": json.dumps({"format": container.FORMAT})},
+                   "x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}})  # fmt: skip
+TWO = torch.tensor([2, 0], dtype=torch.uint8)
 HOSTILE = {
-    "empty": (lambda c: b"", "header is longer"),
-    "cut in the header": (lambda c: c[:100], "header is longer"),
-    "cut in the data": (lambda c: c[:-1], "is not where it should be"),
-    "something after the end": (lambda c: c + b"\0", "belong to no section"),
-    "header of 2**63 bytes": (lambda c: struct.pack("<Q", 2**63) + c[8:], "header is longer"),
-    "header of brackets": (lambda c: put_together(b"[" * 100_000, b""), "JSON is damaged"),
-    "header that is a list": (lambda c: put_together([], b""), "no object"),
-    "no metadata": (lambda c: header_with(c, lambda h: h.pop("__metadata__") and None), "no metadata"),
-    "metadata of numbers": (lambda c: metadata_with(c, kept=3), "no metadata"),
-    "a name twice in the header": (lambda c: put_together(b'{"F32":1,"F32":2}', b""), "JSON is damaged"),
-    "NaN in the header": (lambda c: put_together(b'{"F32":NaN}', b""), "JSON is damaged"),
-    "a number of 5,000 digits": (lambda c: put_together(b'{"F32":' + b"9" * 5_000 + b"}", b""), "JSON is damaged"),
-    "highest bytes of another type": (
-        lambda c: header_with(c, lambda h: h.__setitem__("F32.top", h["F32.top"] | {"dtype": "I8"})),
-        "a type that is not its own",
-    ),
-    "a zip bomb of highest bytes": (lambda c: top_with(c, zip_bomb()), "F32.top is cut short, too long"),
-    "highest bytes too few": (lambda c: top_with(c, zlib.compress(b"?" * 254)), "do not fit each other"),
-    "highest bytes that are none": (lambda c: top_with(c, b"?" * 30), "F32.top is damaged"),
-    "numbers twice": (
-        lambda c: header_with(c + b"1234", lambda h: h.__setitem__("F32", section("F32", len(parts_of(c)[1]), 1))),
-        "do not fit each other",
-    ),
-    "another format": (lambda c: metadata_with(c, format="gsm-sgd sparse 2"), "its format is 'gsm-sgd sparse 2'"),
-    "overlapping sections": (
-        lambda c: header_with(c, lambda h: h["about"].__setitem__("data_offsets", [0, h["about"]["shape"][0]])),
-        "section about is not where it should be",
-    ),
-    "a negative length": (lambda c: header_with(c, lambda h: h["F32.rest"].__setitem__("shape", [-1])), "not one row"),
-    "a section beyond the end": (
-        lambda c: header_with(c, lambda h: h["F32.rest"].__setitem__("shape", [2**60])),
-        "is not where it should be",
-    ),
-    "a section of the wrong type": (
-        lambda c: header_with(c, lambda h: h["F32.rest"].__setitem__("dtype", "I32")),
-        "a type that is not its own",
-    ),
-    "an unknown section": (
-        lambda c: header_with(c, lambda h: h.__setitem__("F8", h.pop("about"))),
-        "a type that is not its own",
-    ),
-    "a section that nothing needs": (
-        lambda c: header_with(c + b"12", lambda h: h.__setitem__("I16", section("I16", len(parts_of(c)[1]), 1))),
-        "not as many numbers",
-    ),
-    "a zip bomb": (lambda c: about_with(c, lambda a: zip_bomb()), "too long"),
-    "zip that is none": (lambda c: about_with(c, lambda a: b"\xff" * 50), "about is damaged"),
-    "zip with something after it": (lambda c: about_with(c, lambda a: zlib.compress(b"{}") + b"x"), "after it"),
-    "JSON of brackets": (lambda c: about_with(c, lambda a: zlib.compress(b"[" * 2**19)), "JSON is damaged"),
-    "no table": (lambda c: about_with(c, lambda a: {"prunable": 3, "whole": []}), "table is damaged"),
-    "a row that is none": (lambda c: about_with(c, lambda a: a["whole"].append(["x"])), "table is damaged"),
-    "a row too few": (lambda c: about_with(c, lambda a: a["whole"].pop() and None), "not as many numbers"),
-    "a name twice": (lambda c: about_with(c, lambda a: a["whole"].append(a["prunable"][0])), "a name stands twice"),
-    "a name that is no text": (lambda c: about_with(c, lambda a: a["whole"].append(["\ud800", [0]])), "no text"),
-    "an unknown type": (lambda c: about_with(c, lambda a: a["whole"].append(["x", [2], "F8"])), "unknown type"),
-    "another type": (lambda c: about_with(c, lambda a: a["prunable"][0].append("F64")), "not as many numbers"),
-    "a huge shape": (lambda c: about_with(c, shape_of_first(2**31, 2**31)), "'a.weight' is too large"),
-    "a huge empty shape": (lambda c: about_with(c, shape_of_first(0, 2**62)), "'a.weight' is too large"),
-    "a shape of 10**9 sides": (lambda c: about_with(c, shape_of_first(*[1] * 10**5)), "'a.weight' is none"),
-    "a shape of 2 GiB": (lambda c: about_with(c, shape_of_first(2**29)), "claim to hold tensors of 2,147,48"),
-    "a negative shape": (lambda c: about_with(c, shape_of_first(-40, -50)), "'a.weight' is none"),
-    "a fractional shape": (lambda c: about_with(c, shape_of_first(40.0, 50)), "'a.weight' is none"),
-    "a true shape": (lambda c: about_with(c, shape_of_first(True)), "'a.weight' is none"),
-    "a smaller shape": (lambda c: about_with(c, shape_of_first(1, 35)), "more values than weights"),
-    "a shape that ends too soon": (lambda c: about_with(c, shape_of_first(35, 50)), "beyond the end"),
-    "a recipe that is none": (lambda c: about_with(c, lambda a: a.__setitem__("recipe", 3)), "its recipe is none"),
-    "codes too few": (lambda c: metadata_with(c, codes="d"), "not as many codes"),
-    "codes that are none": (lambda c: metadata_with(c, codes="d d x3"), "codes are damaged"),
-    "negative codes": (lambda c: metadata_with(c, codes="d d b-3"), "codes are damaged"),
-    "codes of more values": (lambda c: metadata_with(c, codes="r4.37 b200 d"), "not as many numbers"),
-    "a large parameter": (lambda c: metadata_with(c, codes="r99.36 b200 d"), "more values than weights"),
-    "another parameter": (lambda c: metadata_with(c, codes="r0.36 b200 d"), "the code"),
-    "unknown values": (lambda c: metadata_with(c, values="float8"), "its values are 'float8'"),
-    "other values": (lambda c: metadata_with(c, values="float16"), "not as many numbers"),
-    "an accuracy that is none": (lambda c: metadata_with(c, top1="nan"), "certificate is damaged"),
-    "an accuracy of 101 %": (lambda c: metadata_with(c, top1="101"), "certificate is damaged"),
-    "counts that are none": (lambda c: metadata_with(c, kept="1 2 x"), "certificate is damaged"),
-    "a hash that is none": (lambda c: metadata_with(c, sha256="\x1b[31m"), "certificate is damaged"),
-    "a truth value of 2": (lambda c: c[: c.rindex(b"\1\0")] + b"\2\0" + c[c.rindex(b"\1\0") + 2 :], "damaged"),
-    "other weights": (lambda c: c.replace(b"\0\0\x20", b"\0\0\x30", 1), "not those that were"),
-}  # fmt: skip
+    "empty": (lambda c: b"", "damaged"),
+    "cut": (lambda c: c[:-1], "cut short"),
+    "something after the end": (lambda c: c + c, "after its end"),
+    "a zip bomb": (lambda c: bomb(), "decompresses to too much"),
+    "a large dictionary": (lambda c: lzma.compress(b"?", preset=9), "xz says: Memory usage limit"),
+    "header of 2**63 bytes": (lambda c: struct.pack("<Q", 2**63) + lzma.decompress(c)[8:], "damaged"),
+    "header of brackets": (lambda c: with_header("[" * 100_000), "damaged"),
+    "a header alone": (lambda c: with_header(HUGE), "damaged"),
+    "JSON of brackets": (lambda c: edited(c, lambda *_: "[" * 100_000), "damaged"),
+    "another safetensors file": (lambda c: save({"x": TWO}), "its format is not 'gsm-sgd sparse 2'"),
+    "version 1": (lambda c: save({"x": TWO}, {"format": "gsm-sgd sparse 1"}), "its format is not 'gsm-sgd sparse 2'"),
+    "version 3": (says(format="gsm-sgd sparse 3"), "its format is not 'gsm-sgd sparse 2'"),
+    "few positions": (stored(positions=TWO), "not as many numbers as positions"),
+    "many positions": (stored(positions=torch.zeros(999, dtype=torch.uint8)), "its positions are damaged"),
+    "positions of another type": (stored(positions=torch.ones(3)), "its positions are damaged"),
+    "a position beyond the end": (stored(positions=torch.tensor([254] * 40, dtype=torch.uint8)), "beyond the end"),
+    "a number alone": (stored(**{"b.weight": torch.tensor(2.5)}), "positions are damaged"),
+    "numbers in rows": (stored(**{"b.weight": torch.ones(200, 1)}), "not as many numbers as positions"),
+    "numbers too many": (stored(**{"a.weight": torch.ones(37)}), "not as many numbers as positions"),
+    "another tensor": (stored(extra=torch.ones(1)), "it states sha256"),
+    "a truth value of 2": (stored(flag=TWO.view(torch.bool)), "neither 0 nor 1"),
+    "no table": (says(pruned=3), "damaged"),
+    "a row that is none": (row("a.weight"), "damaged"),
+    "a row of nothing": (row("nothing", [40, 50], "float32"), "damaged"),
+    "a name that is no text": (row("\ud800", [40, 50], "float32"), "damaged"),
+    "an unknown type": (row("a.weight", [40, 50], "float8"), "damaged"),
+    "another type": (row("a.weight", [40, 50], "int64"), "it states sha256"),
+    "a huge shape": (shape(2**40, 2**40), "damaged"),
+    "a huge empty shape": (shape(0, 2**70), "damaged"),
+    "a shape of 2 GiB": (shape(2**29), "claim to hold tensors of 2,147,48"),
+    "a shape of 64 MiB": (shape(2**24 - 500), "not as many numbers as positions"),
+    "a negative shape": (shape(-40, -50), "damaged"),
+    "a fractional shape": (shape(40.0, 50), "damaged"),
+    "a smaller shape": (shape(35, 50), "a position is beyond the end"),
+    "no certificate": (says(certificate=[]), "its certificate is damaged"),
+    "an accuracy that is none": (certified(top1=math.nan), "damaged"),
+    "an accuracy of 101 %": (certified(top1=101), "its certificate is damaged"),
+    "another N": (certified(prunable=2417), "it states prunable 2417, but has 2404"),
+    "another Q": (certified(nonzeros=251), "it states nonzeros 251, but has 240"),
+    "other counts": (certified(kept=[37, 199, 4]), "it states kept [37, 199, 4], but has [36, 200, 4]"),
+    "another hash": (certified(sha256="\x1b[31m"), r"it states sha256 '\x1b[31m', but has '"),
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files_get_one_line(honest, tmp_path, name):
     damage, message = HOSTILE[name]
-    content = damage(honest.read_bytes())
-    assert content != honest.read_bytes()
-    path = tmp_path / "hostile.safetensors"
-    path.write_bytes(content)
+    path = tmp_path / "hostile"
+    path.write_bytes(damage(honest.read_bytes()))
     with pytest.raises(UsageError) as caught:
         load_sparse(path)
     assert message in str(caught.value)
@@ -665,14 +489,14 @@ from gsm_sgd.experiments import UsageError
 from gsm_sgd.export import load_sparse
 load_sparse(Path(sys.argv[1]))
 pages = int(Path("/proc/self/statm").read_text().split()[0])
-limit = pages * resource.getpagesize() + 160 * 2**20
+limit = pages * resource.getpagesize() + 256 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 for path in sorted(Path(sys.argv[2]).iterdir()):
     began = time.monotonic()
     try:
         load_sparse(path)
-    except UsageError:
-        pass
+    except UsageError as error:
+        assert not isinstance(error.__cause__, MemoryError), path
     assert time.monotonic() - began < 10, path
 """
 
@@ -680,35 +504,42 @@ for path in sorted(Path(sys.argv[2]).iterdir()):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space as Linux does")
 def test_hostile_files_get_little_memory(honest, tmp_path):
     for name, (damage, _) in HOSTILE.items():
-        (tmp_path / name.replace("/", "-")).write_bytes(damage(honest.read_bytes()))
+        (tmp_path / name).write_bytes(damage(honest.read_bytes()))
     words = [sys.executable, "-c", LIMITED, str(honest), str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-@settings(max_examples=400, deadline=None)
-@given(st.data())
-def test_damage_is_noticed_or_changes_nothing(honest, tmp_path_factory, data):
-    content = bytearray(honest.read_bytes())
-    for _ in range(data.draw(st.integers(1, 3))):
-        at = data.draw(st.integers(0, len(content) - 1))
-        match data.draw(st.sampled_from(["flip", "cut", "insert", "remove"])):
-            case "flip":
-                content[at] ^= 1 << data.draw(st.integers(0, 7))
-            case "cut":
-                del content[max(at, 1) :]
-            case "insert":
-                content[at:at] = data.draw(st.binary(min_size=1, max_size=9))
-            case _:
-                del content[at : at + data.draw(st.integers(1, 9))]
-        content = content or bytearray(b"\0")
-    path = tmp_path_factory.mktemp("f") / "x"
+def check_damaged(content, path, honest):
+    """A damaged file is refused, or what is read is as before."""
     path.write_bytes(content)
     try:
         found = load_sparse(path)
     except UsageError:
         return
     assert_same(found, load_sparse(honest))
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_files_that_are_cut_anywhere_are_refused(honest, tmp_path, compressed):
+    content = honest.read_bytes() if compressed else lzma.decompress(honest.read_bytes())
+    for length in range(len(content)):
+        (tmp_path / "x").write_bytes(content[:length])
+        with pytest.raises(UsageError):
+            load_sparse(tmp_path / "x")
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_damage_is_noticed_or_changes_nothing(honest, tmp_path_factory, data):
+    content = bytearray(honest.read_bytes())
+    if data.draw(st.booleans()):
+        content = bytearray(lzma.decompress(content))
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        removed = data.draw(st.integers(0, 9))
+        content[at : at + removed] = data.draw(st.binary(min_size=removed == 0, max_size=9))
+    check_damaged(content, tmp_path_factory.mktemp("f") / "x", honest)
 
 
 json_values = st.recursive(
@@ -720,28 +551,19 @@ json_values = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_any_header_is_an_error_or_sound(honest, tmp_path_factory, data):
-    """Fields of the header, of the metadata or of the table are replaced; what is then read is not too large."""
+def test_any_json_is_an_error_or_sound(honest, tmp_path_factory, data):
+    """Any part of the JSON is replaced; what is then read is what was saved, but for recipe and accuracy."""
 
-    def change(value):
+    def change(value, _=None):
         places = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else []
         if not places or data.draw(st.integers(0, 3)) == 0:
-            return data.draw(
-                json_values | st.integers(0, 60) | st.sampled_from(["d", "b200", "r4.36 b200 d", "F32", []])
-            )
+            return data.draw(json_values | st.integers(0, 60) | st.sampled_from(["float32", "a.weight", [], {}]))
         place = data.draw(st.sampled_from(list(places)))
         value[place] = change(value[place])
         return value
 
-    content = honest.read_bytes()
-    content = header_with(content, change) if data.draw(st.booleans()) else about_with(content, change)
-    path = tmp_path_factory.mktemp("f") / "x"
-    path.write_bytes(content)
-    try:
-        file = read_sparse(path)
-    except UsageError:
-        return
-    assert sum(t.numel() * t.element_size() for t in file.tensors.values()) <= 2**26
+    content = edited(honest.read_bytes(), lambda about, _: json.dumps(change(about)))
+    check_damaged(content, tmp_path_factory.mktemp("f") / "x", honest)
 
 
 def test_growth_is_limited_but_can_be_allowed(tmp_path):
@@ -753,24 +575,9 @@ def test_growth_is_limited_but_can_be_allowed(tmp_path):
     assert_same(load_sparse(tmp_path / "x", max_bytes=2**27), zeros)
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"prunable": "2417"}, "states prunable weights 2417, but has 2416"),
-        ({"nonzeros": "251"}, "states nonzeros 251, but has 252"),
-        ({"kept": "37 199 16"}, r"states nonzeros by layer \(37, 199, 16\), but has \(36, 200, 16\)"),
-        ({"sha256": 64 * "0"}, "states sha256 of the weights 000"),
-    ],
-)
-def test_a_certificate_that_is_not_true(honest, tmp_path, fields, message):
-    (tmp_path / "x").write_bytes(metadata_with(honest.read_bytes(), **fields))
-    with pytest.raises(CertificateError, match=message):
-        verify(tmp_path / "x")
-
-
 def test_a_missing_file():
     with pytest.raises(UsageError, match="cannot read nowhere: No such file"):
-        load_sparse(Path("nowhere"))
+        load_sparse("nowhere")
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

@@ -13,7 +13,7 @@ from gsm_sgd.experiments import UsageError
 from gsm_sgd.experiments.pretrained import load_pretrained
 from gsm_sgd.experiments.reading import load_tensors, open_regular, parse_json, read_json, read_yaml
 from gsm_sgd.experiments.rundir import read_weights
-from gsm_sgd.export.container import format_of
+from gsm_sgd.export.container import is_sparse
 from gsm_sgd.export.hdf5_file import read_hdf5
 
 
@@ -35,7 +35,7 @@ def test_only_regular_files_are_opened(specials, tmp_path):
             read_weights(path)
         with pytest.raises(UsageError, match=f"{path} is not an HDF5 file"):
             read_hdf5(path)
-        assert format_of(path) is None
+        assert not is_sparse(path)
     (tmp_path / "file").write_bytes(b"12345")
     (tmp_path / "link").symlink_to("file")
     with open_regular(tmp_path / "link", 5) as stream:

@@ -1,240 +1,119 @@
-"""The README's figures are those under results/."""
+"""The documentation holds: snippets run, commands exist, tables are made from results/, links lead somewhere."""
 
+import importlib.util
 import json
+import re
+import shlex
 from dataclasses import replace
-from itertools import groupby
+from itertools import chain
 from pathlib import Path
-from statistics import fmean
 
 import pytest
+import torch
+from torch import nn
 
+from gsm_sgd import sparsity_table
+from gsm_sgd.arguments import parse
 from gsm_sgd.experiments.recipes import find_recipe
-from gsm_sgd.export.inference import ONNX, SPARSE, THREADS
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "results"
-LOTTERY = ("base", "gsm_before_cut", "gsm_after_cut", "pruned", "ticket_gsm", "ticket_magnitude")
-DEEP = ("base", "gsm_before_cut", "gsm_after_cut", "pruned")
-ONE_SHOT = ("base", "pruned", "one_shot", "retrained")
-PRUNE = ("gsm_before_cut", "gsm_after_cut", "pruned")
-RUNS = {
-    "lenet300-x60-paper": LOTTERY,
-    "lenet300-x60-repo": LOTTERY,
-    "lenet300-x60-fast": LOTTERY,
-    "lenet5-x125-paper-quarter": LOTTERY,
-    "lenet5-x300-paper-quarter": LOTTERY,
-    "lenet300-x60-fast-24-tickets": LOTTERY,
-    "lenet300-x60-fast-24": PRUNE,
-    "lenet300-x68-fast": PRUNE,
-    "lenet5-x125-fast": PRUNE,
-    "lenet5-x300-fast": PRUNE,
-    "lenet5-x280-fast": PRUNE,
-    "lenet5-x500-fast": PRUNE,
-    "lenet5-x1000-fast": PRUNE,
-    "lenet5-x125-fast-24": PRUNE,
-    "lenet5-x300-fast-24": PRUNE,
-    "lenet300-x100-fast": PRUNE,
-    "lenet300-x200-fast": PRUNE,
-    "resnet20-x6.6-fast-12": DEEP,
-    "resnet20-x10-fast": DEEP,
-    "resnet20-x20-fast-12": DEEP,
-    "resnet56-x10-fast-12": DEEP,
-}
+RESULTS = sorted((ROOT / "results").glob("*.json"))
+SNIPPETS = ("README.md", "docs/guide.md")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+generate = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(generate)
 
 
-def cells(figures, keys):
-    """Return the row that the README shows of means and deviations."""
-    shown = []
-    for key in keys:
-        figure = figures[key]
-        shown.append(f"{figure['mean']:.2f}" + ("" if figure["std"] is None else f" ± {figure['std']:.2f}"))
-    return " | ".join(shown)
+def what_snippets_expect():
+    """Return a fresh model, its batches and the number of steps, and what one has imported."""
+    batches = [(torch.randn(8, 64), torch.randint(10, (8,))) for _ in range(40)]
+    model = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    return {"model": model, "batches": batches, "T": len(batches), "torch": torch, "F": nn.functional}
 
 
-def test_no_result_is_missing_or_unnamed():
-    runs = {path.stem for path in RESULTS.glob("*-x*.json")}
-    assert {name for name in runs if not name.startswith("ablation-")} == set(RUNS)
+def run_snippets(page):
+    """Run a page's blocks of Python one after the other, each with a fresh model, and yield what is defined."""
+    names = {}
+    for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)):
+        names |= what_snippets_expect()
+        exec(compile(block, f"{page}, snippet {number + 1}", "exec"), names)
+        yield names
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_results_stand_in_the_readme(name):
-    record = json.loads((RESULTS / f"{name}.json").read_text())
-    row = cells(record["top1"], RUNS[name])
-    if RUNS[name] is DEEP:
-        row += f" | {record['top1']['base']['mean'] - record['top1']['pruned']['mean']:.2f} |"
-    assert row in (ROOT / "README.md").read_text()
-    for processes in record["processes"]:
-        for process in processes:
-            assert process["commit"] is not None
-            assert not process["commit"].endswith("-dirty"), "results come from committed code"
-            assert {"command", "torch", "processor", "cores", "threads"} <= set(process)
+def test_snippets_of_the_readme_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    blocks = run_snippets("README.md")
+    first = next(blocks)
+    assert first["masks"].num_kept == sum(row.nonzeros for row in sparsity_table(first["model"])) == 473
+    assert first["accuracy"] > 0.95
+    scheduled, finetuned = ([row.nonzeros for row in sparsity_table(next(blocks)["model"])] for _ in range(2))
+    assert sum(scheduled) == (64 * 16 + 16 * 10) // 10
+    assert finetuned == scheduled
+    assert next(blocks)["optimizer"].num_kept == 116  # a tenth of 1,184, in whole blocks of four
 
 
-def test_that_the_instruction_set_decides_stands_in_the_readme():
-    """The same seeds give the same nets under the same instruction set on another machine, and others under another."""
-
-    names = ("lenet300-x60-fast-24", "instructions-avx2", "instructions-avx512")
-    first, same, other = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
-    assert same["seeds"] == other["seeds"] == first["seeds"][:3] == [0, 1, 2]
-    for there, here, differs in zip(first["runs"][:3], same["runs"], other["runs"], strict=True):
-        assert (here["top1"], here["layers"]) == (there["top1"], there["layers"])
-        assert differs["layers"] != here["layers"]
-    one, two = (cells(record["top1"], ["pruned"]) for record in (other, same))
-    assert f"they end at {one} in place of {two}" in (ROOT / "README.md").read_text()
-    for record, instructions in ((same, "AVX2"), (other, "AVX512")):
-        assert {process["instructions"] for run in record["processes"] for process in run} == {instructions}
+def test_snippets_of_the_guide_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(list(run_snippets("docs/guide.md"))) == 5
 
 
-@pytest.mark.parametrize("name", ["epoch-lenet300", "epoch-lenet5"])
-def test_speeds_stand_in_the_readme(name):
-    rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
-    readme = (ROOT / "README.md").read_text()
-    for row in ("plain loop", "ours (channels_last, float32)"):
-        assert f"{rows[row]['seconds']:.2f} s" in readme
-    assert f"{rows['ours (channels_last, float32)']['ratio']:.1f}" in readme
+@pytest.mark.parametrize("page", SNIPPETS)
+def test_commands_parse(page):
+    """A command or an option that does not exist, or a value of the wrong kind, is a UsageError."""
+    text = (ROOT / page).read_text()
+    lines = re.findall(r"^    (?:gsm|torchrun .* -m gsm_sgd) (.*)", text, re.M) + re.findall(r"`gsm (\w+ [^`]+)`", text)
+    assert lines
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        assert parse(words).command in (words[0], " ".join(words[:2]))
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("train-*.json")), ids=lambda path: path.stem)
-def test_the_speed_of_deep_nets_stands_in_the_readme(path):
+def test_targets_of_make_exist():
+    made = {target for page in PAGES for target in re.findall(r"`make (\w+)`", page.read_text())}
+    assert made == {"demo", "test"}
+    assert made <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+        name, _, anchor = target.partition("#")
+        path = page.parent / name if name else page
+        assert path.exists(), target
+        titles = re.findall(r"^#+ (.*)", path.read_text(), re.M) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+def test_tables_are_up_to_date():
+    """`python docs/generate.py` changes nothing."""
+    for page, root in generate.PAGES.items():
+        text = (ROOT / page).read_text()
+        assert generate.render(text, root) == text, f"run python docs/generate.py: {page}"
+
+
+def test_no_result_is_left_out():
+    markers = " ".join(re.findall(r"<!-- (.*) -->", " ".join(page.read_text() for page in PAGES)))
+    assert {path.stem for path in RESULTS} <= set(re.split("[ =]", markers))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_results_come_from_committed_code(path):
     record = json.loads(path.read_text())
-    assert not record["environment"]["commit"].endswith("-dirty")
-    rows = record["rows"]
-    names = ("plain loop", "ours, contiguous", "ours (channels_last, float32)", "ours, bfloat16")
-    shown = [str(rows[name]["images_per_second"]) for name in names]
-    automatic = "ours, bfloat16" if record["auto"] == "bfloat16" else "ours (channels_last, float32)"
-    shown.append(f"{rows[automatic]['ratio']:.2f}")
-    assert f"({path.relative_to(ROOT)}) | {' | '.join(shown)} |" in (ROOT / "README.md").read_text()
+    made = [record["environment"]] if "environment" in record else list(chain(*record["processes"]))
+    for process in made:
+        assert re.fullmatch("[0-9a-f]{12}", process["commit"])
+        assert {"command", "torch", "processor", "cores", "threads"} <= set(process)
 
 
-def test_what_the_fade_costs_stands_in_the_theory():
-    rows = json.loads((RESULTS / "fade.json").read_text())["rows"]
-    theory = (ROOT / "docs" / "theory.md").read_text()
-    for name, row in rows.items():
-        shown = " | ".join(f"{cell['mean']:.2f}" for cell in row.values())
-        assert f"| {name.removeprefix('lenet300 ')} | {shown} |" in theory
-
-
-@pytest.mark.parametrize("name", ["ablation-lenet300-x60", "ablation-no-fade"])
-def test_the_ablation_stands_in_the_theory(name):
-    record = json.loads((RESULTS / f"{name}.json").read_text())
-    assert not record["environment"]["commit"].endswith("-dirty")
-    theory = (ROOT / "docs" / "theory.md").read_text()
-    for variant, row in record["variants"].items():
-        shown = " | ".join(f"{cell['mean']:.2f} ± {cell['std']:.2f}" for cell in row.values())
-        assert f"| {variant.replace('|w|', 'magnitude')} | {shown} |" in theory
-
-
-def test_the_frontier_stands_in_the_readme():
-    record = json.loads((RESULTS / "frontier-lenet300.json").read_text())
-    assert not record["environment"]["commit"].endswith("-dirty")
-    for cells_of in record["methods"].values():
-        shown = " | ".join(f"{cell['mean']:.2f} ± {cell['std']:.2f}" for cell in cells_of.values())
-        assert f"| {shown} |" in (ROOT / "README.md").read_text()
-
-
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("one-shot-*.json")), ids=lambda path: path.stem)
-def test_one_shot_pruning_stands_in_the_readme(path):
-    """A row for each net and ratio, whose base and pruned nets are those of the runs' own results."""
-    record = json.loads(path.read_text())
-    assert not record["environment"]["commit"].endswith("-dirty")
-    runs = [json.loads((RESULTS / f"{name}.json").read_text()) for name in RUNS]
-    for key, row in record["rows"].items():
-        model, compression = key.split(",")[0].split()
-        name = f"[{model.replace('resnet', 'ResNet-')}]({path.relative_to(ROOT)}), {compression}"
-        assert f"| {name} | {cells(row, ONE_SHOT)} |" in (ROOT / "README.md").read_text()
-        assert {name: row[name]["mean"] for name in DEEP} in [
-            {name: run["top1"][name]["mean"] for name in DEEP}
-            for run in runs
-            if run["recipe"]["model"] == model and f"{run['recipe']['compression']:g}x" == compression
-        ]
-
-
-@pytest.mark.parametrize("name", [name for name in RUNS if "fast" in name])
-def test_results_of_fast_are_those_of_the_preset_as_it_is(name):
+@pytest.mark.parametrize("path", [path for path in RESULTS if "-fast" in path.stem], ids=lambda path: path.stem)
+def test_results_of_fast_are_those_of_the_preset_as_it_is(path):
     """GSM training may have another length, or the whole recipe may be scaled; all else is the preset's."""
-    recipe = json.loads((RESULTS / f"{name}.json").read_text())["recipe"]
+    recipe = json.loads(path.read_text())["recipe"]
     epochs = recipe["gsm"]["epochs"]
     preset = find_recipe(recipe["recipe"])
     lengths = [replace(preset, gsm=replace(preset.gsm, epochs=epochs)), preset.scaled(epochs / preset.gsm.epochs)]
     differ = [{key for key, value in length.as_dict().items() if recipe.get(key, value) != value} for length in lengths]
     assert any(keys <= {"compression", "seed", "precision", "weights"} for keys in differ)  # as the machine allows
-
-
-def test_seconds_to_a_pruned_net_stand_in_the_readme():
-    record = json.loads((RESULTS / "seconds.json").read_text())
-    figure = record["top1"]["pruned"]
-    shown = f"{figure['mean']:.2f} ± {figure['std']:.2f} in {fmean(record['seconds']):.0f} s"
-    assert shown in (ROOT / "README.md").read_text()
-
-
-def test_commands_in_the_readme_exist():
-    readme = (ROOT / "README.md").read_text()
-    for command in (
-        "gsm list",
-        "gsm lottery lenet300",
-        "gsm prune lenet5",
-        "gsm show",
-        "gsm report",
-        "make demo",
-        "make test",
-    ):
-        assert command in readme
-
-
-def test_step_costs_stand_in_the_readme():
-    """A row for each model: milliseconds of SGD, then the ratios of the others to it, and the fused step's memory."""
-    record = json.loads((RESULTS / "step.json").read_text())
-    assert not record["environment"]["commit"].endswith("-dirty")
-    readme = (ROOT / "README.md").read_text()
-    for model in record["models"].values():
-        costs = {cost["name"]: cost for cost in model["costs"]}
-        shown = [f"{costs['SGD, fused']['milliseconds']:.3g} ms"]
-        shown += [f"{costs[name]['ratio']:.1f}" for name in ("GSM", "GSM, fused", "published approach")]
-        assert " | ".join(shown) in readme
-
-
-def test_the_profile_of_a_step_stands_in_the_readme():
-    profiles = json.loads((RESULTS / "step-profile.json").read_text())["profiles"]
-    readme = (ROOT / "README.md").read_text()
-    for profile in profiles.values():
-        assert f"{profile['pass: update']:.2f}" in readme
-        assert f"{profile['find the threshold, its passes included']:.2f}" in readme
-
-
-def test_sizes_and_inference_stand_in_the_readme():
-    record = json.loads((RESULTS / "ship.json").read_text())
-    assert not record["environment"]["commit"].endswith("-dirty")
-    readme = (ROOT / "README.md").read_text()
-    for row in record["rows"]:
-        assert row["float32"]["top1"] == row["top1"]
-        images = 1 if row["run"].startswith("resnet56") else 0  # of 10,000, the README says so
-        assert row["top1"] - row["float16"]["top1"] == pytest.approx(images / 100)
-        shown = [f"{row['top1']:.2f}", f"{row['dense_bytes']:,}", f"{row['xz_bytes']:,}"]
-        for values in ("float32", "float16"):
-            size = row[values]["bytes"]
-            shown += [f"{size:,}", f"1/{row['dense_bytes'] / size:.0f}"]
-        assert f"| {' | '.join(shown)} |" in readme
-        for threads in THREADS:
-            ratios = [
-                f"{latency['ratio']:.2f}"
-                for engine in (SPARSE, ONNX)
-                for latency in row["inference"]
-                if (latency["engine"], latency["threads"]) == (engine, threads)
-            ]
-            assert f", {threads} thread{'s' if threads > 1 else ''} | {' | '.join(ratios)} |" in readme
-
-
-def test_what_several_processes_send_stands_in_the_readme():
-    record = json.loads((RESULTS / "sharded.json").read_text())
-    assert not record["environment"]["commit"].endswith("-dirty")
-    readme = (ROOT / "README.md").read_text()
-    for weights, rows in groupby(record["rows"], lambda row: row["weights"]):
-        shown = [f"{row['bytes'] / 1000:.1f} KB" + (f", {row['ratio']:.1f}" if "ratio" in row else "") for row in rows]
-        assert f"| {weights:,} | {' | '.join(shown)} |" in readme
-    assert {row["calls"] for row in record["rows"]} == {3, 5}, "the README says so"
-
-
-def test_the_language_model_stands_in_the_readme():
-    record = json.loads((RESULTS / "language-model.json").read_text())
-    dense, sparse = (row["bits_per_byte"] for row in record["rows"])
-    assert f"in {dense} bits per byte, or in {sparse} with" in (ROOT / "README.md").read_text()

@@ -224,19 +224,20 @@ def test_zero_gradients_where_denormal_numbers_are_flushed_to_zero():
 
 
 @pytest.mark.usefixtures("either_way", "quick_compile")
-def test_ties_across_the_threshold():
-    """Of equal importances the first are active: those of the second tensor in part, in index order."""
+@pytest.mark.parametrize("num_kept", [9, 50])
+def test_ties_across_the_threshold(num_kept):
+    """Of equal importances the first are active: those of one tensor in part, in index order, and none after it."""
     params = [
         nn.Parameter(torch.ones(4, 5)),
         nn.Parameter(torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)),
     ]
     settings = {"momentum": 0.0, "weight_decay": 0.25, "passive_decay": 0.5}
-    optimizer = GSM(params, 0.5, num_kept=50, compiled=True, **settings)
+    optimizer = GSM(params, 0.5, num_kept=num_kept, compiled=True, **settings)
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
     moved = torch.cat([p.detach().reshape(-1) for p in params])
-    assert torch.equal(moved, torch.where(torch.arange(116) < 50, 1 - 0.5 * 1.25, 1 - 0.5 * 0.5))
+    assert torch.equal(moved, torch.where(torch.arange(116) < num_kept, 1 - 0.5 * 1.25, 1 - 0.5 * 0.5))
 
 
 @pytest.mark.usefixtures("quick_compile")
@@ -305,15 +306,14 @@ def test_copies_stay_compiled_and_states_load_uncompiled():
 
 
 @pytest.mark.usefixtures("quick_compile")
-@pytest.mark.parametrize("options", [{}, {"compiled": True}])
+@pytest.mark.parametrize("options", [{}, {"compiled": True}, {"compression": 1, "fused": True}])
 def test_layout_of_gradients_and_loaded_momenta_does_not_matter(options):
     """Torch's fused SGD takes for granted that all tensors lie in memory as the parameter does."""
     params = [nn.Parameter(torch.rand(6, 5, 4, 3)), nn.Parameter(torch.rand(3))]
     params += [nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format)) for p in params]
-    optimizers = [
-        GSM(params[:2], 0.1, compression=3, weight_decay=0.1, **options),
-        GSM(params[2:], 0.1, compression=3, weight_decay=0.1, foreach=False),
-    ]
+    settings = {"compression": 3, "weight_decay": 0.1} | options
+    plain = {"compression": settings["compression"], "weight_decay": 0.1, "foreach": False}
+    optimizers = [GSM(params[:2], 0.1, **settings), GSM(params[2:], 0.1, **plain)]
     for step in range(3):
         if step == 1:
             params[0].data = params[0].data.to(memory_format=torch.channels_last)  # the momenta stay as they are

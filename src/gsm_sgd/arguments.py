@@ -5,7 +5,6 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -13,7 +12,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from . import __version__
 from .experiments import UsageError, bench, data, suggestion
-from .experiments.lottery import TICKETS as TRAINED
+from .experiments.lottery import TICKETS
 from .experiments.models import check_named
 from .experiments.reading import cause, read_yaml
 from .experiments.recipes import RECIPES, Preset, Recipe, Training, check_stages, find_recipe
@@ -23,6 +22,12 @@ from .export.sparse import Values
 _RUNS = {
     "prune": "train, train with GSM, cut; accuracy before and after",
     "lottery": "winning tickets found by GSM and by magnitude, retrained from one initialisation",
+}
+_SHARED: dict[str, tuple[Any, object, str]] = {
+    "--data-dir": (Path | None, None, "folder of the data; default $GSM_DATA"),
+    "--device": (str, "auto", "auto, cpu, cuda, ..."),
+    "--model": (str | None, None, "a file.py:function or module:function that may build the net"),
+    "--out": (Path, Path("runs"), "folder that gets the run's folder"),
 }
 _TYPES = {
     "float": "a number",
@@ -35,9 +40,6 @@ _TYPES = {
 """What jsonargparse's errors expect, in words."""
 _OPTIONS = {
     "total_steps": "the steps of --gsm.epochs",
-    "ramp_steps": "the steps of --ramp",
-    "fade_steps": "the steps of --fade",
-    "cut_step": "the step of --cut",
     "momentum": "--gsm.momentum",
     "weight_decay": "--gsm.weight_decay",
     "passive_decay": "--passive_decay",
@@ -50,9 +52,6 @@ def parse(argv: Sequence[str]) -> Namespace:
     """Return the options of the subcommand, with its name as `command`; without any, show the help.
 
     The defaults of the recipe's fields are those of the recipe and preset named, so these are looked up first.
-
-    Raises:
-        UsageError: they are not those of a command.
     """
     try:
         return _parsed(argv or ["--help"])
@@ -93,7 +92,6 @@ def _parsed(argv: Sequence[str]) -> Namespace:
     recipe = find_recipe("lenet300")
     if words and words[0] in _RUNS:
         words = [words[0], *_config_first(words[1:])]
-        _check_configs(words)
         asked = [word for word in words if not word.startswith(("-h", "--help", "--print_config"))]
         try:
             first = _parser(recipe).parse_args(asked)[words[0]]
@@ -106,42 +104,32 @@ def _parsed(argv: Sequence[str]) -> Namespace:
     chosen.command = options.command
     if chosen.command == "ticket":
         return Namespace(**vars(chosen[chosen.action]), command=f"ticket {chosen.action}")
-    given = _given("--compression", words)
-    if chosen.get("target_size") is not None and given:
+    if chosen.get("target_size") is not None and _is_given("--compression", words):
         raise UsageError("--target-size chooses the compression ratio: leave out --compression")
     return chosen
 
 
-def _config_first(words: list[str]) -> list[str]:
-    """Put --config FILE before all else, so that what is given beside it has the last word."""
-    for place, word in enumerate(words):
-        if word == "--config" and place + 1 < len(words):
-            return [*words[place : place + 2], *words[:place], *_config_first(words[place + 2 :])]
-        if word.startswith("--config="):
-            return [word, *words[:place], *_config_first(words[place + 1 :])]
-    return words
+def _config_first(words: Sequence[str]) -> list[str]:
+    """Return the words with --config FILE first, so that the options beside it have the last word.
 
-
-def _given(option: str, words: Sequence[str]) -> list[str]:
-    """Return the values that an option has on the command line."""
-    return [
-        (word.partition("=")[2] if "=" in word else following)
-        for word, following in pairwise([*words, ""])
-        if word.partition("=")[0] == option
-    ]
-
-
-def _check_configs(words: Sequence[str]) -> None:
-    """Raise UsageError for a --config that is damaged, or would run code: it may be the recipe of another's run."""
-    for path in map(Path, _given("--config", words)):
+    Raises:
+        UsageError: a file is damaged, or would run code: it may be the recipe of another's run.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", type=Path, action="append", default=[])
+    given, rest = parser.parse_known_args(words)
+    for path in given.config:
         try:
             check_stages(theirs := read_yaml(path))
-        except FileNotFoundError:
-            continue  # the parser says so
         except (OSError, ValueError) as error:
             raise UsageError(f"--config {path} cannot be read: {cause(error)}") from error
-        if not _given("--model", words) and "model" in theirs:
+        if not _is_given("--model", words) and "model" in theirs:
             check_named(str(theirs["model"]), path, None)
+    return [*(f"--config={path}" for path in given.config), *rest]
+
+
+def _is_given(option: str, words: Sequence[str]) -> bool:
+    return any(word.partition("=")[0] == option for word in words)
 
 
 def _underscored(word: str, names: set[str]) -> str:
@@ -156,105 +144,71 @@ def _parser(recipe: Recipe) -> ArgumentParser:
     parser = _Parser(prog="gsm", description="Train a neural network to an exact, chosen sparsity.")
     parser.add_argument("--version", action="version", version=f"gsm-sgd {__version__}")
     commands = parser.add_subcommands(dest="command")
-    commands.add_subcommand("list", _Parser(), help="the recipes, the paper's figures and what the presets cost")
+
+    _command(commands, "list", "the recipes, the paper's figures and what the presets cost")
     for name, text in _RUNS.items():
-        commands.add_subcommand(name, _run_parser(recipe, name, text), help=text)
+        _add_run_options(_command(commands, name, text, usage=f"gsm {name} RECIPE [options]"), recipe, name)
 
-    show = _Parser(description="Show runs, finished or not, or the layers of a weight file.")
+    show = _command(commands, "show", "show runs, finished or not, or the layers of a weight file")
     show.add_argument("runs", nargs="+", type=Path, help="run folders, or safetensors, sparse, HDF5 or ticket files")
-    show.add_argument("--json", type=Path | None, default=None, help="also write runs of several seeds to this file")
-    commands.add_subcommand("show", show, help="what runs came to, or the layers of a weight file")
+    _option(show, "--json", Path | None, None, "also write runs of several seeds to this file")
 
-    report = _Parser(description="Write one page with everything about runs, finished or not.")
-    report.add_argument("runs", nargs="+", type=Path, help="run folders")
+    report = _command(commands, "report", "write a page with results, curves, layers, masks and sizes of runs")
+    report.add_argument("runs", nargs="+", type=Path, help="run folders, finished or not")
     report.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page")
-    commands.add_subcommand("report", report, help="a page with results, curves, layers, masks and sizes of runs")
-    commands.add_subcommand("export", _export_parser(), help="write a finished run's pruned net as a file for others")
-    commands.add_subcommand("verify", _verify_parser(), help="check a sparse file against its certificate")
-    ticket = _Parser(description="Store a winning ticket in a few KB, and train it again.")
-    commands.add_subcommand("ticket", ticket, help="store a winning ticket in a few KB, and train it again")
-    _add_ticket_actions(ticket)  # only now: jsonargparse wants the outer ones first
 
-    cost = _Parser(description="Measure what an optimizer step costs, or how long the pruned nets of runs take.")
+    export = _command(commands, "export", "write a finished run's pruned net as a file for others")
+    export.add_argument("run", type=Path, help="the run's folder")
+    _option(export, "--format", Format, "sparse", "sparse: small, with a certificate")
+    _option(export, "--out", Path | None, None, "the file; default pruned.<ending> in the folder")
+    _option(export, "--values", Values, "float32", "what to round the weights of a sparse file to")
+    _shared(export, "--data-dir", "--model")  # rounded weights have their accuracy measured
+
+    verify = _command(commands, "verify", "compute all that a sparse file's certificate states, and compare")
+    verify.add_argument("file", type=Path, help="what gsm export --format sparse has written")
+    verify.add_argument("--accuracy", action="store_true", help="measure the accuracy too, which needs the data")
+    _shared(verify, "--data-dir", "--model")
+
+    actions = _command(commands, "ticket", "store a winning ticket in a few KB, and train it again").add_subcommands(
+        dest="action"
+    )
+    save = _command(actions, "save", "store a ticket of a finished lottery: seed, mask, recipe and accuracy")
+    save.add_argument("run", type=Path, help="the lottery's folder")
+    _option(save, "--method", Literal[*TICKETS], "gsm", "what found it")
+    _option(save, "--out", Path | None, None, "the file; default in the run's folder", "-o")
+    replay = _command(actions, "replay", "initialise a stored ticket's net from its seed, train it again, and compare")
+    replay.add_argument("file", type=Path, help="what gsm ticket save has written")
+    _shared(replay, "--out", "--data-dir", "--model", "--device")
+    _option(replay, "--threads", int | None, None, "CPU threads; default as many as the ticket had")
+
+    cost = _command(commands, "bench", "measure an optimizer step, or how long the pruned nets of runs take")
     cost.add_argument(
-        "subject", type=str, help="what to measure: step, GSM's beside SGD's; or inference, dense and sparse"
+        "subject", type=str, help="what to measure: step, GSM against SGD; or inference, dense and sparse"
     )
     of_what = f"step: models of {', '.join(bench.WORKLOADS)} (default: lenet300 resnet56); inference: run folders"
     cost.add_argument("names", nargs="*", help=of_what)
-    cost.add_argument("--repeats", type=int, default=9, help="turns of steps")
-    cost.add_argument("--device", type=str, default="auto", help="of steps: auto, cpu, cuda, ...")
-    _add_model(cost)
-    commands.add_subcommand("bench", cost, help="what an optimizer step costs, or a pruned net's inference")
+    _option(cost, "--repeats", int, 9, "interleaved repetitions of each step")
+    _shared(cost, "--device", "--model")
 
-    fetch = _Parser(description="Fetch a data set and verify it.")
+    fetch = _command(commands, "data", "fetch a data set and verify it")
     fetch.add_argument("dataset", type=str, help=f"which one: {', '.join(data.FETCHED)}")
-    _add_data_dir(fetch)
-    commands.add_subcommand("data", fetch, help="fetch a data set and verify it")
+    _shared(fetch, "--data-dir")
     return parser
 
 
-def _export_parser() -> ArgumentParser:
-    parser = _Parser(description="Write a finished run's pruned net as a file for others.")
-    parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument("--format", type=Format, default="sparse", help="sparse: small, with a certificate")
-    parser.add_argument("--out", type=Path | None, default=None, help="the file; default pruned.<ending> in the folder")
-    parser.add_argument(
-        "--values", type=Values, default="float32", help="what to round the weights of a sparse file to"
-    )
-    _add_data_dir(parser)  # rounded weights have their accuracy measured
-    _add_model(parser)
-    return parser
-
-
-def _verify_parser() -> ArgumentParser:
-    parser = _Parser(description="Compute all that a sparse file's certificate states from its weights, and compare.")
-    parser.add_argument("file", type=Path, help="what gsm export --format sparse has written")
-    parser.add_argument("--accuracy", action="store_true", help="measure the accuracy too, which needs the data")
-    _add_data_dir(parser)
-    _add_model(parser)
-    return parser
-
-
-def _add_ticket_actions(parser: ArgumentParser) -> None:
-    actions = parser.add_subcommands(dest="action")
-    save = _Parser(description="Store a ticket of a finished lottery: seed, mask, recipe and accuracy.")
-    save.add_argument("run", type=Path, help="the lottery's folder")
-    save.add_argument("--method", type=Literal[*TRAINED], default="gsm", help="what found it")
-    save.add_argument("-o", "--out", type=Path | None, default=None, help="the file; default in the run's folder")
-    actions.add_subcommand("save", save, help="store a ticket of a finished lottery")
-    replay = _Parser(description="Initialise a ticket's net from its seed, train it again, and compare.")
-    replay.add_argument("file", type=Path, help="what gsm ticket save has written")
-    replay.add_argument("--out", type=Path, default=Path("runs"), help="folder that gets the run's folder")
-    _add_data_dir(replay)
-    _add_model(replay)
-    replay.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, ...")
-    replay.add_argument(
-        "--threads", type=int | None, default=None, help="CPU threads; default as many as the ticket had"
-    )
-    actions.add_subcommand("replay", replay, help="train a stored ticket again")
-
-
-def _run_parser(recipe: Recipe, command: str, description: str) -> ArgumentParser:
-    usage = f"gsm {command} RECIPE [options]"
-    parser = _Parser(usage=usage, description=f"{description[0].upper()}{description[1:]}.")
+def _add_run_options(parser: ArgumentParser, recipe: Recipe, command: str) -> None:
     parser.add_argument("recipe", type=str, help=f"one of {', '.join(RECIPES)}")
-    parser.add_argument("--preset", type=Preset, default="fast", help="whose settings")
+    _option(parser, "--preset", Preset, "fast", "whose settings")
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any fields of the recipe")
-    parser.add_argument("--seeds", type=str | None, default=None, help="several runs, like 0,1,2")
-    parser.add_argument("--epochs-scale", type=float, default=1.0, help="shorten every stage, milestones too")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder that gets the run's folder")
-    _add_data_dir(parser)
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, ...")
-    parser.add_argument("--threads", type=int | None, default=None, help="CPU threads")
-    parser.add_argument("--checkpoint-seconds", type=float, default=20.0, help="time between checkpoints")
+    _option(parser, "--seeds", str | None, None, "several runs, like 0,1,2")
+    _option(parser, "--epochs-scale", float, 1.0, "shorten every stage, milestones too")
+    _shared(parser, "--out", "--data-dir", "--device")
+    _option(parser, "--threads", int | None, None, "CPU threads")
+    _option(parser, "--checkpoint-seconds", float, 20.0, "time between checkpoints")
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard event files")
     if command == "prune":
-        parser.add_argument(
-            "--target-size",
-            type=str | None,
-            default=None,
-            help="of a sparse file, like 20KB, which then is exported; in place of --compression",
-        )
+        what = "of a sparse file, like 20KB, which then is exported; in place of --compression"
+        _option(parser, "--target-size", str | None, None, what)
     parser.add_argument("--debug", action="store_true", help="show where an error arose")
     defaults: dict[str, Any] = recipe.as_dict()
     del defaults["recipe"], defaults["preset"]
@@ -262,17 +216,23 @@ def _run_parser(recipe: Recipe, command: str, description: str) -> ArgumentParse
     for action in parser._actions:
         if action.dest.partition(".")[0] in defaults:
             action.required = False  # all have a default here, so the help is not to call them required
+
+
+def _command(commands: Any, name: str, text: str, **options: Any) -> ArgumentParser:
+    """Add a subcommand; `text` says what it does."""
+    parser = _Parser(description=f"{text[0].upper()}{text[1:]}.", **options)
+    commands.add_subcommand(name, parser, help=text)
     return parser
 
 
-def _add_model(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", type=str | None, default=None, help="a file.py:function or module:function that may build the net"
-    )
+def _option(parser: ArgumentParser, name: str, kind: Any, default: object, text: str, *short: str) -> None:
+    parser.add_argument(*short, name, type=kind, default=default, help=text)
 
 
-def _add_data_dir(parser: ArgumentParser) -> None:
-    parser.add_argument("--data-dir", type=Path | None, default=None, help="folder of the data; default $GSM_DATA")
+def _shared(parser: ArgumentParser, *names: str) -> None:
+    """Add options that several commands have."""
+    for name in names:
+        _option(parser, name, *_SHARED[name])
 
 
 class _Parser(ArgumentParser):
@@ -285,13 +245,11 @@ class _Parser(ArgumentParser):
         """Raise what is wrong, with the options that are meant if one is misspelt, or lacks its stage."""
         misspelt = re.match(r"unrecognized arguments: --?([^ =]+)", message)
         if misspelt and ex is None:  # else it has been said by the parser of a subcommand
-            meant = self._like(misspelt[1])
+            options = [option for option in self._option_string_actions if option.startswith("--")]
+            names = {
+                option: {option[2:], option.rpartition(".")[2].lstrip("-")} for option in options
+            }  # --lr: --gsm.lr
+            near = difflib.get_close_matches(misspelt[1], set().union(*names.values()), n=1)
+            meant = [option for option in options if names[option].intersection(near)]
             message += f"; did you mean {' or '.join(meant)}?" if meant else ""
         super().error(message, ex)
-
-    def _like(self, word: str) -> list[str]:
-        """Return the options that have the name nearest to a word, or have it as their last part: --lr is --gsm.lr."""
-        options = [option for option in self._option_string_actions if option.startswith("--")]
-        names = {option: {option[2:], option[2:].rpartition(".")[2]} for option in options}
-        near = difflib.get_close_matches(word, set().union(*names.values()), n=1)
-        return [option for option in options if near and near[0] in names[option]]

@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,26 +21,27 @@ from rich.text import Text
 
 from .arguments import in_options, parse
 from .experiments import UsageError, bench, data, models, ranks, suggestion
-from .experiments.loop import Observer, fitting_precision
+from .experiments.loop import fitting_precision
 from .experiments.lottery import lottery
-from .experiments.observers import ProgressBars, Several, TensorBoard
+from .experiments.observers import ProgressBars
 from .experiments.pretrained import is_torchvisions, load_pretrained
 from .experiments.prune import Job, gsm, prune
 from .experiments.reading import read_yaml
-from .experiments.recipes import Recipe, Training, net_name
-from .experiments.rundir import Record, RunFolder, refuse_other_recipe
+from .experiments.recipes import Recipe, net_name
+from .experiments.rundir import Record, RunFolder, check_recipe
 from .experiments.states import tensors_hash
+from .experiments.whole_files import write_output
 from .export.files import layers_in
 from .export.inference import MEASUREMENTS, Latency, latency_table, measure_inference, verdict
-from .export.rebuild import image_shape, load_data, recipe_of
+from .export.rebuild import image_shape, load_data, recipe_of, verify_accuracy
 from .export.run import export, export_name
+from .export.sparse import read_sparse
 from .export.target import compression_for, parse_size
 from .export.ticket import check_fits, read_ticket, replay, save_ticket
-from .export.verify import verify, verify_accuracy
 from .masks import LayerSparsity, sparsity_rows
 from .names import is_prunable
-from .reports import html, nets, plots, tables
-from .reports.blocks import tried
+from .reports import accuracy, figures, html, structure, tables
+from .reports.blocks import Group, tried
 from .reports.runs import WEIGHTS, Run, by_recipe, comparable, read_run, summary
 
 _COMMANDS = {"prune": prune, "lottery": lottery}
@@ -54,6 +55,10 @@ class _Console(Console):
         """Return a string as it is shown."""
         return super().render_str("\n".join(map(tables.printable, text.split("\n"))), **options)
 
+    def say(self, text: object) -> None:
+        """Print one line, however long, without colours."""
+        self.print(str(text), highlight=False, soft_wrap=True)
+
 
 def run(argv: Sequence[str]) -> int:
     """Run `gsm` with its arguments and return the exit status: 0 done, 1 failed, 2 bad usage."""
@@ -61,90 +66,80 @@ def run(argv: Sequence[str]) -> int:
     console, log = (_Console(stderr=stderr, markup=False, quiet=ranks.rank() > 0) for stderr in (False, True))
     if not console.is_terminal:
         console.width = 100
-    debug = "--debug" in argv
     try:
         options = parse([word for word in argv if word != "--debug"])
-        if ranks.size() > 1 and options.command not in _COMMANDS:
+        if ranks.is_distributed() and options.command not in _COMMANDS:
             raise UsageError(f"gsm {options.command} takes one process: start it without torchrun")
         match options.command:
             case "list":
                 console.print(tables.recipes_table())
             case "data":
-                console.print(data.describe(options.dataset, options.data_dir), highlight=False, soft_wrap=True)
+                console.say(data.describe(options.dataset, options.data_dir))
             case "bench":
                 _bench(options, console, log)
             case "show":
                 _show(options.runs, options.json, console, log)
             case "report":
                 for missing in html.write_report(options.runs, options.output):
-                    log.print(f"missing: {missing}", highlight=False, soft_wrap=True)
-                console.print(str(options.output), highlight=False, soft_wrap=True)
+                    log.say(f"missing: {missing}")
+                console.say(options.output)
             case "export":
-                out = export(
-                    options.run, options.format, options.out, options["values"], options.data_dir, options.model
-                )
-                console.print(out, highlight=False, soft_wrap=True)
+                where = (options.out, options["values"], options.data_dir, options.model)
+                console.say(export(options.run, options.format, *where))
             case "verify":
                 _verify(options, console)
             case "ticket save":
-                console.print(save_ticket(options.run, options.method, options.out), highlight=False, soft_wrap=True)
+                console.say(save_ticket(options.run, options.method, options.out))
             case "ticket replay":
                 _replay(options, console, log)
             case command:
                 with warnings.catch_warnings():
-                    warnings.showwarning = lambda message, *_: log.print(
-                        f"warning: {in_options(str(message))}", highlight=False, soft_wrap=True
-                    )
+                    warnings.showwarning = lambda message, *_: log.say(f"warning: {in_options(str(message))}")
                     _run(command, options, console, log)
-    except UsageError as error:
-        if debug:
-            raise
-        return _complain(error, 2)
     except Exception as error:
-        if debug:
+        if "--debug" in argv:
             raise
-        return _complain(error, 1)
+        return _complain(error)
     return 0
 
 
-def _complain(error: Exception, status: int) -> int:
+def _complain(error: Exception) -> int:
+    """Print one line that says what is wrong, and return the exit status."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None:
         again = "; make room, then give the same command again" if error.errno in _FULL else ""
         text = f"{error.filename}: {error.strerror}{again}"
-    elif status == 1:
+    elif not isinstance(error, UsageError):
         text += f" ({type(error).__name__}; --debug shows where)"
     who = f"gsm, process {ranks.rank()}" if ranks.rank() else "gsm"
     print(f"{who}: error: {tables.printable(text)}", file=sys.stderr)
-    return status
+    return 2 if isinstance(error, UsageError) else 1
 
 
 # --- prune and lottery ---
 
 
-def _run(command: str, options: Namespace, console: Console, log: Console) -> None:
+def _run(command: str, options: Namespace, console: _Console, log: _Console) -> None:
     """Run a recipe for each seed and show what came out."""
     device = _device(options.device)
     planned = _plan(command, options, device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    dataset = load_data(next(iter(planned.values())), options.data_dir).share(ranks.rank(), ranks.size())
+    dataset = load_data(next(iter(planned.values())), options.data_dir).shard(ranks.rank(), ranks.world_size())
     _check_net(planned, dataset.classes)
 
-    with ranks.joined(device) as device:
+    with ranks.process_group(device) as device:
         for path, recipe in planned.items():
             with RunFolder(path, recipe, options.checkpoint_seconds) as folder:
-                log.print(f"{path}{_already(folder)}", highlight=False, soft_wrap=True)
-                folder.refuse_other_data(dataset.identity)
+                log.say(f"{path}{_already(folder)}")
+                folder.check_data(dataset.identity)
                 if not folder.finished:
                     folder.note_environment(device)
-                    with ProgressBars(log) as bars, ExitStack() as at_end:
-                        observers: list[Observer] = [bars]
-                        if options.tensorboard and folder.writes:
-                            observers.append(at_end.enter_context(closing(TensorBoard(path))))
-                        _COMMANDS[command](Job(recipe, dataset.to(device), folder, Several(observers), device))
+                    tensorboard = path / "tensorboard" if options.tensorboard and folder.writes else None
+                    with ProgressBars(log, tensorboard) as bars:
+                        _COMMANDS[command](Job(recipe, dataset.to(device), folder, bars, device))
                 if folder.writes:
-                    _save_pictures(read_run(path), folder)
+                    _save_figures(read_run(path), folder)
     if folder.writes:
         _print_results([read_run(path) for path in planned], console)
         for path in planned if options.get("target_size") is not None else ():
@@ -168,8 +163,9 @@ def _plan(command: str, options: Namespace, device: torch.device) -> dict[Path, 
     if not (math.isfinite(options.checkpoint_seconds) and options.checkpoint_seconds >= 0):
         raise UsageError(f"checkpoint-seconds must be at least 0, not {options.checkpoint_seconds}")
     recipe = _recipe(options)
-    if 0 < recipe.batch_size < ranks.size():
-        raise UsageError(f"batch_size {recipe.batch_size} leaves some of {ranks.size()} processes without an image")
+    if 0 < recipe.batch_size < ranks.world_size():
+        processes = f"some of {ranks.world_size()} processes"
+        raise UsageError(f"batch_size {recipe.batch_size} leaves {processes} without an image")
     # what is chosen for this machine stands in the run's recipe, so that no other goes on with something else
     recipe = replace(recipe, precision=fitting_precision(recipe.precision, device))
     seeds = [recipe.seed] if options.seeds is None else _seeds(options.seeds)
@@ -179,22 +175,25 @@ def _plan(command: str, options: Namespace, device: torch.device) -> dict[Path, 
     for seed in seeds:
         seeded = replace(recipe, seed=seed)
         seeded.check()
-        name = f"{net_name(seeded.recipe, seeded.model)}-{command}-{seeded.preset}-x{seeded.compression:g}-s{seed}"
-        planned[options.out / name] = scaled = seeded.scaled(options.epochs_scale)
+        planned[options.out / _run_name(seeded, command)] = scaled = seeded.scaled(options.epochs_scale)
         scaled.check()
-    if recipe.weights is not None:
-        if command == "lottery":
-            raise UsageError(
-                "a lottery trains its base net from the ticket's initialisation: leave out --weights, or set it to "
-                "null if the recipe has some"
-            )
-        for source in _base_nets_to_load(planned):
-            if not is_torchvisions(source) and not Path(source).is_file():
-                raise UsageError(f"weights {source} do not exist: give a file, or torchvision")
-    _check_optimizer(recipe.scaled(options.epochs_scale))
+    if recipe.weights is not None and command == "lottery":
+        raise UsageError(
+            "a lottery trains its base net from the ticket's initialisation: leave out --weights, or set it to null if "
+            "the recipe has some"
+        )
+    for source in _base_nets_to_load(planned):
+        if not is_torchvisions(source) and not Path(source).is_file():
+            raise UsageError(f"weights {source} do not exist: give a file, or torchvision")
+    _check_optimizer(scaled)
     for path, seeded in planned.items():
-        refuse_other_recipe(path, seeded)
+        check_recipe(path, seeded)
     return planned
+
+
+def _run_name(recipe: Recipe, command: str) -> str:
+    net = net_name(recipe.recipe, recipe.model)
+    return f"{net}-{command}-{recipe.preset}-x{recipe.compression:g}-s{recipe.seed}"
 
 
 def _fitting_compression(options: Namespace, recipe: Recipe, seeds: Sequence[int]) -> float:
@@ -206,9 +205,9 @@ def _fitting_compression(options: Namespace, recipe: Recipe, seeds: Sequence[int
     return compression_for(target, models.build(recipe.model, recipe.seed, classes), recipes)
 
 
-def _export_small(folder: Path, target: int, console: Console) -> None:
+def _export_small(folder: Path, target: int, console: _Console) -> None:
     """Export a run that was to fit a size."""
-    console.print(export(folder, "sparse"), highlight=False, soft_wrap=True)
+    console.say(export(folder, "sparse"))
     size = (folder / export_name("pruned", "sparse")).stat().st_size
     if size > target:
         raise RuntimeError(f"the file of {folder} has {size:,} bytes, more than the {target:,} that were to be enough")
@@ -218,8 +217,7 @@ def _check_optimizer(recipe: Recipe) -> None:
     """Raise UsageError for what GSM would refuse later, before anything is written."""
     model = models.build(recipe.model, recipe.seed)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # given again when the stage begins
+        with warnings.catch_warnings(action="ignore"):  # given again when the stage begins
             gsm(model, recipe, steps_per_epoch=1_000)
     except ValueError as error:
         raise UsageError(in_options(str(error))) from error
@@ -246,12 +244,11 @@ def _recipe(options: Namespace) -> Recipe:
         theirs = read_yaml(Path(path)).get("recipe", options.recipe)
         if theirs != options.recipe:
             raise UsageError(f"{path} is for the recipe {theirs}, not {options.recipe}")
-    values = {field.name: options[field.name] for field in fields(Recipe)}
+    given = options.as_dict()
     for stage in ("base", "gsm"):
-        if not isinstance(values[stage], Namespace):
-            raise UsageError(f"{stage} must be settings of its own, like {stage}.epochs, not {values[stage]}")
-        values[stage] = {field.name: values[stage][field.name] for field in fields(Training)}
-    return Recipe.from_dict(values)
+        if not isinstance(given[stage], dict):
+            raise UsageError(f"{stage} must be settings of its own, like {stage}.epochs, not {given[stage]}")
+    return Recipe.from_dict({field.name: given[field.name] for field in fields(Recipe)})
 
 
 def _seeds(text: str) -> list[int]:
@@ -276,20 +273,19 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _save_pictures(finished: Run, folder: RunFolder) -> None:
-    """Put pictures of the layers' density and of the training curves into a run's folder."""
-    assert finished.result is not None
-    kept = {"GSM": {layer["name"]: layer["nonzeros"] for layer in finished.result["layers"]}}
-    if "magnitude" in nets.methods(finished):
-        kept["magnitude"] = nets.kept(nets.mask(finished, "magnitude"))
-    plots.save(plots.density_figure(finished, kept), "density", folder.save_figure)
-    plots.save(plots.curves_figure(finished), "curves", folder.save_figure)
+def _save_figures(finished: Run, folder: RunFolder) -> None:
+    """Put figures of the layers' density and of the training curves into a run's folder."""
+    title = f"{finished.title}, seed {finished.recipe['seed']}"
+    group = Group(title, [finished])
+    kept = structure.kept_by(group, structure.read_masks(group, []))
+    figures.save(structure.density(group, kept), "density", title, folder.save_figure)
+    figures.save(figures.curves(accuracy.training_panels(group)), "curves", title, folder.save_figure)
 
 
 # --- show ---
 
 
-def _show(paths: Sequence[Path], json_path: Path | None, console: Console, log: Console) -> None:
+def _show(paths: Sequence[Path], json_path: Path | None, console: _Console, log: _Console) -> None:
     """Show what can be read of runs and files, and say what cannot."""
     paths = list({os.path.realpath(path): path for path in paths}.values())  # each once, however it is written
     files = [path for path in paths if os.path.isfile(path)]  # noqa: PTH113  # False of what may not be looked at
@@ -300,32 +296,27 @@ def _show(paths: Sequence[Path], json_path: Path | None, console: Console, log: 
         raise UsageError("; ".join(missing))
     groups = [comparable(group, missing) for group in by_recipe(runs)]
     for reason in missing:
-        log.print(f"missing: {reason}", highlight=False, soft_wrap=True)
+        log.say(f"missing: {reason}")
     if json_path is not None:
         if files:
             raise UsageError("--json takes run folders, not files")
-        record = summary(runs)
-        try:
-            json_path.write_text(json.dumps(record, indent=1) + "\n")
-        except OSError as error:
-            raise UsageError(f"cannot write {json_path}: {error.strerror}") from error
+        write_output(json_path, (json.dumps(summary(runs), indent=1) + "\n").encode(), "--json")
     for path, rows in layers.items():
         _print_layers(rows, path, console)
-    unfinished = [one for one in runs if one.result is None]
-    for one in unfinished:
+    for one in (one for one in runs if one.result is None):
         console.print(tables.progress_table(one))
     for group in groups:
         _print_results(group, console)
 
 
-def _print_layers(layers: Sequence[LayerSparsity], path: Path, console: Console) -> None:
+def _print_layers(layers: Sequence[LayerSparsity], path: Path, console: _Console) -> None:
     """Print what each layer of a file keeps."""
     console.print(tables.layers_table(layers, str(path)))
     if text := tables.empty_layers((row.name, row.params, row.nonzeros) for row in layers):
-        console.print(text, highlight=False, soft_wrap=True)
+        console.say(text)
 
 
-def _print_results(runs: Sequence[Run], console: Console) -> None:
+def _print_results(runs: Sequence[Run], console: _Console) -> None:
     """Print accuracies of runs of one recipe, and what each layer of the first keeps."""
     result: Record | None = runs[0].result
     assert result is not None
@@ -335,37 +326,36 @@ def _print_results(runs: Sequence[Run], console: Console) -> None:
     what = "ticket" if replayed else "pruned net"
     console.print(tables.layers_table(layers, f"{what} of seed {result['seed']}"))
     if not replayed:
-        console.print(tables.cut_line(runs), highlight=False, soft_wrap=True)
+        console.say(tables.cut_line(runs))
     for text in tables.empty_layers_of(runs):
-        console.print(text, highlight=False, soft_wrap=True)
+        console.say(text)
     seconds = sum(sum(one.result["seconds"].values()) for one in runs if one.result)
     where = runs[0].path if len(runs) == 1 else f"{runs[0].path} and {len(runs) - 1} more"
     files = "weights" if replayed else "weights, curves.png, density.png"
-    console.print(f"{seconds:.0f} s of training; {files} in {where}", highlight=False, soft_wrap=True)
+    console.say(f"{seconds:.0f} s of training; {files} in {where}")
 
 
 # --- export ---
 
 
-def _verify(options: Namespace, console: Console) -> None:
+def _verify(options: Namespace, console: _Console) -> None:
     """Check a sparse file and say what is true of it."""
-    file = verify(options.file)
+    file = read_sparse(options.file)
     certificate = file.certificate
-    text = f"verified: {certificate.nonzeros:,} of {certificate.prunable:,} weights, each layer's, and sha256 "
-    text += certificate.sha256
+    counts = f"{certificate.nonzeros:,} of {certificate.prunable:,} weights, each layer's, and sha256"
+    text = f"verified: {counts} {certificate.sha256}"
     if options.accuracy:
-        found = verify_accuracy(options.file, file, options.data_dir, options.model)
-        text += f"; accuracy measured again: {found}"
+        text += f"; accuracy measured again: {verify_accuracy(options.file, file, options.data_dir, options.model)}"
     elif certificate.top1 is not None:
         text += f"; accuracy stated: {certificate.top1:.2f} %, --accuracy measures it"
     others = [name for name in file.tensors if name not in file.prunable and is_prunable(file.tensors[name])]
     if others:
         text += f"; not counted, as it is stored as unpruned: {', '.join(others)}"
     _print_layers(sparsity_rows(file.pruned), options.file, console)
-    console.print(text, highlight=False, soft_wrap=True)
+    console.say(text)
 
 
-def _replay(options: Namespace, console: Console, log: Console) -> None:
+def _replay(options: Namespace, console: _Console, log: _Console) -> None:
     """Train a stored ticket again and say whether it came to the same."""
     ticket = read_ticket(options.file)
     recipe = recipe_of(ticket.recipe, options.file, options.model)
@@ -377,30 +367,27 @@ def _replay(options: Namespace, console: Console, log: Console) -> None:
     dataset = load_data(recipe, options.data_dir).to(device)
     check_fits(ticket, recipe, dataset.classes, options.file)
     which = tensors_hash(ticket.masks)[:12]  # another ticket of the same recipe and seed is another run
-    net = net_name(recipe.recipe, recipe.model)
-    name = f"{net}-replay-{ticket.method}-{recipe.preset}-x{recipe.compression:g}-s{recipe.seed}-{which}"
+    name = f"{_run_name(recipe, f'replay-{ticket.method}')}-{which}"
     with RunFolder(options.out / name, recipe) as folder:
-        log.print(f"{folder.path}{_already(folder)}", highlight=False, soft_wrap=True)
+        log.say(f"{folder.path}{_already(folder)}")
         if not folder.finished:
             folder.note_environment(device)
         with ProgressBars(log) as bars:
             again = replay(Job(recipe, dataset, folder, bars, device), ticket, options.file)
     if again.same_weights and again.top1 == ticket.top1:
-        console.print(f"identical: {again.top1:.2f} %, and the same weights to the bit", highlight=False)
+        console.say(f"identical: {again.top1:.2f} %, and the same weights to the bit")
         return
     same = "the same accuracy" if again.top1 == ticket.top1 else "not identical"
-    console.print(
+    console.say(
         f"{same}: {again.top1:.2f} % here, {ticket.top1:.2f} % there, with other weights; the bits are those of one "
-        f"machine and number of threads, there {ticket.threads} ({ticket.machine}), here {threads}",
-        highlight=False,
-        soft_wrap=True,
+        f"machine and number of threads, there {ticket.threads} ({ticket.machine}), here {threads}"
     )
 
 
 # --- bench ---
 
 
-def _bench(options: Namespace, console: Console, log: Console) -> None:
+def _bench(options: Namespace, console: _Console, log: _Console) -> None:
     """Measure what a step costs on the shapes of each model named, or how long the nets of runs take."""
     match options.subject:
         case "step":
@@ -412,13 +399,13 @@ def _bench(options: Namespace, console: Console, log: Console) -> None:
                 with _progress(log, str(folder), MEASUREMENTS) as progress:
                     latencies = measure_inference(folder, options.model, progress)
                 console.print(latency_table(str(folder), latencies))
-                console.print(verdict(latencies), highlight=False, soft_wrap=True)
+                console.say(verdict(latencies))
                 _warn_if_busy(latencies, log)
         case subject:
             raise UsageError(f"unknown benchmark {subject!r}: {suggestion(subject, ('step', 'inference'))}")
 
 
-def _bench_steps(options: Namespace, console: Console, log: Console) -> None:
+def _bench_steps(options: Namespace, console: _Console, log: _Console) -> None:
     if options.repeats < 1:
         raise UsageError(f"repeats must be at least 1, not {options.repeats}")
     device = _device(options.device)
@@ -432,7 +419,7 @@ def _bench_steps(options: Namespace, console: Console, log: Console) -> None:
 
 
 @contextmanager
-def _progress(log: Console, title: str, total: int) -> Iterator[Callable[[str], None]]:
+def _progress(log: _Console, title: str, total: int) -> Iterator[Callable[[str], None]]:
     """Show how far a measurement is, as a bar that no thread draws, or without a terminal in a line at its start."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     bars = Progress(*columns, console=log, transient=True, auto_refresh=False, disable=not log.is_terminal)
@@ -440,14 +427,14 @@ def _progress(log: Console, title: str, total: int) -> Iterator[Callable[[str], 
 
     def show(what: str) -> None:
         if not (log.is_terminal or bars.tasks[task].completed):
-            log.print(f"{title}: {total} measurements", highlight=False, soft_wrap=True)
+            log.say(f"{title}: {total} measurements")
         bars.update(task, advance=1, description=f"{title}: {what}", refresh=True)
 
     with bars:
         yield show
 
 
-def _warn_if_busy(measured: Sequence[bench.Cost] | Sequence[Latency], log: Console) -> None:
+def _warn_if_busy(measured: Sequence[bench.Cost] | Sequence[Latency], log: _Console) -> None:
     spreads = [spread for one in measured for spread in (one.milliseconds_spread, one.ratio_spread)]
     if warning := bench.busy(spreads):
-        log.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+        log.say(f"warning: {warning}")

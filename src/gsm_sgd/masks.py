@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple, Self
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ class Masks(dict[str, Tensor]):
         masks: dict[str, Any] = dict(self)
         whole = {key: mask.full_tensor() if is_dtensor(mask) else mask for key, mask in masks.items()}
         content = save({key: mask.cpu().contiguous() for key, mask in whole.items()}, _FORMAT)
-        partial = Path(f"{os.fspath(path)}.partial")
+        partial = Path(f"{os.fspath(path)}.{uuid4().hex}.partial")  # one of its own: all processes may write at once
         partial.write_bytes(content)
         partial.replace(path)
 

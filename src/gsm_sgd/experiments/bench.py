@@ -1,10 +1,8 @@
-"""What an optimizer step costs: GSM's beside SGD's and the published approach, by turns on the same shapes."""
+"""What an optimizer step costs: GSM against SGD and the published approach, interleaved on the same shapes."""
 
 import ctypes
-import math
 import re
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median, quantiles
@@ -21,6 +19,9 @@ from . import UsageError, models, suggestion
 Shapes = list[tuple[int, ...]]
 BASELINE = "SGD, fused"
 CAPTION = "±: half of the interquartile range over the turns"
+WORKLOADS = {"lenet300": 60, "lenet5": 125, "resnet56": 10, "resnet50": 5, "gpt2": 10}
+"""The models whose shapes are known, and the compression ratios to measure them at."""
+
 _SETTINGS: dict[str, Any] = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4}
 _WARM_UP = 2  # turns
 _OPTIMIZERS = 5
@@ -48,18 +49,15 @@ class Cost(NamedTuple):
 
 
 def workload(name: str) -> Workload:
-    """Return a workload by name.
-
-    Raises:
-        UsageError: there is none of that name.
-    """
+    """Return a workload by name; UsageError if there is none."""
     if name not in WORKLOADS:
         raise UsageError(f"no parameter shapes are known for {name!r}: {suggestion(name, WORKLOADS)}")
-    return WORKLOADS[name]()
+    shapes = _gpt2() if name == "gpt2" else [tuple(param.shape) for param in models.build(name, 0).parameters()]
+    return Workload(shapes, WORKLOADS[name])
 
 
 def spread(values: Sequence[float]) -> float:
-    """Return by what share of their median half of some measurements lie around it, 0 if there is one alone."""
+    """Return half the interquartile range of some measurements as a share of their median, 0 if there is only one."""
     if len(values) == 1:
         return 0.0
     low, _, high = quantiles(values, n=4, method="inclusive")
@@ -76,13 +74,9 @@ def busy(spreads: Iterable[float]) -> str | None:
 def measure(
     work: Workload, repeats: int, device: torch.device, progress: Callable[[str], object] = lambda _: None
 ) -> list[Cost]:
-    """Return what a step of each optimizer costs, all of them by turns, `repeats` times.
+    """Return what a step of each optimizer costs, interleaved, `repeats` times each.
 
-    Args:
-        work: what to step.
-        repeats: at least 1.
-        device: where.
-        progress: is told of each of the `steps_in_all(repeats)` steps before it is taken.
+    `progress` is told of each of the `steps_in_all(repeats)` steps before it is taken.
     """
     torch.manual_seed(0)
     start = [torch.randn(shape, device=device) * 0.05 for shape in work.shapes]
@@ -95,24 +89,19 @@ def measure(
         "GSM, compiled": lambda params: GSM(params, compression=work.compression, compiled=True, **_SETTINGS),
         "published approach": lambda params: _Published(params, work.compression),
     }
-    contestants = {}
-    for name, make in optimizers.items():
-        params = [nn.Parameter(w.clone()) for w in start]
-        contestants[name] = (make(params), params)
-    del start
+    contestants = {
+        name: (make(params := [nn.Parameter(w.clone()) for w in start]), params) for name, make in optimizers.items()
+    }
 
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    first: dict[str, float] = {}
     for turn in range(-_WARM_UP, repeats):
         for name, (optimizer, params) in contestants.items():
             for param, grad in zip(params, grads[turn % _GRADIENT_SETS], strict=True):
                 param.grad = grad
-            progress(name if name in first else f"{name}, its first step")
-            duration = _timed(optimizer.step, device)
-            first.setdefault(name, duration)
-            if turn >= 0:
-                seconds[name].append(duration)
-    baseline = seconds[BASELINE]
+            progress(name if seconds[name] else f"{name}, its first step")
+            seconds[name].append(_timed(optimizer.step, device))
+    measured = {name: times[_WARM_UP:] for name, times in seconds.items()}
+    baseline = measured[BASELINE]
     return [
         Cost(
             name,
@@ -121,9 +110,9 @@ def measure(
             milliseconds_spread=spread(times),
             ratio_spread=spread([time / base for time, base in zip(times, baseline, strict=True)]),
             extra_mib=_extra_mib(contestants[name][0], device),
-            first_seconds=first[name],
+            first_seconds=seconds[name][0],
         )
-        for name, times in seconds.items()
+        for name, times in measured.items()
     ]
 
 
@@ -154,16 +143,12 @@ class _Published(SGD):
 
 
 def _timed(step: Callable[[], object], device: torch.device) -> float:
-    _synchronize(device)
+    synchronize = torch.cpu.synchronize if device.type == "cpu" else torch.accelerator.synchronize
+    synchronize(device)
     started = time.perf_counter()
     step()
-    _synchronize(device)
+    synchronize(device)
     return time.perf_counter() - started
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _extra_mib(optimizer: Optimizer, device: torch.device) -> float | None:
@@ -180,63 +165,18 @@ def _extra_mib(optimizer: Optimizer, device: torch.device) -> float | None:
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         optimizer.step()
         return (max(_status("VmHWM") - before, 0) + kept) / 2**20
-    except (OSError, AttributeError):  # not Linux
+    except (OSError, AttributeError, ValueError):  # not Linux
         return None
 
 
 def _status(key: str) -> int:
-    match = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    if match is None:
-        raise OSError(f"no {key} in /proc/self/status")
-    return 1024 * int(match[1])
-
-
-# --- the shapes ---
-
-
-def _shapes_of(model: nn.Module) -> Shapes:
-    return [tuple(param.shape) for param in model.parameters()]
-
-
-def _resnet56() -> Shapes:
-    """Return those of ResNet-56 for CIFAR, shortcuts of 1x1 convolution where the width changes."""
-    shapes: Shapes = [(16, 3, 3, 3), (16,), (16,)]
-    inputs = 16
-    for width in (16, 32, 64):
-        for _ in range(9):
-            shapes += [(width, inputs, 3, 3), (width,), (width,), (width, width, 3, 3), (width,), (width,)]
-            if inputs != width:
-                shapes += [(width, inputs, 1, 1), (width,), (width,)]
-            inputs = width
-    return [*shapes, (10, 64), (10,)]
-
-
-def _resnet50() -> Shapes:
-    from torchvision.models import resnet50  # slow to import
-
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return _shapes_of(resnet50())
+    (kibibytes,) = re.findall(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(kibibytes)
 
 
 def _gpt2() -> Shapes:
     """Return those of the smallest GPT-2, its head tied to the embedding."""
     width = 768
-    block: Shapes = [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,)]
-    block += [(width,), (width,), (4 * width, width), (4 * width,), (width, 4 * width), (width,)]
-    return [(50257, width), (1024, width), *(12 * block), (width,), (width,)]
-
-
-def of_size(total: int) -> Workload:
-    """Return about `total` weights as four equal matrices, to see how the cost grows."""
-    columns = max(1, round(math.sqrt(total / 4) / 64)) * 64
-    return Workload([(round(total / 4 / columns), columns)] * 4, 10)
-
-
-WORKLOADS: dict[str, Callable[[], Workload]] = {
-    "lenet300": lambda: Workload(_shapes_of(models.build("lenet300", 0)), 60),
-    "lenet5": lambda: Workload(_shapes_of(models.build("lenet5", 0)), 125),
-    "resnet56": lambda: Workload(_resnet56(), 10),
-    "resnet50": lambda: Workload(_resnet50(), 5),
-    "gpt2": lambda: Workload(_gpt2(), 10),
-}
+    norm, biased = [(width,), (width,)], [(3 * width, width), (3 * width,), (width, width), (width,)]
+    block: Shapes = [*norm, *biased, *norm, (4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+    return [(50257, width), (1024, width), *(12 * block), *norm]

@@ -14,11 +14,7 @@ _PATTERNS = 10
 
 
 def load(name: str, data_dir: Path | None = None, normalization: Normalization = "dataset") -> Dataset:
-    """Return a data set by name, fetched first if it is nowhere on this machine; `Recipe` has the normalization.
-
-    Raises:
-        UsageError: no data set has that name, a file is damaged, or none can be had.
-    """
+    """Return a data set by name, fetched first if it is nowhere on this machine; `Recipe` has the normalization."""
     if name not in DATASETS:
         raise UsageError(f"unknown dataset {name!r}: {suggestion(name, DATASETS)}")
     if (name, normalization) == ("cifar10", "imagenet"):
@@ -27,23 +23,15 @@ def load(name: str, data_dir: Path | None = None, normalization: Normalization =
 
 
 def describe(name: str, data_dir: Path | None = None) -> str:
-    """Return a line that says where a data set is, fetched first if it is nowhere, and what has been verified of it.
-
-    Raises:
-        UsageError: as of `load`.
-    """
-    match name:
-        case "mnist":
-            place, files = mnist.find(data_dir)
-            return f"MNIST: {len(files)} files, {sum(map(len, files.values())):,} bytes, md5 verified, in {place}"
-        case "cifar10":
-            place, pixels = cifar10.find(data_dir)
-            return (
-                f"CIFAR-10: {len(pixels.train):,} + {len(pixels.test):,} images, classes and channel means verified, "
-                f"in {place}"
-            )
-        case _:
-            raise UsageError(f"unknown data set {name!r}: {suggestion(name, FETCHED)}")
+    """Return a line that says where a data set is, fetched first if it is nowhere, and what has been verified of it."""
+    if name not in FETCHED:
+        raise UsageError(f"unknown data set {name!r}: {suggestion(name, FETCHED)}")
+    if name == "mnist":
+        place, files = mnist.find(data_dir)
+        return f"MNIST: {len(files)} files, {sum(map(len, files.values())):,} bytes, md5 verified, in {place}"
+    place, splits = cifar10.find(data_dir)
+    counts = " + ".join(f"{len(labels):,}" for _, labels in splits.values())
+    return f"CIFAR-10: {counts} images, classes and channel means verified, in {place}"
 
 
 def synthetic(train: int = 2_048, test: int = 512, shape: Shape = (1, 28, 28), classes: int = _PATTERNS) -> Dataset:

@@ -1,7 +1,8 @@
-"""What a figure depends on beside its recipe: command, commit, versions and machine."""
+"""What a result depends on besides its recipe: command, commit, versions and machine."""
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -16,9 +17,11 @@ from . import ranks
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return what a figure depends on beside the recipe: command, commit, versions and machine."""
+    """Return what a result depends on besides the recipe: command, commit, versions and machine."""
+    program, *words = sys.argv
+    command = ["gsm"] if Path(program).name in ("gsm", "__main__.py") else ["python", program]
     return {
-        "command": shlex.join(_command()),
+        "command": shlex.join([*command, *words]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": __version__,
         "commit": _commit(),
@@ -29,7 +32,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),  # AVX2 and AVX512 round differently
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "processes": ranks.size(),
+        "processes": ranks.world_size(),
         "device": device_name(device),
     }
 
@@ -37,13 +40,6 @@ def environment(device: torch.device) -> dict[str, Any]:
 def device_name(device: torch.device) -> str:
     """Return a device's type, and for a GPU what it is."""
     return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
-
-
-def _command() -> list[str]:
-    """Return the words that started this process."""
-    program, *words = sys.argv
-    name = Path(program).name
-    return [*(["gsm"] if name in ("gsm", "__main__.py") else ["python", program]), *words]
 
 
 def _commit() -> str | None:
@@ -63,8 +59,5 @@ def _commit() -> str | None:
 
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    found = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()

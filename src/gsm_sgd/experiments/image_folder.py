@@ -5,9 +5,9 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,70 +17,51 @@ from torch.utils.data import Dataset as TorchDataset
 from . import UsageError
 from .reading import check_regular
 from .sources import folders_of
-from .splits import Batches, Dataset, epoch_generator, share
+from .splits import Batches, Dataset, Split
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 _WORKERS = max(1, min(8, _CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))  # of each process on this machine
 _SLIMMEST = 50  # of the sides' ratios; the shorter one is scaled to a fixed length, whatever becomes of the other
 _LOOKED_AT = 1_000  # files, at most, whose sizes tell data sets apart
-_CPU = torch.device("cpu")
 Sample = tuple[str, int]  # a file and its class
 
 
 @dataclass(frozen=True)
-class Folder:
-    """Images in files; training cuts out a random part and mirrors half of them, else it is the middle.
+class Folder(Split):
+    """Images in files; training crops at random and mirrors half of them, else the middle is cropped.
 
     Args:
         samples: the files and their classes.
         training: whether they are trained on.
         size: height and width of what the net sees.
         device: where the batches are to be.
-        rank, ranks: of each batch, which images to yield: as `Split.share` has it.
     """
 
     samples: list[Sample]
     training: bool
     size: int = 224
-    device: torch.device = _CPU
-    rank: int = 0
-    ranks: int = 1
-    evaluation_batch: int = 100
+    device: torch.device = torch.device("cpu")  # noqa: RUF009  # it cannot change
+    evaluation_batch: ClassVar[int] = 100
 
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.samples)
-
-    def batches(self, size: int) -> Batches:
-        """Yield all images in order, the middle of each."""
-        mine = range(self.rank, len(self), self.ranks)
-        return self._drawn([list(mine[start : start + size]) for start in range(0, len(mine), size)], None)
-
-    def shuffled(self, size: int, seed: int, epoch: int, first: int = 0) -> Batches:
-        """Yield the batches of an epoch; what is random about an image depends on seed, epoch and its number alone."""
-        generator = epoch_generator(seed, epoch)
-        order = torch.randperm(len(self), generator=generator).tolist()
-        starts = range(first * size, len(self), size)
-        places = [share(start, min(start + size, len(self)), self.rank, self.ranks) for start in starts]
-        return self._drawn([order[place] for place in places], int(torch.randint(2**62, (), generator=generator)))
 
     def subset(self, indices: Tensor, training: bool) -> "Folder":
         """Return some of the images."""
         return replace(self, samples=[self.samples[index] for index in indices.tolist()], training=training)
 
     def to(self, device: torch.device) -> "Folder":
-        """Return the same images, whose batches are on a device."""
+        """Return the same images; batches are on the device."""
         return replace(self, device=device)
 
-    def share(self, rank: int, ranks: int) -> "Folder":
-        """Return the same images, of which each batch is a share."""
-        return replace(self, rank=rank, ranks=ranks)
-
-    def _drawn(self, batches: Sequence[list[int]], seed: int | None) -> Batches:
-        """Yield batches of images by number; `seed` decides what is random about them, None means nothing is."""
+    def _drawn(self, places: list[slice], order: Tensor | None, generator: torch.Generator) -> Batches:
+        numbers = torch.arange(len(self)) if order is None else order
+        batches = [numbers[place].tolist() for place in places]
+        seed = int(torch.randint(2**62, (), generator=generator))
         loader: DataLoader[tuple[Tensor, int]] = DataLoader(
-            _Decoded(self.samples, self.size, seed if self.training else None),
+            _Decoded(self.samples, self.size, seed if self.training and order is not None else None),
             batch_sampler=batches,
             num_workers=min(_WORKERS, len(batches)),
             worker_init_fn=_say_nothing,
@@ -88,11 +69,7 @@ class Folder:
             generator=torch.Generator(),  # else it draws a number from the one that dropout draws from
         )
         mean, std = (torch.tensor(values, device=self.device).view(-1, 1, 1) for values in (MEAN, STD))
-        return self._normalised(loader, mean, std)
-
-    def _normalised(self, loader: "DataLoader[tuple[Tensor, int]]", mean: Tensor, std: Tensor) -> Batches:
-        batches: Iterator[list[Tensor]] = iter(loader)
-        for images, labels in batches:
+        for images, labels in loader:
             if labels.min() < 0:
                 path, _ = self.samples[-1 - int(labels.min())]
                 raise UsageError(f"{path} is damaged, no image, or far too slim: replace it")
@@ -111,9 +88,6 @@ class _Decoded(TorchDataset[tuple[Tensor, int]]):
         crop = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
         middle = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
         self._transform = v2.Compose([*(middle if seed is None else crop), v2.PILToTensor()])
-
-    def __len__(self) -> int:
-        return len(self._samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         from torchvision.datasets.folder import default_loader
@@ -146,50 +120,23 @@ def load(data_dir: Path | None = None) -> Dataset:
     Raises:
         UsageError: they are not there, hold no images, or differ in their classes.
     """
-    folders, _ = folders_of(data_dir)
-    places = [place for folder in folders for place in (folder, folder / "imagenet") if (place / "train").is_dir()]
-    if not places:
+    from torchvision.datasets import ImageFolder
+
+    places = [place for folder in folders_of(data_dir) for place in (folder, folder / "imagenet")]
+    place = next((place for place in places if (place / "train").is_dir()), None)
+    if place is None:
         raise UsageError(
             "ImageNet has to be there already: pass --data-dir FOLDER (or set GSM_DATA), where FOLDER/train and "
             "FOLDER/val have a folder of images for each class"
         )
     try:
-        (classes, train), (theirs, val) = (_samples(places[0] / name) for name in ("train", "val"))
-        identity = _identity(places[0], classes, [*train, *val])
+        train, val = (ImageFolder(place / name) for name in ("train", "val"))
+        identity = _identity(place, train.classes, [*train.samples, *val.samples])
     except OSError as error:
-        raise UsageError(f"{places[0]} does not have images in folders by class: {error}") from error
-    if classes != theirs:
-        raise UsageError(f"{places[0]}: train and val differ in their folders, and so in their classes")
-    return Dataset(Folder(train, True), Folder(val, False), len(classes), identity)
-
-
-def _samples(place: Path) -> tuple[list[str], list[Sample]]:
-    """Return the classes and images of a folder, in the order of torchvision's ImageFolder.
-
-    Links to folders are followed, but as they may lead back to where they are, none is entered twice for a class.
-
-    Raises:
-        OSError: there is no class, or one without an image.
-    """
-    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
-
-    classes, _ = find_classes(str(place))
-    samples: list[Sample] = []
-    for label, name in enumerate(classes):
-        seen: set[tuple[int, int]] = set()
-        found: list[str] = []
-        for folder, folders, files in os.walk(place / name, followlinks=True):
-            status = Path(folder).stat()
-            if (status.st_dev, status.st_ino) in seen:
-                folders.clear()
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            folders.sort()  # which of two ways to a folder is taken is not to be left to the disk
-            found += [f"{folder}{os.sep}{file}" for file in files if file.lower().endswith(IMG_EXTENSIONS)]
-        if not found:
-            raise FileNotFoundError(f"no image in {place / name}")
-        samples += [(path, label) for path in sorted(found, key=os.path.split)]
-    return classes, samples
+        raise UsageError(f"{place} does not have images in folders by class: {error}") from error
+    if train.classes != val.classes:
+        raise UsageError(f"{place}: train and val differ in their folders, and so in their classes")
+    return Dataset(Folder(train.samples, True), Folder(val.samples, False), len(train.classes), identity)
 
 
 def _identity(place: Path, classes: list[str], samples: list[Sample]) -> str:

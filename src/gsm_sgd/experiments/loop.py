@@ -83,7 +83,7 @@ def train(
     loss_sum = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     first_epoch, first_step, seconds = _resumed(stage, parts, loss_sum, device)
 
-    net = ranks.replicated(model)
+    net = ranks.replicate(model)
     began = time.perf_counter() - seconds
 
     def save(epoch: int, step: int) -> None:
@@ -100,19 +100,19 @@ def train(
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                 loss = F.cross_entropy(net(images), labels, label_smoothing=training.label_smoothing)
             whole = min(recipe.batch_size, len(data.train) - step * recipe.batch_size)
-            if (weight := ranks.share_of(whole)) != 1:
+            if (weight := ranks.loss_weight(whole)) != 1:
                 loss = loss * weight
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            loss_sum += loss.detach() * whole / ranks.size()
+            loss_sum += loss.detach() * whole / ranks.world_size()
             observer.step()
         first_step = 0
         if stage.due():  # measuring takes a while too
             save(epoch, steps)
 
-        mean_loss = ranks.total(loss_sum).item() / len(data.train)
+        mean_loss = ranks.all_reduce_sum(loss_sum).item() / len(data.train)
         loss_sum.zero_()
         if not math.isfinite(mean_loss):
             raise TrainingDivergedError(f"the loss of stage {stage.name} is {mean_loss} in epoch {epoch + 1}")
@@ -151,14 +151,14 @@ def steps_per_epoch(data: Dataset, recipe: Recipe) -> int:
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split) -> float:
     """Return top-1 accuracy in percent over a whole split, of which each process looks at its share."""
-    ranks.with_first_buffers(model)
+    ranks.broadcast_buffers(model)
     was_training = model.training
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
     for images, labels in split.batches(split.evaluation_batch):
         correct += (model(images).argmax(1) == labels).sum()
     model.train(was_training)
-    return 100 * ranks.total(correct).item() / len(split)
+    return 100 * ranks.all_reduce_sum(correct).item() / len(split)
 
 
 def parameter_groups(model: nn.Module, training: Training) -> list[dict[str, Any]]:

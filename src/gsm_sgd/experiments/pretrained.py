@@ -51,8 +51,7 @@ def is_torchvisions(source: str) -> bool:
 def _torchvision(name: str, source: str) -> dict[str, Tensor]:
     from torchvision.models import get_model_weights
 
-    theirs = torchvision_name(name)
-    if theirs is None:
+    if (theirs := torchvision_name(name)) is None:
         raise UsageError(f"torchvision has no weights of {name}: give a file")
     wanted = source.partition(":")[2] or "DEFAULT"
     weights = getattr(get_model_weights(theirs), wanted, None)
@@ -73,8 +72,7 @@ def _read(path: Path) -> Any:
     if path.suffix == ".safetensors" or not path.exists():
         return read_weights(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             loaded = load_tensors(path)
     except Exception as error:  # a file of anybody's can fail in any way
         raise UsageError(

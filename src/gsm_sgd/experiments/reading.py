@@ -15,24 +15,22 @@ import torch
 _LONGEST_YAML = 2**16  # bytes: PyYAML reads some 200 KB a second
 _LONGEST_JSON = 2**22
 _DEEPEST = 16
+_TOO_DEEP = f"it is nested more than {_DEEPEST} deep"
 _LARGEST = 1e100  # of numbers: their sums and squares are still finite
 
 
 def open_regular(path: Path, most: int | None = None) -> BinaryIO:
-    """Open a file to read it.
-
-    Raises:
-        OSError: it cannot be read, has more than `most` bytes, or is no regular file: one that may never end.
-    """
+    """Open a file to read; OSError if it has more than `most` bytes or is not a regular file, which may never end."""
     stream = open(path, "rb", opener=_without_waiting)  # noqa: SIM115  # it is the caller's
     status = os.fstat(stream.fileno())
-    reason = None if stat.S_ISREG(status.st_mode) else (errno.EINVAL, "it is not a regular file")
-    if reason is None and most is not None and status.st_size > most:
-        reason = (errno.EFBIG, f"it has more than {most:,} bytes")
-    if reason is not None:
-        stream.close()
-        raise OSError(*reason, str(path))
-    return stream
+    if not stat.S_ISREG(status.st_mode):
+        reason = "it is not a regular file"
+    elif most is not None and status.st_size > most:
+        reason = f"it has more than {most:,} bytes"
+    else:
+        return stream
+    stream.close()
+    raise OSError(errno.EINVAL, reason, str(path))
 
 
 def check_regular(path: Path) -> None:
@@ -41,21 +39,15 @@ def check_regular(path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file.
-
-    Raises:
-        OSError, ValueError: as of `open_regular` and `parse_json`.
-    """
+    """Return the content of a JSON file; OSError as of `open_regular`, ValueError as of `parse_json`."""
     with open_regular(path, _LONGEST_JSON) as stream:
         return parse_json(stream.read())
 
 
 def read_yaml(path: Path) -> Any:
-    """Return the content of a YAML file of JSON's types alone.
+    """Return the content of a YAML file of JSON's types alone; errors as of `read_json`, and for an alias.
 
-    Raises:
-        OSError: as of `open_regular`.
-        ValueError: it is damaged, has an alias, which can stand for any amount, or is as `parse_json` has it.
+    An alias can stand for any amount.
     """
     import yaml  # of the experiments: this module is the library's too
 
@@ -66,25 +58,16 @@ def read_yaml(path: Path) -> Any:
             return super().compose_node(parent, index)
 
     with open_regular(path, _LONGEST_YAML) as stream:
-        content = stream.read()
-    return _plain(lambda: yaml.load(content, NoAliases))
+        return _plain(lambda: yaml.load(stream, NoAliases))
 
 
 def parse_json(text: bytes) -> Any:
-    """Return what JSON says.
-
-    Raises:
-        ValueError: it is damaged, too deep, repeats a name, or has a number that is NaN, infinite or gigantic.
-    """
+    """Return what JSON says; ValueError if it is damaged, too deep, repeats a name, or has a number that is none."""
     return _plain(lambda: json.loads(text, object_pairs_hook=_once))
 
 
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
-    """Return what `torch.save` has written, of types that are safe to load.
-
-    Raises:
-        Exception: of any kind; the file is damaged, unsafe, or holds more than its own size says.
-    """
+    """Return what `torch.save` has written; any Exception if it is damaged, unsafe, or claims more than its size."""
     with open_regular(path) as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
         if content[:4] == b"PK\3\4":
             archive = zipfile.ZipFile(stream)
@@ -120,7 +103,7 @@ def _plain(load: Callable[[], Any]) -> Any:
     try:
         value = load()
     except RecursionError as error:
-        raise ValueError(f"it is nested more than {_DEEPEST} deep") from error
+        raise ValueError(_TOO_DEEP) from error
     except Exception as error:  # a damaged text can fail in any way
         raise ValueError(str(error) or "it cannot be parsed") from error
     _check(value, _DEEPEST)
@@ -129,23 +112,19 @@ def _plain(load: Callable[[], Any]) -> Any:
 
 def _check(value: Any, depth: int) -> None:
     if depth < 0:
-        raise ValueError(f"it is nested more than {_DEEPEST} deep")
-    match value:
-        case dict():
-            if not all(isinstance(key, str) for key in value):
-                raise ValueError("it has a key that is no text")
-            for item in value.values():
-                _check(item, depth - 1)
-        case list():
-            for item in value:
-                _check(item, depth - 1)
-        case int() | float():
-            if not is_number(value):
-                raise ValueError("it has a number that is infinite, none, or gigantic")
-        case str() | None:
-            pass
-        case _:
-            raise ValueError(f"it has a {type(value).__name__}")
+        raise ValueError(_TOO_DEEP)
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise ValueError("it has a key that is no text")
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            _check(item, depth - 1)
+    elif isinstance(value, int | float):
+        if not is_number(value):
+            raise ValueError("it has a number that is infinite, none, or gigantic")
+    elif not isinstance(value, str | None):
+        raise ValueError(f"it has a {type(value).__name__}")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from .environment import environment
 from .reading import cause, check_regular, is_number, load_tensors, open_regular, read_json, read_yaml
 from .recipes import Recipe, Training
 from .states import load_state, plain_state, tensors_hash
-from .whole_files import append, replace_file
+from .whole_files import append, atomic_write
 
 Record = dict[str, Any]
 _NUMBERS = ("epoch", "lr", "loss", "top1", "seconds")
@@ -61,11 +61,11 @@ class RunFolder:
         self.writes = ranks.rank() == 0
         self._lock = filelock.FileLock(path / ".lock")
         if self.writes:
-            refuse_other_recipe(path, recipe)
+            check_recipe(path, recipe)
             self._take(path, recipe)
-        ranks.wait()
+        ranks.barrier()
         if not self.writes:
-            refuse_other_recipe(path, recipe)
+            check_recipe(path, recipe)
 
     def _take(self, path: Path, recipe: Recipe) -> None:
         """Make the folder this run's own."""
@@ -78,8 +78,8 @@ class RunFolder:
             raise UsageError(f"{path} is in use by another process: wait for it, or choose another --out") from error
         except OSError as error:
             raise UsageError(f"cannot write to {path}: {error.strerror}; choose another --out") from error
-        refuse_other_recipe(path, recipe)  # another process may have made it while this one waited
-        replace_file(path / "recipe.yaml", yaml.safe_dump(recipe.as_dict(), sort_keys=False).encode())
+        check_recipe(path, recipe)  # another process may have made it while this one waited
+        atomic_write(path / "recipe.yaml", yaml.safe_dump(recipe.as_dict(), sort_keys=False).encode())
 
     def __enter__(self) -> Self:
         """Return the folder itself."""
@@ -98,15 +98,15 @@ class RunFolder:
         if not self.writes:
             return
         processes = [*read_processes(self.path), environment(device)]
-        replace_file(self.path / "environment.json", _json({"processes": processes}))
+        atomic_write(self.path / "environment.json", _json({"processes": processes}))
 
-    def refuse_other_data(self, identity: str) -> None:
+    def check_data(self, identity: str) -> None:
         """Raise UsageError if the run has trained on other data than `Dataset.identity` is of; else note them."""
         path = self.path / "data.json"
         if not (self.writes and identity):
             return
         if not path.exists():
-            replace_file(path, _json({"sha256": identity}))
+            atomic_write(path, _json({"sha256": identity}))
             return
         try:
             theirs = read_json(path)
@@ -118,23 +118,23 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether the run is over: result.json is there."""
-        return ranks.first_says((self.path / "result.json").exists())
+        return ranks.from_rank_0((self.path / "result.json").exists())
 
     def finish(self, result: Record) -> None:
         """Write result.json: the run is over."""
         if self.writes:
-            replace_file(self.path / "result.json", _json(result))
-        ranks.wait()
+            atomic_write(self.path / "result.json", _json(result))
+        ranks.barrier()
 
     def save_figure(self, name: str, write: Callable[[Any], None]) -> None:
         """Have `write` fill a file's stream, and put the file in its place as a whole."""
-        replace_file(self.path / name, write)
+        atomic_write(self.path / name, write)
 
     # --- weights ---
 
     def has_weights(self, name: str) -> bool:
         """Return whether `<name>.safetensors` is there."""
-        return ranks.first_says((self.path / f"{name}.safetensors").exists())
+        return ranks.from_rank_0((self.path / f"{name}.safetensors").exists())
 
     def save_weights(self, name: str, model: nn.Module) -> None:
         """Write a model's state to `<name>.safetensors`, with a hash of it in the metadata."""
@@ -142,8 +142,8 @@ class RunFolder:
         tensors = {key: tensor.cpu().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
         if self.writes:
             # one entry: safetensors writes several in any order, and the same weights are to give the same file
-            replace_file(self.path / f"{name}.safetensors", save(tensors, {_HASH: tensors_hash(tensors)}))
-        ranks.wait()
+            atomic_write(self.path / f"{name}.safetensors", save(tensors, {_HASH: tensors_hash(tensors)}))
+        ranks.barrier()
 
     def load_weights(self, name: str, model: nn.Module) -> None:
         """Load `<name>.safetensors` into a model of the same architecture, in place."""
@@ -161,7 +161,7 @@ class RunFolder:
         """Write masks to `<name>.safetensors`."""
         if self.writes:
             masks.save(self.path / f"{name}.safetensors")
-        ranks.wait()
+        ranks.barrier()
 
     def load_masks(self, name: str, weights: Mapping[str, Tensor]) -> Masks:
         """Return the masks of `<name>.safetensors`, checked against the weights that they are of."""
@@ -208,8 +208,8 @@ class Stage:
             epoch = 0
         if self._writes:
             kept = [line for line, r in _metrics(self._metrics) if r["stage"] != self.name or r["epoch"] <= epoch]
-            replace_file(self._metrics, b"".join(kept))
-        ranks.wait()  # all have read the checkpoint before the first one replaces it
+            atomic_write(self._metrics, b"".join(kept))
+        ranks.barrier()  # all have read the checkpoint before the first one replaces it
         return state
 
     def damaged(self) -> UsageError:
@@ -222,7 +222,7 @@ class Stage:
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint."""
-        replace_file(self._checkpoint, lambda stream: torch.save({"stage": self.name, **state}, stream))
+        atomic_write(self._checkpoint, lambda stream: torch.save({"stage": self.name, **state}, stream))
         self._saved_at = time.monotonic()
 
     def log(self, record: Record) -> None:
@@ -250,7 +250,7 @@ def in_use(folder: Path) -> bool:
     return False
 
 
-def refuse_other_recipe(folder: Path, recipe: Recipe) -> None:
+def check_recipe(folder: Path, recipe: Recipe) -> None:
     """Raise UsageError if a folder holds anything but a run of this recipe; nothing is written."""
     path = folder / "recipe.yaml"
     if not path.exists():

@@ -16,8 +16,7 @@ from . import UsageError
 def plain_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the tensors of a state under bare names, detached; what torch.nn.utils.prune holds, as the net uses it.
 
-    Raises:
-        UsageError: it is no state, or an entry is not a plain tensor; it is named.
+    UsageError names an entry that is not a plain tensor.
     """
     if not isinstance(state, Mapping):
         raise UsageError(f"a {type(state).__name__} is not a net's state: give model.state_dict()")
@@ -32,11 +31,7 @@ def plain_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load a state into a model, whatever torch.compile, DDP or DataParallel have put into the names of either.
-
-    Raises:
-        RuntimeError: it does not fit, as torch says.
-    """
+    """Load a state into a model, whatever torch.compile, DDP or DataParallel have put into the names of either."""
     names = own_names(model.state_dict(), state)
     if len(set(names.values())) < len(names):
         names = {name: name for name in state}
@@ -54,7 +49,7 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _not_plain(value: Any) -> str | None:
-    """Return what an entry is, and what to do, unless it is a plain tensor."""
+    """Return what an entry is and what to do about it, None if it is a plain tensor."""
     if isinstance(value, Mapping):
         return "a dict of its own: if it is the net's state, give it alone, else leave it out"
     if not isinstance(value, Tensor):

@@ -1,201 +1,186 @@
-"""Our files from the outside: a safetensors file with a few sections, written compactly and read with suspicion.
-
-A section is one row of numbers, named after its type; `code` and `about` are bytes: what `indices` encodes, and JSON
-compressed by zlib. The metadata is what is short. Weights differ little in their exponents, so the highest bytes of
-numbers stand by themselves, compressed, where that pays. docs/format.md has all of it.
-"""
+"""The bytes of a sparse file: a safetensors file, compressed by xz. docs/format.md has the layout."""
 
 import json
-import zlib
+import lzma
+import math
+import operator
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load, save
+from torch import Tensor
 
-from ..experiments import UsageError
 from ..experiments.reading import open_regular, parse_json
 
-NUMBER_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
-"""The types of safetensors that sections of numbers may have, in the order in which they stand in a file."""
-
-_RESTS = {f"{kind}.rest": kind for kind, width in NUMBER_BYTES.items() if width > 1}
-_TOPS = {f"{kind}.top": kind for kind in _RESTS.values()}
-_BYTES = (*_RESTS, *_TOPS, "code", "about")
-_PAYS = 128  # bytes that must be gained, since one section more takes up to 110 in the header
-_LONGEST_HEADER = 2**22
-_LONGEST_ABOUT = 2**24  # decompressed; the table of a net of 1,000 layers has some 50,000 bytes
-
-
-class Container(NamedTuple):
-    """The content of a file: its metadata, of which `format` is one, its JSON, and its sections."""
-
-    metadata: dict[str, str]
-    about: dict[str, Any]
-    sections: dict[str, bytes]
+FORMAT = "gsm-sgd sparse 2"
+DTYPES = {
+    "float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
+    "int64": torch.int64, "int32": torch.int32, "int16": torch.int16, "int8": torch.int8, "uint8": torch.uint8,
+    "bool": torch.bool,
+}  # fmt: skip
+_METADATA = "gsm-sgd"  # the only key, since safetensors writes several in any order
+_POSITIONS = "gsm-sgd.positions"
+_XZ = b"\xfd7zXZ\0"
+# Every fourth byte of numbers is alike, and they hardly ever repeat.
+_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 2**20, "lc": 0, "lp": 2, "pb": 0}]
+_MEMORY = 2**24  # bytes that decompression may take beside its output
+_LONGEST_HEADER = 2**23
+_SMALL = 2**26  # bytes that any file may decode to, and
+_GROWTH = 1_024  # times its own size that a file may
 
 
 class FormatError(ValueError):
     """A file's content is not of its format."""
 
 
-def compressed(about: Mapping[str, Any]) -> bytes:
-    """Return JSON as a file holds it.
-
-    Raises:
-        ValueError: a number is infinite or NaN, which JSON does not have.
-    """
-    return zlib.compress(json.dumps(about, separators=(",", ":"), allow_nan=False, default=_number).encode(), 9)
-
-
-def header(metadata: Mapping[str, str], lengths: Mapping[str, int]) -> bytes:
-    """Return the head of a file whose sections have these lengths in bytes, in this order."""
-    entries: dict[str, Any] = {"__metadata__": metadata}
-    at = 0
-    for name, length in lengths.items():
-        kind = "U8" if name in _BYTES else name
-        shape = [length // NUMBER_BYTES[kind]]
-        entries[name] = {"dtype": kind, "shape": shape, "data_offsets": [at, at + length]}
-        at += length
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def to_bytes(container: Container) -> bytes:
-    """Return the bytes of a file; sections of numbers stand first, the widest first, so that they are aligned."""
-    content = {**_divided(container.sections), "about": compressed(container.about)}
-    ordered = {name: content[name] for name in (*NUMBER_BYTES, *_BYTES) if name in content}
-    head = header(container.metadata, {name: len(section) for name, section in ordered.items()})
-    return b"".join([head, *ordered.values()])
-
-
-def format_of(path: Path) -> str | None:
-    """Return what `format` says in a file's metadata, or None if it is none of our containers."""
+def is_sparse(path: Path) -> bool:
+    """Return whether a file begins like a sparse file, of this version or another."""
     try:
         with open_regular(path) as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            entries = _json(stream.read(length)) if length <= _LONGEST_HEADER else {}
-        kind = entries["__metadata__"]["format"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return kind if isinstance(kind, str) else None
+            start = stream.read(48)
+    except OSError:
+        return False
+    return start.startswith(_XZ) or b'"gsm-sgd' in start
 
 
-def read(path: Path, kind: str) -> Container:
-    """Return a file's content.
+def to_bytes(tensors: Mapping[str, Tensor], pruned: Mapping[str, torch.dtype], about: Mapping[str, Any]) -> bytes:
+    """Return the bytes of a file of tensors, and of JSON about them.
 
-    Raises:
-        UsageError: there is no such file.
-        FormatError: it is damaged, or of another format.
+    Of the pruned ones, given by name, only what is not zero is stored, as numbers of the type given.
     """
+    stored = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    masks = [torch.empty(0, dtype=torch.bool)]
+    for name, dtype in pruned.items():
+        flat = stored[name].reshape(-1)
+        masks.append(flat != 0)
+        stored[name] = flat[masks[-1]].to(dtype)
+    stored[_POSITIONS] = torch.from_numpy(encode_positions(torch.cat(masks).numpy()))
+    raw = save(stored, _metadata(tensors, pruned, about))
+    return min(raw, lzma.compress(raw, filters=_FILTERS), key=len)
+
+
+def most_bytes(
+    tensors: Mapping[str, Tensor], pruned: Mapping[str, torch.dtype], about: Mapping[str, Any], kept: int
+) -> int:
+    """Return the most bytes of a file of such tensors with so many numbers kept, and of JSON that is no longer."""
+    data = most_position_bytes(sum(tensors[name].numel() for name in pruned), kept)
+    data += kept * max((dtype.itemsize for dtype in pruned.values()), default=0)
+    data += sum(tensor.nbytes for name, tensor in tensors.items() if name not in pruned)
+    at = 10 ** len(str(data)) - 1  # as long as any offset
+    header: dict[str, Any] = {"__metadata__": _metadata(tensors, pruned, about)}
+    for name, shape in {_POSITIONS: [at], **{name: list(tensor.shape) for name, tensor in tensors.items()}}.items():
+        header[name] = {"dtype": "BOOL", "shape": [at] if name in pruned else shape, "data_offsets": [at, at]}
+    return 8 + len(_json(header)) + 7 + data  # 7 spaces at most align the data
+
+
+def from_bytes(content: bytes, max_bytes: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the JSON of a file, and its tensors, pruned ones first; FormatError if it is damaged or too large."""
+    most = _most_decoded(len(content), max_bytes)
+    raw = _decompressed(content, most + most // 8 + _LONGEST_HEADER)
     try:
-        with open_regular(path) as stream:
-            return from_bytes(stream.read(), kind)
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+        header = parse_json(raw[8 : 8 + min(int.from_bytes(raw[:8], "little"), _LONGEST_HEADER)])
+        about = parse_json(header.get("__metadata__", {}).get(_METADATA, "{}").encode())
+        if about.get("format") != FORMAT:
+            raise FormatError(f"its format is not {FORMAT!r}, which gsm export of this version makes from a run")
+        stored = load(raw)
+        if any((tensor.view(torch.uint8) > 1).any() for tensor in stored.values() if tensor.dtype == torch.bool):
+            raise FormatError("a truth value is neither 0 nor 1")
+        positions = stored.pop(_POSITIONS).numpy()
+        rows = {name: torch.empty(shape, dtype=DTYPES[dtype], device="meta") for name, shape, dtype in about["pruned"]}
+        values = [stored.pop(name) for name in rows]
+    except FormatError:
+        raise
+    except Exception as error:  # a damaged file can fail in any way
+        raise FormatError("its header or a tensor is damaged") from error
+    check_size(sum(tensor.nbytes for tensor in [*stored.values(), *rows.values()]), len(content), max_bytes)
+    sizes = [row.numel() for row in rows.values()]
+    mask = torch.from_numpy(decode_positions(positions, sum(sizes), sum(numbers.numel() for numbers in values)))
+    tensors = {}
+    for (name, row), numbers, where in zip(rows.items(), values, mask.split(sizes), strict=True):
+        if numbers.shape != (int(where.sum()),):
+            raise FormatError(f"{name[:40]!r} has not as many numbers as positions")
+        tensors[name] = torch.zeros(len(where), dtype=row.dtype)
+        tensors[name][where] = numbers.to(row.dtype)
+        tensors[name] = tensors[name].reshape(row.shape)
+    return about, tensors | dict(sorted(stored.items()))  # which safetensors returns in any order
 
 
-def from_bytes(content: bytes, kind: str) -> Container:
-    """Return a file's content; all that it says of itself is checked against its size before it is believed.
+def check_size(size: int, file_bytes: int, max_bytes: int | None = None) -> None:
+    """Raise FormatError if a file would decode to too many bytes, `size`, for its own size."""
+    most = _most_decoded(file_bytes, max_bytes)
+    if size > most:
+        raise FormatError(
+            f"its {file_bytes:,} bytes claim to hold tensors of {size:,}, over {most:,} "
+            "(of a sparse file that you trust, gsm_sgd.export.load_sparse takes max_bytes)"
+        )
 
-    Raises:
-        FormatError: it is damaged, or of another format.
+
+def encode_positions(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Return where a mask is true, as bits, or as gaps of a byte each where these cannot take more.
+
+    A gap is the number of places left out since the one before; a byte 255 adds to the next one.
     """
-    length = int.from_bytes(content[:8], "little")
-    if length > min(_LONGEST_HEADER, len(content) - 8):
-        raise FormatError("its header is longer than the file, or than any such file's")
-    entries = _json(content[8 : 8 + length])
-    metadata = entries.pop("__metadata__", None)
-    if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
-        raise FormatError("it has no metadata")
-    if "format" not in metadata:
-        raise FormatError("it is another safetensors file, gsm export makes one of ours")
-    if metadata["format"] != kind:
-        raise FormatError(f"its format is {metadata['format'][:40]!r}, not {kind!r}")
-    sections = _sections(entries, memoryview(content)[8 + length :])
-    about = _json(_decompressed(sections.pop("about", b""), _LONGEST_ABOUT, "about"))
-    return Container(metadata, about, _joined(sections))
+    where = np.flatnonzero(mask)
+    if _as_bits(mask.size, len(where)):
+        return np.packbits(mask)
+    more, last = np.divmod(np.diff(where, prepend=-1) - 1, 255)
+    code = np.full(len(where) + more.sum(), 255, np.uint8)
+    code[np.cumsum(more + 1) - 1] = last
+    return code
 
 
-def _sections(entries: dict[str, Any], data: memoryview) -> dict[str, bytes]:
-    """Return the sections, which have to fill the file one after the other."""
-    sections, at = {}, 0
-    for name, entry in entries.items():
-        kind = "U8" if name in _BYTES else name
-        if kind not in NUMBER_BYTES or not isinstance(entry, dict) or entry.get("dtype") != kind:
-            raise FormatError(f"it has a section {name[:40]!r} of a type that is not its own")
-        count = entry.get("shape")
-        match count:
-            case [int(number)] if number >= 0:
-                end = at + number * NUMBER_BYTES[kind]
-            case _:
-                raise FormatError(f"its section {name} is not one row")
-        if entry.get("data_offsets") != [at, end] or end > len(data):
-            raise FormatError(f"its section {name} is not where it should be")
-        sections[name] = bytes(data[at:end])
-        at = end
-    if at != len(data):
-        raise FormatError("it has bytes that belong to no section")
-    return sections
+def decode_positions(code: NDArray[np.uint8], size: int, kept: int) -> NDArray[np.bool_]:
+    """Return a mask of which `encode_positions` might have made a code; FormatError if there is none of that size."""
+    if code.dtype != np.uint8 or code.ndim != 1 or len(code) > most_position_bytes(size, kept):
+        raise FormatError("its positions are damaged")
+    if _as_bits(size, kept):
+        return np.unpackbits(code, count=size).astype(bool)
+    mask, last = np.zeros(size, bool), code < 255
+    where = np.cumsum(code + last, dtype=np.int64)[last] - 1
+    if len(where) and where[-1] >= size:
+        raise FormatError("a position is beyond the end")
+    mask[where] = True
+    return mask
 
 
-def _divided(sections: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Return sections with the highest byte of each number in one of its own, compressed, where that pays."""
-    divided = dict(sections)
-    for rest, top in zip(_RESTS, _TOPS, strict=True):
-        kind = _TOPS[top]
-        numbers = np.frombuffer(divided.get(kind, b""), np.uint8).reshape(-1, NUMBER_BYTES[kind])
-        highest = zlib.compress(numbers[:, -1].tobytes(), 9)
-        if len(highest) + _PAYS <= len(numbers):
-            divided |= {rest: numbers[:, :-1].tobytes(), top: highest}
-            del divided[kind]
-    return divided
+def most_position_bytes(size: int, kept: int) -> int:
+    """Return the most bytes that the positions of `kept` of `size` weights take, wherever they are."""
+    return min(kept + (size - kept) // 255, math.ceil(size / 8))
 
 
-def _joined(sections: dict[str, bytes]) -> dict[str, bytes]:
-    """Return the sections that `_divided` was given."""
-    for rest, top in zip(_RESTS, _TOPS, strict=True):
-        kind = _TOPS[top]
-        if rest not in sections and top not in sections:
-            continue
-        lower, width = sections.pop(rest, b""), NUMBER_BYTES[kind] - 1
-        count = len(lower) // width
-        highest = _decompressed(sections.pop(top, b""), count, top)
-        if kind in sections or len(lower) != count * width or len(highest) != count:
-            raise FormatError(f"its sections {rest} and {top} do not fit each other")
-        numbers = np.empty((count, width + 1), np.uint8)
-        numbers[:, :-1] = np.frombuffer(lower, np.uint8).reshape(count, width)
-        numbers[:, -1] = np.frombuffer(highest, np.uint8)
-        sections[kind] = numbers.tobytes()
-    return sections
+def _as_bits(size: int, kept: int) -> bool:
+    return most_position_bytes(size, kept) < kept + (size - kept) // 255
 
 
-def _decompressed(content: bytes, most: int, name: str) -> bytes:
-    """Return the bytes of a section, of which there may be at most so many."""
-    unzip = zlib.decompressobj()
+def _json(value: object) -> str:
+    """Return JSON; numbers may be NumPy's."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False, default=operator.methodcaller("item"))
+
+
+def _metadata(
+    tensors: Mapping[str, Tensor], pruned: Mapping[str, torch.dtype], about: Mapping[str, Any]
+) -> dict[str, str]:
+    rows = [[name, list(tensors[name].shape), str(tensors[name].dtype).removeprefix("torch.")] for name in pruned]
+    return {_METADATA: _json({"format": FORMAT, **about, "pruned": rows})}
+
+
+def _decompressed(content: bytes, most: int) -> bytes:
+    """Return the safetensors file in a file, of at most so many bytes."""
+    if not content.startswith(_XZ):
+        return content
+    xz = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MEMORY)
     try:
-        text = unzip.decompress(content, most + 1)
-    except zlib.error as error:
-        raise FormatError(f"its section {name} is damaged") from error
-    if len(text) > most or not unzip.eof or unzip.unused_data:
-        raise FormatError(f"its section {name} is cut short, too long, or has something after it")
-    return text
+        raw = xz.decompress(content, most)
+    except lzma.LZMAError as error:
+        raise FormatError(f"xz says: {error}") from error
+    if not xz.eof or xz.unused_data:
+        raise FormatError("it is cut short, has something after its end, or decompresses to too much")
+    return raw
 
 
-def _json(text: bytes) -> dict[str, Any]:
-    """Return a JSON object."""
-    try:
-        value = parse_json(text)
-    except ValueError as error:
-        raise FormatError("its JSON is damaged") from error
-    if not isinstance(value, dict):
-        raise FormatError("its JSON is no object")
-    return value
-
-
-def _number(value: object) -> Any:
-    """Return the number that NumPy has put into a box of its own."""
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} is not a JSON type")
+def _most_decoded(file_bytes: int, max_bytes: int | None) -> int:
+    return max(_SMALL, _GROWTH * file_bytes) if max_bytes is None else max_bytes

@@ -5,6 +5,7 @@ Its LeNets and ResNets are ours under other names, so its scripts load these fil
 """
 
 import io
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,12 +16,11 @@ import torch
 from torch import Tensor
 
 from ..experiments import UsageError
-from ..experiments.reading import check_regular
-from .container import FormatError
+from ..experiments.reading import check_regular, open_regular
+from .container import FormatError, check_size
 from .extras import needed
-from .table import check_rows, row_of
 
-MAGIC = b"\x89HDF\r\n\x1a\n"
+_MAGIC = b"\x89HDF\r\n\x1a\n"
 
 _LENET = [(r"^fc", "linear")]
 _RESNET = [
@@ -62,6 +62,15 @@ def published_name(name: str, model: str) -> str:
     return name
 
 
+def is_hdf5(path: Path) -> bool:
+    """Return whether a file begins like HDF5."""
+    try:
+        with open_regular(path) as stream:
+            return stream.read(len(_MAGIC)) == _MAGIC
+    except OSError:
+        return False
+
+
 def read_hdf5(path: Path) -> dict[str, Tensor]:
     """Return the tensors of such a file.
 
@@ -73,14 +82,12 @@ def read_hdf5(path: Path) -> dict[str, Tensor]:
         check_regular(path)
         with h5py.File(path, "r") as file:
             found = {name: _data_set(h5py, file, name) for name in file}
-            # On the device meta nothing is allocated. A chunk is decompressed as a whole, however much of it is used.
-            empty = {
-                name: torch.empty(
-                    tuple(map(max, data.shape, data.chunks or data.shape)), dtype=_torch_type(data), device="meta"
-                )
-                for name, data in found.items()
-            }
-            check_rows([row_of(name, tensor) for name, tensor in empty.items()], path.stat().st_size)
+            # A chunk is decompressed as a whole, however much of it is used.
+            sizes = [
+                math.prod(map(max, data.shape, data.chunks or data.shape)) * data.dtype.itemsize
+                for data in found.values()
+            ]
+            check_size(sum(sizes), path.stat().st_size)
             return {name.replace("+", "/"): torch.from_numpy(np.asarray(data)) for name, data in found.items()}
     except FormatError as error:
         raise UsageError(f"{path} is damaged: {error}") from error
@@ -107,7 +114,3 @@ def _filters(h5py: Any) -> list[set[int]]:
     """Return which filters data may have gone through: one compression, and what leaves sizes as they are."""
     h5z = h5py.h5z
     return [{h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32, kind} for kind in (h5z.FILTER_DEFLATE, h5z.FILTER_LZF)]
-
-
-def _torch_type(data: Any) -> torch.dtype:
-    return torch.from_numpy(np.empty(0, data.dtype)).dtype

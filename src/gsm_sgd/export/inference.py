@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..experiments import bench
 from ..experiments.environment import environment
-from ..experiments.whole_files import replace_file
+from ..experiments.whole_files import atomic_write
 from ..reports.runs import read_run
 from .csr import as_sparse, linear_layers, turns_of
 from .extras import needed
@@ -71,7 +71,7 @@ def measure_inference(
         torch.set_num_threads(threads_before)
     rows = [latency._asdict() for latency in latencies]
     record = {"benchmark": "inference", "rows": rows, "environment": environment(torch.device("cpu"))}
-    replace_file(folder / "inference.json", (json.dumps(record, indent=1) + "\n").encode())
+    atomic_write(folder / "inference.json", (json.dumps(record, indent=1) + "\n").encode())
     return latencies
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor, nn
 
+from ..budget import kept_weights
 from ..experiments import UsageError, data, models
 from ..experiments.loop import evaluate
 from ..experiments.models import check_named
@@ -14,20 +15,23 @@ from ..experiments.recipes import RECIPES, Recipe, check_stages
 from ..experiments.rundir import read_weights
 from ..experiments.splits import Dataset
 from ..experiments.states import load_state
+from ..names import prunable_parameters
 from ..reports.nets import prunable_weights
 from ..reports.runs import Run
+from .sparse import SparseFile
+
+_SAME = 0.05  # points of accuracy that a machine's arithmetic may turn
+
+
+class CertificateError(Exception):
+    """A net is not what its file's certificate says."""
 
 
 def recipe_of(fields: Mapping[str, Any], source: Path, allowed: str | None = None) -> Recipe:
-    """Return the recipe that a file states.
-
-    Args:
-        fields: as the file has them.
-        source: the file, for messages.
-        allowed: the function of the user's own, if any, that is to build the net.
+    """Return the recipe that a file, `source`, states.
 
     Raises:
-        UsageError: they are no recipe, or the net is built by code that the user has not named, or by other code.
+        UsageError: it is no recipe, or code builds its net that is neither part of gsm-sgd nor `allowed` by the user.
     """
     types = ArgumentParser(exit_on_error=False)
     types.add_class_arguments(Recipe)
@@ -35,10 +39,8 @@ def recipe_of(fields: Mapping[str, Any], source: Path, allowed: str | None = Non
         check_stages(fields)
         recipe = Recipe.from_dict(types.parse_object(dict(fields)).as_dict())
         recipe.check()
-        if not recipe.compression >= 1:
-            raise ValueError("no compression ratio")
-        if recipe.recipe not in RECIPES or recipe.dataset not in data.DATASETS:
-            raise ValueError("no recipe's name, or no data set's")
+        if not recipe.compression >= 1 or recipe.recipe not in RECIPES or recipe.dataset not in data.DATASETS:
+            raise ValueError("no compression ratio, no recipe's name, or no data set's")
     except (ArgumentError, TypeError, KeyError, ValueError, AttributeError) as error:
         raise UsageError(f"{source} states no recipe of this version") from error
     check_named(recipe.model, source, allowed)
@@ -62,11 +64,7 @@ def image_shape(recipe: Recipe) -> tuple[int, int, int]:
 
 
 def build(recipe: Recipe, tensors: Mapping[str, Tensor], classes: int | None = None) -> nn.Module:
-    """Return the net of a recipe with these weights.
-
-    Raises:
-        UsageError: they do not fit it.
-    """
+    """Return the net of a recipe with these weights; UsageError if they do not fit it."""
     model = models.build(recipe.model, recipe.seed, classes)
     try:
         load_state(model, tensors)
@@ -76,11 +74,7 @@ def build(recipe: Recipe, tensors: Mapping[str, Tensor], classes: int | None = N
 
 
 def pruned_net(run: Run, allowed: str | None = None) -> tuple[nn.Module, tuple[int, ...]]:
-    """Return the pruned net of a run, and the shape of an image that it takes; `allowed` is as of `recipe_of`.
-
-    Raises:
-        UsageError: the run is not over, or its weights are missing or damaged.
-    """
+    """Return the pruned net of a finished run, and the shape of an image that it takes; `allowed` as in `recipe_of`."""
     recipe = recipe_of(run.recipe, run.path, allowed)
     classes = len(list(prunable_weights(run, run.net).values())[-1])
     model = build(recipe, read_weights(run.path / f"{run.net}.safetensors"), classes)
@@ -91,3 +85,27 @@ def measure(recipe: Recipe, tensors: Mapping[str, Tensor], data_dir: Path | None
     """Return the accuracy, in percent, of weights on the images of a recipe, by the CPU."""
     dataset = load_data(recipe, data_dir)
     return evaluate(build(recipe, tensors, dataset.classes), dataset.test)
+
+
+def verify_accuracy(path: Path, file: SparseFile, data_dir: Path | None, allowed: str | None) -> str:
+    """Measure the accuracy of a sparse file's net again, and return what was found; `allowed` as in `recipe_of`.
+
+    Raises:
+        UsageError: the file states no accuracy or recipe, or the data cannot be had.
+        CertificateError: the accuracy is another one, or layers or compression ratio are not those of the recipe.
+    """
+    certificate, stated = file.certificate, file.certificate.top1
+    if stated is None or file.recipe is None:
+        raise UsageError(f"{path} states no accuracy: do without --accuracy")
+    recipe = recipe_of(file.recipe, path, allowed)
+    dataset = load_data(recipe, data_dir)
+    model = build(recipe, file.tensors, dataset.classes)
+    if other := sorted(set(prunable_parameters(model)) ^ set(file.prunable)):
+        raise CertificateError(f"{path} certifies other layers than those prunable in {recipe.model}: {other[0]}")
+    if certificate.nonzeros > kept_weights(certificate.prunable, recipe.compression):
+        raise CertificateError(f"{path} states a compression ratio of {recipe.compression:g}, but keeps more weights")
+    found = evaluate(model, dataset.test)
+    if not abs(found - stated) <= _SAME:
+        raise CertificateError(f"{path} states an accuracy of {stated:.2f} %, but has {found:.2f} %")
+    images = f"{recipe.holdout:,} held-out training images" if recipe.holdout else "the test set"
+    return f"{found:.2f} % on {images} of {recipe.dataset}"

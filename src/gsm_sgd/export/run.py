@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..experiments import UsageError
 from ..experiments.rundir import read_weights
-from ..experiments.whole_files import write_whole
+from ..experiments.whole_files import write_output
 from ..reports.runs import WEIGHTS, Run, read_run
 from .hdf5_file import to_hdf5
 from .onnx_file import to_onnx
@@ -18,7 +18,7 @@ from .sparse import Values, rounded, save_sparse
 
 Format = Literal["sparse", "safetensors", "onnx", "hdf5"]
 ENDINGS: dict[Format, str] = {
-    "sparse": "sparse.safetensors",
+    "sparse": "sparse.safetensors.xz",
     "safetensors": "dense.safetensors",
     "onnx": "onnx",
     "hdf5": "hdf5",
@@ -63,9 +63,9 @@ def export(
         case "sparse":
             _save_sparse(run, tensors, out, values, data_dir, allowed)
         case "safetensors":
-            write_whole(out, save(tensors), "--out")
+            write_output(out, save(tensors), "--out")
         case "hdf5":
-            write_whole(out, to_hdf5(tensors, run.recipe.get("model", "")), "--out")
+            write_output(out, to_hdf5(tensors, run.recipe.get("model", "")), "--out")
         case "onnx":
             remark = _save_onnx(run, out, allowed)
     size, dense = out.stat().st_size, weights.stat().st_size
@@ -91,5 +91,5 @@ def _save_sparse(
 def _save_onnx(run: Run, out: Path, allowed: str | None) -> str:
     """Write a net as ONNX and return how exact it is."""
     file = to_onnx(*pruned_net(run, allowed))
-    write_whole(out, file.content, "--out")
+    write_output(out, file.content, "--out")
     return f"; onnxruntime's logits of {file.images} random images differ by {file.difference:.1e} at most"

@@ -1,6 +1,7 @@
 """The compression ratio at which a sparse file has at most a size given in advance, wherever the kept weights are."""
 
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
@@ -19,11 +20,7 @@ _DIGITS = 6  # of a compression ratio, as a run folder's name has it
 
 
 def parse_size(text: str) -> int:
-    """Return a size in bytes, rounded down: 20KB are 20,000 bytes, 20KiB are 20,480.
-
-    Raises:
-        UsageError: it is no size.
-    """
+    """Return a size in bytes, rounded down: 20KB are 20,000 bytes, 20KiB are 20,480; UsageError if it is no size."""
     match = _SIZE.fullmatch(text)
     if match is None or match[2].lower() not in _UNITS:
         raise UsageError(f"a size is a number with B, KB, KiB, MB or MiB, like 20KB, not {text!r}")
@@ -33,34 +30,26 @@ def parse_size(text: str) -> int:
 def compression_for(target: int, model: nn.Module, recipes: Sequence[Recipe]) -> float:
     """Return the least compression ratio, of six digits, at which no sparse file of these runs has over `target` bytes.
 
-    Args:
-        target: bytes.
-        model: the net.
-        recipes: of runs that differ in the seed alone; they are in the files, with the ratio.
+    The recipes of the runs, which are in the files, differ in the seed alone.
 
     Raises:
         UsageError: even with one weight left the file could be larger.
     """
-    prunable = prunable_parameters(model)
+    state, prunable = model.state_dict(), prunable_parameters(model)
     total = sum(weight.numel() for weight in prunable.values())
 
     def size(kept: int) -> int:
         ratio = _ratio(total, kept)
-        left = kept_weights(total, ratio)
-        with_ratio = [replace(recipe, compression=ratio).as_dict() for recipe in recipes]
-        state = model.state_dict()
-        return max(largest_size(state, left, prunable=prunable, recipe=recipe) for recipe in with_ratio)
+        fields = [replace(recipe, compression=ratio).as_dict() for recipe in recipes]
+        return max(largest_size(state, kept_weights(total, ratio), prunable=prunable, recipe=one) for one in fields)
 
     if size(1) > target:
         raise UsageError(
             f"{target:,} bytes are too few: with one weight left, biases, names, recipe and certificate take up to "
             f"{size(1):,}, which is the smallest --target-size"
         )
-    kept, too_many = 1, total + 1
-    while too_many - kept > 1:
-        middle = (kept + too_many) // 2
-        kept, too_many = (middle, too_many) if size(middle) <= target else (kept, middle)
-    return _ratio(total, kept)
+    # the first count that is too many is bisected for, and the last one before it kept
+    return _ratio(total, bisect_right(range(1, total + 1), target, key=size))
 
 
 def _ratio(total: int, kept: int) -> float:

@@ -289,7 +289,7 @@ class SparseOptimizer(Optimizer):
             check_masked(self.state, governed, self.phase is Phase.FADE, self._name_of)
         check_finite = partial(check_gradients, scored, shards, self._name_of)
 
-        self._fade_or_cut_if_due(check_finite)
+        self._fade_or_cut_if_due(check_finite)  # the cut comes before the first step after it
         total = self.num_prunable
         num_active = self._active_of(total) if total else 0
         everything = num_active == total
@@ -300,10 +300,12 @@ class SparseOptimizer(Optimizer):
             available = sum(param.numel() for param in scored)
             prescribed = self._pattern.density is not None  # of whichever weights there are
             num_active = self._active_of(available) if prescribed else min(num_active, available)
+            # score, pool, select
             active = self._select(ruled, num_active, shards, check_finite)
         else:
             check_finite()
             active = [to_local(self.state[owner]["mask"]) for part in ruled for owner in part.owners]
+        # update
         if ruled:
             self._update_(ruled, active)
         for part in dense:
@@ -334,7 +336,8 @@ class SparseOptimizer(Optimizer):
         if not finite:
             self._buffer.sanitize_()
         if shards is not None and self._score not in STREAMED:
-            self._buffer.whole.clamp_(min=-1)  # below zero all are alike, and what is exchanged goes no lower
+            whole = self._buffer.whole
+            whole.masked_fill_(whole <= 0, -1)  # passive all alike: no other sign is exchanged
         if single:
             try:
                 threshold = _threshold(self._buffer.scores_of, len(weights), num_active, shards, suspect=not finite)

@@ -3,24 +3,21 @@
 import math
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Any
 
-from ..experiments.rundir import Record
 from . import figures
-from .blocks import Block, Group, Picture, Table, listed
-from .figures import Line, Row
-from .runs import outcomes
+from .blocks import Block, Group, Table, listed
+from .figures import Line, Panel, Row
+from .runs import Outcome, outcomes
 from .tables import cut_line, empty_layers_of
 
-_DRAWN = 2_000  # epochs of a stage; a screen has no more columns
-_COLOURS = {
-    **{"base": "ink", "gsm_before_cut": "blue", "gsm_after_cut": "blue", "pruned": "blue"},
-    **{"ticket_gsm": "green", "ticket_magnitude": "orange"},
-}
+_DRAWN = 500  # epochs of a stage; a screen shows no more
+_COLOURS = {"base": "ink", "ticket_gsm": "green", "ticket_magnitude": "orange"}  # blue: of GSM training
 _STAGES = {
-    "base": ("base net", "ink", "solid"),
-    "gsm": ("GSM", "blue", "solid"),
-    "ticket-gsm": ("ticket by GSM", "green", "dash"),
-    "ticket-magnitude": ("ticket by magnitude", "orange", "dot"),
+    "base": Line("base net", "ink", "-", []),
+    "gsm": Line("GSM", "blue", "-", []),
+    "ticket-gsm": Line("ticket by GSM", "green", "--", []),
+    "ticket-magnitude": Line("ticket by magnitude", "orange", ":", []),
 }
 
 
@@ -31,166 +28,141 @@ def comparison(groups: Sequence[Group]) -> Block:
         found = {outcome.key: outcome for outcome in outcomes(group.runs)}
         # a run that only retrained a ticket has no pruned net
         last = next(found[key] for key in ("pruned", "gsm_after_cut", *found) if key in found)
-        shown = [found[key].figure.shown if key in found else "" for key in ("base", "gsm_before_cut", "gsm_after_cut")]
-        paper = ["", ""] if last.paper is None else [f"{last.paper:.2f}", f"{last.figure.mean - last.paper:+.2f}"]
+        shown = [found[key].shown if key in found else "" for key in ("base", "gsm_before_cut", "gsm_after_cut")]
+        pruned = last.shown if last.key in ("pruned", "gsm_after_cut") else f"ticket {last.shown}"
         first = group.results[0]
-        epochs = f"{sum(first['epochs'].values())}"
-        seconds = f"{fmean(sum(result['seconds'].values()) for result in group.results):,.0f}"
         kept = f"{first['nonzeros']:,} of {first['prunable']:,}"
-        seeds = listed(group.seeds)
-        pruned = last.figure.shown if last.key in ("pruned", "gsm_after_cut") else f"ticket {last.figure.shown}"
-        rows.append([group.title, seeds, kept, *shown, pruned, *paper, epochs, seconds])
-        top1 = [result["top1"][last.key] for result in group.results]
-        marks.append(Row(group.title, "blue", group.seeds, top1, last.paper))
+        seconds = fmean(sum(result["seconds"].values()) for result in group.results)
+        cost = [f"{sum(first['epochs'].values())}", f"{seconds:,.0f}"]
+        rows.append([group.title, listed(group.seeds), kept, *shown, pruned, *_beside_the_papers(last), *cost])
+        marks.append(_errors_of(last, group.title))
     columns = ["runs", "seeds", "weights kept", "base net", "GSM, before the cut", "after the cut", "pruned net"]
-    return Block(
-        "",
-        picture=Picture(figures.accuracies(marks), "Top-1 error of the pruned nets of all runs, beside the paper's."),
-        tables=[Table("Top-1 in %", [*columns, "the paper", "difference", "epochs", "seconds"], rows, texts=2)],
-    )
+    table = Table("Top-1 in %", [*columns, "the paper", "difference", "epochs", "seconds"], rows, texts=2)
+    return _top1(marks, "Top-1 error of the pruned nets of all runs, beside the paper's.", table)
 
 
 def results(group: Group) -> list[Block]:
     """Return accuracies beside the paper's, with mean and deviation over the seeds."""
     found = outcomes(group.runs)
-    rows, marks = [], []
-    for key, title, figure, paper in found:
-        top1 = [result["top1"][key] for result in group.results]
-        last_ten = "" if figure.last_ten_mean is None else f"{figure.last_ten_mean:.2f}"
-        beside = ["", ""] if paper is None else [f"{paper:.2f}", f"{figure.mean - paper:+.2f}"]
-        mean = [figure.shown] if len(top1) > 1 else []
-        rows.append([title, *mean, *beside, *(f"{value:.2f}" for value in top1), last_ten])
-        marks.append(Row(title, _COLOURS[key], group.seeds, top1, paper))
+    rows = [
+        [one.title, *([one.shown] if one.std is not None else []), *_beside_the_papers(one)]
+        + [f"{value:.2f}" for value in one.values]
+        + ["" if one.last_ten_mean is None else f"{one.last_ten_mean:.2f}"]
+        for one in found
+    ]
+    mean = ["mean ± sd"] if len(group.runs) > 1 else []
+    columns = ["net", *mean, "the paper", "difference", *(f"seed {seed}" for seed in group.seeds), "last ten"]
+    over_seeds = group.over_seeds(", mean ± standard deviation over the seeds")
+    table = Table(f"Top-1 in %{over_seeds}; last ten: mean of ten epochs", columns, rows)
     first = group.results[0]
-    several = len(group.runs) > 1
-    mean = ["mean ± sd"] if several else []
-    seeds = [f"seed {seed}" for seed in group.seeds]
-    columns = ["net", *mean, "the paper", "difference", *seeds, "last ten"]
-    caption = (
-        f"Top-1 in %{', mean ± standard deviation over the seeds' if several else ''}; last ten: mean of ten epochs"
-    )
     texts = [
         f"{first['nonzeros']:,} of {first['prunable']:,} weights are kept; {group.runs[0].measured_on}.",
         *([cut_line(group.runs)] if "gsm_after_cut" in first["top1"] else []),
         *empty_layers_of(group.runs),
     ]
     if first["paper"] is None:
-        texts.append("The paper has no figure for this net, data set and compression ratio.")
+        texts.append("The paper has no result for this net, data set and compression ratio.")
     description = "Top-1 error by net, for each seed, with mean and standard deviation, and the paper's."
-    picture = Picture(figures.accuracies(marks), description)
-    return [Block("", texts, picture, [Table(caption, columns, rows)])]
+    return [_top1([_errors_of(one, one.title) for one in found], description, table, texts)]
+
+
+def _beside_the_papers(found: Outcome) -> list[str]:
+    return ["", ""] if found.paper is None else [f"{found.paper:.2f}", f"{found.mean - found.paper:+.2f}"]
+
+
+def _errors_of(found: Outcome, title: str) -> Row:
+    paper = None if found.paper is None else 100 - found.paper
+    errors = [100 - value for value in found.values]
+    return Row(title, _COLOURS.get(found.key, "blue"), errors, f"{fmean(errors):.2f}", paper)
+
+
+def _top1(marks: list[Row], description: str, table: Table, texts: Sequence[str] = ()) -> Block:
+    return Block("", texts, figures.marks(marks, "top-1 error, %", "the paper"), description, [table])
 
 
 def curves(group: Group) -> list[Block]:
     """Return loss, error and what a cut would have done, by epoch."""
-    stages = [stage for stage in _STAGES if any(record["stage"] == stage for record in _metrics(group))]
+    stages = _stages(group)
     if not stages:
-        return [Block("", ["No epoch has been logged yet."])]
-    note = "Thin lines are the seeds, thick ones their mean." if len(group.runs) > 1 else ""
-    blocks = [
-        _curve("Training loss", "loss", [_line(group, stage, "loss") for stage in stages], note=note),
-        _curve("Top-1 error", "top-1 error, %", [_errors(_line(group, stage, "top1")) for stage in stages]),
+        return [Block(texts=["No epoch has been logged yet."])]
+    loss, error = training_panels(group)
+    since = [run.lossless_since for run in group.runs]
+    lossless = f"A cut would have cost nothing since epoch {listed(since)}." if None not in since else ""
+    return [
+        _curve(loss, group.over_seeds("Thin lines are the seeds, thick ones their mean.")),
+        _curve(error, lossless),
+        *(_cut_now(group) if _has_cuts(group) else []),
+        Block(tables=[_epochs(group, stage) for stage in stages]),
     ]
-    if any("cut_top1" in record for record in _metrics(group)):
-        blocks += _cut_now(group)
-    blocks.append(Block("", tables=[_epochs(group, stage) for stage in stages]))
-    return blocks
+
+
+def training_panels(group: Group) -> list[Panel]:
+    """Return training loss and error by epoch, with the error after a cut at that epoch."""
+    stages = _stages(group)
+    errors = [_errors(_line(group, stage, "top1")) for stage in stages]
+    cut = None
+    if _has_cuts(group):
+        errors.append(_errors(_line(group, "gsm", "cut_top1", label="GSM, if cut then", colour="purple", dash="-.")))
+        cut = group.runs[0].cut_epoch
+    loss = Panel("Training loss", "training loss", [_line(group, stage, "loss") for stage in stages])
+    return [loss, Panel("Top-1 error", "top-1 error, %", errors, cut)]
 
 
 def _cut_now(group: Group) -> list[Block]:
-    """Return the pictures of what a cut would have done at each epoch of GSM training."""
-    cut = (group.runs[0].cut_epoch, "cut")
-    as_it_is = _errors(_line(group, "gsm", "top1"))._replace(label="as it is")
-    if_cut = _errors(_line(group, "gsm", "cut_top1", "if cut then", "orange", "dash"))
-    entered = _line(group, "gsm", "entered", "entered")
-    returned = _line(group, "gsm", "returned", "of these kept before", "orange", "dash")
-    since = [run.lossless_since for run in group.runs]
-    return [
-        _curve(
-            "If the net were cut at that epoch",
-            "top-1 error, %",
-            [as_it_is, if_cut],
-            cut=cut,
-            note="" if None in since else f"A cut would have cost nothing since epoch {listed(since)}.",
-        ),
-        _curve(
-            "The gap at rank Q",
-            "gap",
-            [_line(group, "gsm", "gap")],
-            cut=cut,
-            note="The largest weight that a cut would remove, as a share of the smallest that it would keep. The line "
-            "ends where nothing is left to cut.",
-        ),
-        _curve(
-            "What is left of a passive weight",
-            "share",
-            [_line(group, "gsm", "passive")],
-            cut=cut,
-            note="What share is left of a weight that has been passive since the ramp's end, or since the fade began.",
-        ),
-        _curve(
-            "Weights that entered the top Q",
-            "weights",
-            [entered, returned],
-            cut=cut,
-            note="Those that a cut would keep, and would not have kept an epoch earlier. The line ends where none did.",
-        ),
-    ]
-
-
-def _curve(
-    heading: str, quantity: str, lines: list[Line], *, cut: tuple[int, str] | None = None, note: str = ""
-) -> Block:
-    positive = any(value > 0 for line in lines for points in line.seeds.values() for _, value in points)
-    figure = figures.curves(lines, quantity, log=positive, cut=cut)
-    description = f"{heading}, by epoch: the figures are in the tables below."
-    return Block(heading, [note] if note else [], Picture(figure, description))
-
-
-def _line(group: Group, stage: str, key: str, label: str = "", colour: str = "", dash: str = "") -> Line:
-    """Return a quantity of a stage as a line for each seed, drawn as the stage is if nothing else is said."""
-    own_label, own_colour, own_dash = _STAGES[stage]
-    points = {
-        f"seed {run.recipe['seed']}": _thinned(
-            [(r["epoch"], r[key]) for r in run.metrics if r["stage"] == stage and key in r]
-        )
-        for run in group.runs
+    """Return the curves of what a cut would take at each epoch of GSM training."""
+    entered = _line(group, "gsm", "entered", label="entered")
+    returned = _line(group, "gsm", "returned", label="of these kept before", colour="orange", dash="--")
+    panels = {
+        "The largest weight that a cut would remove, as a share of the smallest that it would keep. The line ends "
+        "where nothing is left to cut.": Panel("The gap at rank Q", "gap", [_line(group, "gsm", "gap")]),
+        "The share that is left of a weight that has been passive since the end of the ramp, or the start of the "
+        "fade.": Panel("What is left of a passive weight", "share", [_line(group, "gsm", "passive")]),
+        "Weights that a cut would keep, and would have removed an epoch earlier. The line ends where there are "
+        "none.": Panel("Weights that entered the top Q", "weights", [entered, returned]),
     }
-    return Line(label or own_label, colour or own_colour, dash or own_dash, points)
+    return [_curve(panel._replace(cut=group.runs[0].cut_epoch), note) for note, panel in panels.items()]
 
 
-def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Return at most `_DRAWN` points, at equal distances, with the last one."""
-    return points[:: -math.ceil(len(points) / _DRAWN) or -1][::-1]
+def _curve(panel: Panel, note: str) -> Block:
+    description = f"{panel.title}, by epoch: the numbers are in the tables below."
+    return Block(panel.title, [note] if note else [], figures.curves([panel]), description)
+
+
+def _line(group: Group, stage: str, key: str, **changes: Any) -> Line:
+    """Return a quantity of a stage as a line, drawn as the stage is but for the changes, and thinned."""
+    seeds = []
+    for run in group.runs:
+        points = [(one["epoch"], one[key]) for one in run.metrics if one["stage"] == stage and key in one]
+        seeds.append(points[:: -math.ceil(len(points) / _DRAWN) or -1][::-1])  # with the last one
+    return _STAGES[stage]._replace(seeds=seeds, **changes)
 
 
 def _errors(line: Line) -> Line:
     """Return a line of accuracies as one of errors."""
-    return line._replace(
-        seeds={seed: [(epoch, 100 - top1) for epoch, top1 in points] for seed, points in line.seeds.items()}
-    )
+    return line._replace(seeds=[[(epoch, 100 - top1) for epoch, top1 in points] for points in line.seeds])
 
 
 def _epochs(group: Group, stage: str) -> Table:
     """Return the quantities of a stage by epoch, as means over the seeds."""
     formats = {"loss": ".4f", "top1": ".2f"}
-    if any("cut_top1" in record for record in _metrics(group) if record["stage"] == stage):
+    if stage == "gsm" and _has_cuts(group):
         formats |= {"cut_top1": ".2f", "gap": ".3g", "passive": ".3g", "entered": ",.0f", "returned": ",.0f"}
     titles = {"top1": "top-1 %", "cut_top1": "top-1 % if cut", "passive": "left of a passive weight"}
     columns = {key: dict(figures.mean_by_epoch(_line(group, stage, key))) for key in formats}
-    rows = [
-        [
-            str(epoch),
-            *(f"{columns[key][epoch]:{form}}" if epoch in columns[key] else "" for key, form in formats.items()),
-        ]
-        for epoch in columns["loss"]
-    ]
-    mean = " (means over the seeds)" if len(group.runs) > 1 else ""
-    caption = f"{_STAGES[stage][0]}, by epoch{mean}"
-    if any(sum(r["stage"] == stage for r in run.metrics) > _DRAWN for run in group.runs):
+    rows = []
+    for epoch in columns["loss"]:
+        cells = (f"{columns[key][epoch]:{form}}" if epoch in columns[key] else "" for key, form in formats.items())
+        rows.append([str(epoch), *cells])
+    caption = f"{_STAGES[stage].label}, by epoch{group.over_seeds(' (means over the seeds)')}"
+    if any(sum(record["stage"] == stage for record in run.metrics) > _DRAWN for run in group.runs):
         caption += f", {len(rows):,} of all epochs"
     return Table(caption, ["epoch", *(titles.get(key, key) for key in formats)], rows, folded=True)
 
 
-def _metrics(group: Group) -> list[Record]:
-    return [record for run in group.runs for record in run.metrics]
+def _stages(group: Group) -> list[str]:
+    found = {record["stage"] for record in group.metrics}
+    return [stage for stage in _STAGES if stage in found]
+
+
+def _has_cuts(group: Group) -> bool:
+    return any("cut_top1" in record for record in group.metrics)

@@ -1,9 +1,11 @@
-"""What a section of a report is made of, and how it shows figures."""
+"""What a section of a report is made of, and how it writes numbers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import NamedTuple, ParamSpec, TypeVar
+
+from matplotlib.figure import Figure
 
 from ..experiments import UsageError
 from ..experiments.rundir import Record
@@ -23,20 +25,14 @@ class Table(NamedTuple):
     folded: bool = False
 
 
-class Picture(NamedTuple):
-    """A figure, and a sentence for those who do not see it."""
-
-    figure: Record
-    description: str
-
-
 @dataclass(frozen=True)
 class Block:
-    """A part of a section: what it says, shows, and gives as tables."""
+    """A part of a section: what it says, shows, and gives as tables; the description is for who cannot see a figure."""
 
-    heading: str
+    heading: str = ""
     texts: Sequence[str] = ()
-    picture: Picture | None = None
+    figure: Figure | None = None
+    description: str = ""
     tables: Sequence[Table] = ()
     code: str = ""
 
@@ -50,13 +46,22 @@ class Group:
 
     @property
     def results(self) -> list[Record]:
-        """What the runs came to; nothing of one that is not finished."""
+        """The results of the runs; none of one that is not finished."""
         return [run.result for run in self.runs if run.result is not None]
 
     @property
     def seeds(self) -> list[int]:
         """The seeds, in the order of the runs."""
         return [run.recipe["seed"] for run in self.runs]
+
+    @property
+    def metrics(self) -> list[Record]:
+        """The records of all runs."""
+        return [record for run in self.runs for record in run.metrics]
+
+    def over_seeds(self, text: str) -> str:
+        """Return a text for a caption if there are several seeds, else nothing."""
+        return text if len(self.runs) > 1 else ""
 
 
 def tried(missing: list[str], read: Callable[_P, _T], *args: _P.args, **options: _P.kwargs) -> _T | None:

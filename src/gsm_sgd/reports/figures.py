@@ -1,311 +1,288 @@
-"""Interactive pictures of runs, as Plotly's figures. The page gives them the colours of its scheme.
+"""Figures of runs, drawn by matplotlib: inline in the page, in the colours of its scheme, or as files of a run."""
 
-The colour of a trace stands in its `meta`, as one of the names that the page's style sheet has a colour for in light
-and in dark. Names that come from a run are escaped, since Plotly reads its labels as markup.
-"""
-
-import html
+import io
 import math
+import re
 import textwrap
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
-import plotly.graph_objects as go
+import matplotlib
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from ..experiments.rundir import Record
-from .nets import BINS_PER_DECADE, HIGHEST, LOWEST
+from .blocks import number
+from .tables import printable
 
-_MARGINS = {"l": 8, "r": 12, "t": 8, "b": 8}
+# Okabe and Ito's colours, which colour blindness leaves distinct. The page replaces each by the variable of its style
+# sheet that has the same name, and so by another colour in the dark.
+_COLOURS = {
+    **{"ink": "#1b1f24", "faint": "#57606a", "rule": "#b4bdc7", "grid": "#e4e8ec", "page": "#ffffff"},
+    **{"blue": "#0072b2", "green": "#009e73", "orange": "#d55e00", "purple": "#b3578f"},
+}
+_VARIABLES = {colour: f"var(--{name})" for name, colour in _COLOURS.items()}
+_STYLE: dict[Any, Any] = {
+    "text.parse_math": False,  # a dollar sign in a name is no formula
+    "svg.fonttype": "none",
+    "svg.hashsalt": "gsm-sgd",  # with no date either, the same run gives the same file
+    "font.size": 12,
+    "axes.titlesize": 12,
+    "legend.frameon": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": _COLOURS["rule"],
+    "grid.color": _COLOURS["grid"],
+    "hatch.linewidth": 1.5,
+    **{f"{text}color": _COLOURS["ink"] for text in ("text.", "axes.label", "xtick.label", "ytick.label")},
+    **{f"{tick}tick.color": _COLOURS["rule"] for tick in "xy"},
+}
+_styled = matplotlib.rc_context(_STYLE)
+_WIDTH = 560  # CSS pixels, before the page scales it
 _MANY_NETS = 12  # in a matrix: with more there is no room for numbers
 _FEW_ROWS = 12  # with more there is room for a line of small print in each only
 _LABEL, _LINES = 25, 3  # characters in a line of a label, and lines
-_LINE = 26  # characters of a label that has one line only
-_NARROW, _MANY_DECADES = 0.5, 3  # on a logarithmic axis: Plotly's own ticks fit below, one for each decade above
-_SYMBOLS = ("circle", "diamond", "square", "cross", "triangle-up")
+ElementTree.register_namespace("", "http://www.w3.org/2000/svg")
+ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 
 
 class Row(NamedTuple):
-    """A net in a picture of accuracies: the top-1 of each seed, in percent, and the paper's."""
-
-    label: str
-    colour: str
-    seeds: list[int]
-    top1: list[float]
-    paper: float | None
-
-
-class Line(NamedTuple):
-    """A quantity over the epochs of a stage, for each seed: pairs of epoch and value."""
-
-    label: str
-    colour: str
-    dash: str
-    seeds: dict[str, list[tuple[int, float]]]
-
-
-class Bar(NamedTuple):
-    """A value for each category, with a text beside it."""
+    """A row of marks: its values, one for each seed, a reference to compare them with, and a text beside them."""
 
     label: str
     colour: str
     values: list[float]
-    texts: list[str]
-    spread: list[float] | None = None
+    text: str
+    reference: float | None = None
 
 
-def accuracies(rows: Sequence[Row]) -> Record:
-    """Return top-1 error by net: a ring for each seed, mean and deviation, the paper's figure."""
-    means = [fmean(row.top1) for row in rows]
-    several = any(len(row.top1) > 1 for row in rows)
-    figure = _figure(height=90 + 46 * len(rows))
+class Line(NamedTuple):
+    """A quantity over the epochs of a stage: for each seed, pairs of epoch and value."""
+
+    label: str
+    colour: str
+    dash: str
+    seeds: list[list[tuple[int, float]]]
+
+
+class Panel(NamedTuple):
+    """Lines that share their axes, and the epoch of the cut."""
+
+    title: str
+    quantity: str
+    lines: list[Line]
+    cut: int | None = None
+
+
+@_styled
+def marks(rows: Sequence[Row], quantity: str, reference: str = "") -> Figure:
+    """Return a ring for each seed's value, mean and deviation if there are several, and what to compare them with."""
+    figure, axes = _plot(60 + 38 * len(rows))
     for index, row in enumerate(rows):
-        figure.add_scatter(
-            x=[_error(value) for value in row.top1],
-            y=[index] * len(row.top1),
-            text=[
-                _escaped(f"{row.label}, seed {seed}: {value:.2f} %")
-                for seed, value in zip(row.seeds, row.top1, strict=True)
-            ],
-            **_marks(row.colour, "circle-open", 9 if several else 11, name="a seed", first=index == 0),
-        )
-    if several:
-        for index, row in enumerate(rows):
-            spread = stdev(row.top1) if len(row.top1) > 1 else 0.0
-            figure.add_scatter(
-                x=[_error(means[index])],
-                y=[index],
-                error_x={"array": [spread], "thickness": 2, "width": 6},
-                text=[_escaped(f"{row.label}, mean of {len(row.top1)}: {means[index]:.2f} ± {spread:.2f} %")],
-                **_marks(row.colour, "line-ns-open", 20, name="mean ± standard deviation", first=index == 0),
-            )
-    paper = [(row.paper, index) for index, row in enumerate(rows) if row.paper is not None]
-    if paper:
-        figure.add_scatter(
-            x=[_error(value) for value, _ in paper],
-            y=[index for _, index in paper],
-            text=[_escaped(f"{rows[index].label}, the paper: {value:.2f} %") for value, index in paper],
-            **_marks("purple", "diamond", 10, name="the paper", first=True),
-        )
-    values = [value for row in rows for value in [*row.top1, *([row.paper] if row.paper is not None else [])]]
-    figure.update_xaxes(
-        title_text="top-1 error, %", **(_log_axis([_error(v) for v in values]) if max(values) < 100 else {})
-    )
-    _name_rows(figure, [_wrapped(row.label) for row in rows])
-    return _plain(figure)
+        colour = _COLOURS[row.colour]
+        axes.plot(row.values, [index] * len(row.values), "o", mfc="none", mec=colour, mew=1.6, ms=7, label="a seed")
+        if len(row.values) > 1:
+            mean = fmean(row.values)
+            style: dict[str, Any] = {"fmt": "|", "ms": 16, "mew": 2, "capsize": 4, "label": "mean ± standard deviation"}
+            axes.errorbar(mean, index, xerr=stdev(row.values), color=colour, **style)
+        if row.reference is not None:
+            axes.plot(row.reference, index, "D", color=_COLOURS["purple"], ms=6, label=reference)
+        beside: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "annotation_clip": False}
+        axes.annotate(row.text, (1, index), (6, 0), textcoords="offset points", va="center", **beside)
+    values = [value for row in rows for value in (*row.values, row.reference) if value is not None]
+    if min(values) > 0:
+        _log(axes.xaxis, values)
+    axes.set_xlabel(quantity)
+    _name_rows(axes, [_wrapped(row.label) for row in rows])
+    _legend(figure, axes)
+    return figure
 
 
-def curves(lines: Sequence[Line], quantity: str, *, log: bool, cut: tuple[int, str] | None = None) -> Record:
-    """Return a quantity by epoch: a thin line for each seed, a thick one for their mean, and when the cut came."""
-    figure = _figure(height=340)
-    drawn: list[float] = []
-
-    def add(line: Line, name: str, points: Sequence[tuple[int, float]], width: float, **options: Any) -> None:
-        values = [_drawn(value, log) for _, value in points]
-        drawn.extend(value for value in values if value is not None)
-        figure.add_scatter(
-            x=[epoch for epoch, _ in points],
-            y=values,
-            name=_escaped(name),
-            hovertemplate="%{fullData.name}, epoch %{x}: %{y:.4~g}<extra></extra>",
-            legendgroup=line.label,
-            meta={"colour": line.colour},
-            mode="lines" if len(points) > 1 else "markers",
-            line={"width": width, "dash": line.dash},
-            **options,
-        )
-
-    for line in lines:
-        for seed, points in line.seeds.items() if len(line.seeds) > 1 else ():
-            add(line, f"{line.label}, {seed}", points, width=1, opacity=0.45, showlegend=False)
-        add(line, line.label, mean_by_epoch(line), width=2.5, showlegend=len(lines) > 1)
-    if cut is not None:
-        epoch, text = cut
-        figure.add_vline(x=epoch, line={"width": 1, "dash": "dot"})
-        figure.add_annotation(x=epoch, y=1, yref="paper", text=text, showarrow=False, xanchor="right", yanchor="top")
-    figure.update_xaxes(title_text="epoch of the stage", rangemode="tozero")
-    figure.update_yaxes(title_text=quantity, **(_log_axis(drawn) if log else {}))
-    return _plain(figure)
+@_styled
+def curves(panels: Sequence[Panel]) -> Figure:
+    """Return quantities by epoch, panels side by side: a thin line for each seed, a thick one for their mean."""
+    figure = Figure(figsize=(max(_WIDTH, 400 * len(panels)) / 72, 270 / 72), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for line in panel.lines:
+            style = {"color": _COLOURS[line.colour], "linestyle": line.dash}
+            for points in filter(None, line.seeds if len(line.seeds) > 1 else ()):
+                axes.plot(*zip(*points, strict=True), linewidth=0.8, alpha=0.5, **style)
+            mean = mean_by_epoch(line)
+            if mean:
+                style |= {"label": line.label, "marker": "" if len(mean) > 1 else "o"}
+                axes.plot(*zip(*mean, strict=True), linewidth=2, **style)
+        if panel.cut is not None:
+            axes.axvline(panel.cut, color=_COLOURS["faint"], linestyle=":", linewidth=1)
+            axes.annotate("cut ", (panel.cut, 1), xycoords=("data", "axes fraction"), ha="right", va="top")
+        _log(axes.yaxis, [value for line in panel.lines for points in line.seeds for _, value in points])
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.set_xlabel("epoch of the stage")
+        axes.set_ylabel(panel.quantity)
+    _legend(figure, *figure.axes)
+    return figure
 
 
 def mean_by_epoch(line: Line) -> list[tuple[int, float]]:
     """Return the mean over the seeds, for each epoch that any of them has."""
     by_epoch: dict[int, list[float]] = {}
-    for points in line.seeds.values():
+    for points in line.seeds:
         for epoch, value in points:
             by_epoch.setdefault(epoch, []).append(value)
     return [(epoch, fmean(values)) for epoch, values in sorted(by_epoch.items())]
 
 
-def bars(categories: Sequence[str], groups: Sequence[Bar], quantity: str, *, log: bool = False) -> Record:
-    """Return horizontal bars, the first category on top; on a logarithmic axis, which has no zero, markers.
+@_styled
+def bars(categories: Sequence[str], shares: Mapping[str, Sequence[Sequence[float]]], quantity: str) -> Figure:
+    """Return horizontal bars of a share in percent, by what has chosen it, category and seed; the first one on top.
 
     A category is a name, and in a second line, for which there is room if there are few, what is to be said of it.
     """
     few = len(categories) <= _FEW_ROWS
-    row_height = 30 + 18 * len(groups) if few else 8 + 11 * len(groups)
-    figure = _figure(height=90 + row_height * len(categories))
-    for index, group in enumerate(groups):
-        options: dict[str, Any] = {
-            "y": list(range(len(categories))),
-            "x": [_drawn(value, log) for value in group.values],
-            "name": _escaped(group.label),
-            "meta": {"colour": group.colour},
-            "text": [_escaped(text) for text in group.texts] if len(groups) == 1 and few and not group.spread else None,
-            "customdata": [_escaped(f"{name}: {text}") for name, text in zip(categories, group.texts, strict=True)],
-            "hovertemplate": "%{customdata}<extra></extra>",
-        }
-        if log:
-            figure.add_scatter(
-                mode="markers", marker={"size": 11, "symbol": _SYMBOLS[index % len(_SYMBOLS)]}, **options
-            )
-        else:
-            pattern = {"shape": "/", "size": 6, "solidity": 0.35, "fillmode": "overlay"} if index else {}
-            spread = {"array": group.spread, "thickness": 1, "width": 3} if group.spread else None
-            options |= {"textposition": "auto", "textangle": 0}
-            figure.add_bar(orientation="h", marker={"pattern": pattern}, error_x=spread, **options)
-    figure.update_layout(barmode="group", bargap=0.25, showlegend=len(groups) > 1)
-    figure.update_xaxes(
-        title_text=quantity, **(_log_axis([x for group in groups for x in group.values]) if log else {})
-    )
-    _name_rows(figure, [_wrapped(name) if few else _shortened(name.partition("\n")[0]) for name in categories])
+    figure, axes = _plot(60 + (14 + 20 * len(shares) if few else 4 + 7 * len(shares)) * len(categories))
+    height = 0.8 / len(shares)
+    for index, (method, of_method) in enumerate(shares.items()):
+        rows = [row + (index - (len(shares) - 1) / 2) * height for row in range(len(categories))]
+        spread = [stdev(share) if len(share) > 1 else 0 for share in of_method]
+        style: dict[str, Any] = {"color": _COLOURS[("blue", "orange")[index]], "ecolor": _COLOURS["ink"], "capsize": 2}
+        drawn = axes.barh(rows, [*map(fmean, of_method)], height, xerr=spread if any(spread) else None, **style)
+        drawn.set_label(f"chosen by {method}")
+        for patch in drawn:  # hatched, to be told apart without colours as well
+            patch.set(hatch="///" if index else "", edgecolor=_COLOURS["page"], linewidth=0)
+        if few:
+            axes.bar_label(drawn, [f"{number(share, '.2f')} %" for share in of_method], padding=4)
+    axes.margins(x=0.22 if few else 0.03)
+    axes.set_xlabel(quantity)
+    _name_rows(axes, [_wrapped(name) if few else _shortened(name.partition("\n")[0]) for name in categories])
     if not few:
-        figure.update_yaxes(tickfont={"size": 10})
-    return _plain(figure)
+        axes.tick_params("y", labelsize=9)
+    _legend(figure, axes)
+    return figure
 
 
-def histograms(lines: Sequence[tuple[str, str, str, list[float]]]) -> Record:
-    """Return how many weights there are of each size, by label, colour, symbol and counts."""
-    width = 1 / BINS_PER_DECADE
-    edges = [LOWEST + width * index for index in range((HIGHEST - LOWEST) * BINS_PER_DECADE)]
-    figure = _figure(height=360)
-    for label, colour, symbol, counts in lines:
-        figure.add_scatter(
-            x=[edge + width / 2 for edge in edges],
-            y=[_drawn(count, log=True) for count in counts],
-            customdata=[f"10^{edge:.1f} to 10^{edge + width:.1f}" for edge in edges],
-            hovertemplate="|w| from %{customdata}: %{y:,.6~g} weights",
-            name=_escaped(label),
-            meta={"colour": colour},
-            mode="lines+markers",
-            line={"shape": "hvh", "width": 2},
-            marker={"size": 6, "symbol": symbol},
-        )
-    figure.update_layout(showlegend=True)
-    present = [index for *_, counts in lines for index, count in enumerate(counts) if count]
-    ticks = range(LOWEST, HIGHEST + 1)
-    figure.update_xaxes(
-        title_text="|w|", zeroline=False, tickvals=list(ticks), ticktext=[f"10<sup>{tick}</sup>" for tick in ticks]
-    )
-    if present:
-        figure.update_xaxes(range=[edges[min(present)] - width, edges[max(present)] + 2 * width])
-    figure.update_yaxes(title_text="weights in a bin", type="log", exponentformat="power", dtick=1)
-    return _plain(figure)
-
-
-def matrix(names: Sequence[str], values: Sequence[Sequence[float]], quantity: str) -> Record:
-    """Return a value in percent for each pair of different names, as shades and, if there is room, as numbers."""
-    figure = _figure(height=120 + max(34 * len(names), 120))
-    figure.add_heatmap(
-        z=[[None if row == column else value for column, value in enumerate(of)] for row, of in enumerate(values)],
-        zmin=0,
-        zmax=max(value for row, of in enumerate(values) for column, value in enumerate(of) if row != column),
-        colorscale="Cividis",
-        xgap=1,
-        ygap=1,
-        texttemplate="%{z:.1f}" if len(names) <= _MANY_NETS else None,
-        text=[[_escaped(f"{one} and {other}") for other in names] for one in names],
-        hovertemplate=f"%{{text}}: {quantity} %{{z:.2f}} %<extra></extra>",
-        showscale=len(names) > _MANY_NETS,
-        colorbar={"title": {"text": "%"}, "thickness": 12, "outlinewidth": 0},
-    )
-    labels = [_shortened(name) for name in names]
-    _name_rows(figure, labels)
-    figure.update_yaxes(showgrid=False)
-    figure.update_xaxes(showgrid=False, tickvals=list(range(len(names))), ticktext=labels, tickangle=-45)
-    return _plain(figure)
+@_styled
+def matrix(names: Sequence[str], values: Sequence[Sequence[float]]) -> Figure:
+    """Return a value for each pair of different names, as shades and, if there is room, as numbers."""
+    cells = [[math.nan if row == column else value for column, value in enumerate(of)] for row, of in enumerate(values)]
+    most = max(value for of in cells for value in of if not math.isnan(value))
+    figure, axes = _plot(110 + 30 * len(names))
+    image = axes.imshow(cells, cmap="cividis", vmin=0, vmax=most or 1, aspect="auto", interpolation="none")
+    if len(names) > _MANY_NETS:
+        figure.colorbar(image, label="%")
+    else:
+        for row, of in enumerate(cells):
+            for column, value in enumerate(of):
+                text = "" if math.isnan(value) else f"{value:.1f}"
+                colour = "#fafafa" if value < most / 2 else "#000000"  # on shades that are the same in the dark
+                axes.text(column, row, text, ha="center", va="center", color=colour)
+    axes.grid(visible=False)
+    _name_rows(axes, [_shortened(name) for name in names])
+    axes.set_xticks(range(len(names)), [_shortened(name) for name in names], rotation=40, ha="right")
+    return figure
 
 
 # --- what they share ---
 
 
-def _figure(height: int) -> go.Figure:
-    """Return an empty figure: a line of legend on top, and margins as wide as the labels need."""
-    figure = go.Figure(layout={"height": height, "margin": _MARGINS, "template": None})
-    figure.update_layout(legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"})
-    figure.update_xaxes(automargin=True)
-    figure.update_yaxes(automargin=True)
-    return figure
+def _plot(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_WIDTH / 72, height / 72), layout="constrained")
+    return figure, figure.add_subplot()
 
 
-def _log_axis(values: Sequence[float]) -> Record:
-    """Return the settings of a logarithmic axis: of the ticks 1, 2, 5 as many as there is room for."""
-    positive = [math.log10(value) for value in values if value > 0 and math.isfinite(value)] or [0.0]
-    first, last = math.floor(min(positive)), math.ceil(max(positive))
-    span = max(positive) - min(positive)
-    if span < _NARROW:
-        return {"type": "log"}
-    if span > _MANY_DECADES:
-        return {"type": "log", "dtick": 1, "exponentformat": "power"}
-    digits = (1, 2, 5) if span > 1 else (1, 1.5, 2, 3, 4, 5, 6, 8)
-    ticks = [digit * 10.0**power for power in range(first, last + 1) for digit in digits]
-    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+def _log(axis: Axis, values: Sequence[float]) -> None:
+    """Let an axis be logarithmic if there is anything above zero, with as many of the ticks 1, 2, 5 as fit."""
+    positive = [value for value in values if value > 0]
+    if not positive:
+        return
+    decades = math.log10(max(positive) / min(positive))
+    (axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale)("log", nonpositive="mask")
+    narrow = MaxNLocator(5, steps=[1, 2, 5, 10])
+    axis.set_major_locator(narrow if decades < 0.7 else LogLocator(subs=(1, 2, 5) if decades < 2 else (1,), numticks=9))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
-def _name_rows(figure: go.Figure, labels: Sequence[str]) -> None:
-    """Let the rows 0, 1, ... of a picture be named, the first on top; two may have the same name."""
-    rows = len(labels)
-    figure.update_yaxes(tickvals=list(range(rows)), ticktext=list(labels), range=[rows - 0.5, -0.5], zeroline=False)
+def _name_rows(axes: Axes, labels: Sequence[str]) -> None:
+    """Let the rows 0, 1, ... be named, the first on top; two may have the same name."""
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.tick_params("y", length=0)
+    axes.grid(visible=False, axis="y")
 
 
-def _marks(colour: str, symbol: str, size: int, *, name: str, first: bool) -> Record:
-    """Return the options of points that share an entry of the legend with all of their name."""
-    return {
-        "mode": "markers",
-        "marker": {"symbol": symbol, "size": size, "line": {"width": 2}},
-        "meta": {"colour": colour},
-        "name": name,
-        "legendgroup": name,
-        "showlegend": first,
-        "hovertemplate": "%{text}<extra></extra>",
-    }
-
-
-def _plain(figure: go.Figure) -> Record:
-    """Return a figure as JSON has it: six digits are more than a screen shows, and JSON has no NaN."""
-    record: Record = figure.to_plotly_json()
-    return {key: _rounded(record[key]) for key in ("data", "layout")}
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
-
-
-def _drawn(value: float, log: bool) -> float | None:
-    """Return a value, or None where a logarithmic axis has no place for it."""
-    return None if log and value <= 0 else value
-
-
-def _error(top1: float) -> float:
-    return 100 - top1
-
-
-def _escaped(text: str) -> str:
-    return html.escape(text)
+def _legend(figure: Figure, *axes: Axes) -> None:
+    """Put what tells the marks apart on top of a figure, each label once."""
+    entries: dict[str, Artist] = {}
+    for one in axes:
+        for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if len(entries) > 1:
+        figure.legend(entries.values(), entries.keys(), loc="outside upper left", ncols=3)
 
 
 def _wrapped(text: str) -> str:
     """Return a label in short lines."""
-    lines = [short for line in text.splitlines() for short in textwrap.wrap(line, _LABEL)]
-    return "<br>".join(_escaped(line) for line in lines[:_LINES])
+    lines = [short for line in text.split("\n") for short in textwrap.wrap(printable(line), _LABEL)]
+    return "\n".join(lines[:_LINES])
 
 
 def _shortened(text: str) -> str:
     """Return a label in one line, without its middle if it is long."""
-    return _escaped(text if len(text) <= _LINE else f"{text[: _LINE // 2]}…{text[-_LINE // 2 + 1 :]}")
+    return printable(text if len(text) <= _LABEL else f"{text[: _LABEL // 2]}…{text[-_LABEL // 2 + 1 :]}")
+
+
+# --- where they go ---
+
+
+@_styled
+def save(figure: Figure, name: str, title: str, put: Callable[[str, Callable[[Any], None]], None]) -> None:
+    """Save a figure and a title as `<name>.png` and `<name>.svg` through `put`, which replaces files as a whole."""
+    figure.supxlabel(printable(title))  # below: the legend is above
+    put(f"{name}.png", lambda stream: _write(figure, stream, format="png", dpi=150))
+    put(f"{name}.svg", lambda stream: _write(figure, stream, format="svg", metadata={"Date": None}))
+
+
+@_styled
+def inline(figure: Figure, description: str, key: str) -> str:
+    """Return a figure as an SVG element for a page, in which no other has this key."""
+    stream = io.BytesIO()
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    _write(figure, stream, format="svg", metadata=metadata, transparent=True)
+    root = ElementTree.fromstring(stream.getvalue())
+    root.remove(root[0])  # a style that would be the whole page's
+    for name in ("width", "height", "version"):
+        del root.attrib[name]
+    for element in root.iter():
+        element.tail = None
+        for name, value in element.items():
+            element.set(name, _for_page(name, value, key))
+    root.attrib |= {"role": "img", "aria-label": description}
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _for_page(name: str, value: str, key: str) -> str:
+    """Return an attribute of an SVG element with the page's colours and fonts, and a name that no other figure has."""
+    match name.rpartition("}")[2]:
+        case "id":
+            return f"{key}-{value}"
+        case "href":
+            return re.sub("^#", f"#{key}-", value)
+        case "d":
+            return re.sub(r"\d+\.\d+", lambda digits: f"{float(digits[0]):.2f}", value)
+        case "style" | "fill":
+            value = re.sub(r" font-family: [^;]*;", "", value)
+            value = re.sub("|".join(_VARIABLES), lambda colour: _VARIABLES[colour[0]], value)
+    return value.replace("url(#", f"url(#{key}-")
+
+
+def _write(figure: Figure, stream: Any, **options: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the page's fonts may have it
+        figure.savefig(stream, **options)

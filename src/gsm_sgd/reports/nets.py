@@ -1,6 +1,5 @@
-"""What the weight files of a run say: which weights each method keeps, how large they are, where masks agree."""
+"""What the weight files of a run say: which weights each method keeps, and where masks agree."""
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -10,20 +9,10 @@ from torch import Tensor
 from ..experiments import UsageError
 from ..experiments.lottery import TICKETS
 from ..experiments.rundir import read_masks, read_weights
-from ..masks import magnitude_masks
+from ..masks import Masks, magnitude_masks
 from .runs import Run
 
-BINS_PER_DECADE = 5
-LOWEST, HIGHEST = -12, 2  # log10 |w|: what lies beyond counts in the first bin, or the last
-_BITS_OF_A_WEIGHT = 32
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-class Histogram(NamedTuple):
-    """How many weights there are in each bin of log10 |w|, and how many are exactly zero."""
-
-    counts: list[int]
-    zeros: int
 
 
 class Agreement(NamedTuple):
@@ -62,18 +51,22 @@ def methods(run: Run) -> list[str]:
     return ["GSM", *(["magnitude"] if (run.path / "base.safetensors").exists() else [])]
 
 
-def mask(run: Run, method: str) -> dict[str, Tensor]:
-    """Return which weights of each layer a method keeps.
+def mask(run: Run, method: str) -> Masks:
+    """Return which weights of each layer a method keeps, GSM or magnitude.
 
     Raises:
-        UsageError: the weights that this is to be told from cannot be read.
+        UsageError: the masks, or the weights that an older run's are to be told from, cannot be read.
     """
     assert run.result is not None
     stored = run.path / f"{TICKETS[method.lower()]}.safetensors"
     if stored.exists():
-        return read_masks(stored)
-    if method == methods(run)[0]:  # what the run's own net keeps
-        return {name: weight != 0 for name, weight in prunable_weights(run, run.net).items()}
+        masks = read_masks(stored)
+        layers = {layer["name"]: layer["shape"] for layer in run.result["layers"]}
+        if {name: list(mask.shape) for name, mask in masks.items()} != layers:
+            raise UsageError(f"{stored} is not of the net that result.json beside it describes")
+        return Masks({name: masks[name] for name in layers})
+    if method.lower() == methods(run)[0].lower():  # what the run's own net keeps
+        return Masks({name: weight != 0 for name, weight in prunable_weights(run, run.net).items()})
     try:
         return magnitude_masks(prunable_weights(run, "base"), compression=run.result["compression"])
     except ValueError as error:
@@ -94,33 +87,3 @@ def agreement(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Agree
     if not less:
         return Agreement(0.0, 0.0, 0.0, 0.0)
     return Agreement(both / less, chance / less, both / (total - both), chance / (total - chance))
-
-
-def histogram(run: Run, name: str) -> Histogram:
-    """Return how log10 |w| is distributed over the prunable weights in `<name>.safetensors` of a finished run."""
-    flat = torch.cat([weight.float().abs().flatten() for weight in prunable_weights(run, name).values()])
-    present = flat[flat > 0].log10().clamp(LOWEST, HIGHEST)
-    counts = torch.histc(present, (HIGHEST - LOWEST) * BINS_PER_DECADE, LOWEST, HIGHEST)
-    return Histogram([int(count) for count in counts], int((flat == 0).sum()))
-
-
-def size_by_parts(run: Run) -> float:
-    """Return the bytes of a run's net, in float32, without any header.
-
-    That is its kept weights, all that was not prunable as it is, and log2 of the number of ways to choose as many
-    weights of each layer: no code for the positions is shorter on average.
-    """
-    prunable = prunable_weights(run, run.net)
-    others = [
-        tensor for name, tensor in read_weights(run.path / f"{run.net}.safetensors").items() if name not in prunable
-    ]
-    bits = sum(
-        _BITS_OF_A_WEIGHT * int(weight.count_nonzero()) + _log2_choices(weight.numel(), int(weight.count_nonzero()))
-        for weight in prunable.values()
-    )
-    return bits / 8 + sum(tensor.numel() * tensor.element_size() for tensor in others)
-
-
-def _log2_choices(n: int, k: int) -> float:
-    """Return log2 of the number of ways to choose k of n."""
-    return (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)) / math.log(2)

@@ -1,4 +1,4 @@
-"""Run folders as figures: what one run came to, and several seeds together."""
+"""What run folders hold: the result of one run, and of several seeds together."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,10 +28,13 @@ STAGES = {
     "ticket_gsm": "ticket-gsm",
     "ticket_magnitude": "ticket-magnitude",
 }
-"""The stage whose last evaluation, before a cut if it is `gsm_before_cut`, a `top1` figure is."""
+"""The stage whose last evaluation, before a cut if it is `gsm_before_cut`, an accuracy in `top1` is."""
 
 WEIGHTS = ("init", "base", "gsm", "pruned", "ticket-gsm", "ticket-magnitude")
 """The names of the weight files in a run's folder."""
+
+PROGRESS = ("stage", "epoch", "loss", "top-1 %", "seconds")
+"""What a row of `Run.progress` has."""
 
 _NUMBER = (int, float)
 _RECIPE: Record = {
@@ -108,6 +111,11 @@ class Run:
         return f"{net} at {self.recipe['compression']:g}x, {settings}"
 
     @property
+    def settings(self) -> Record:
+        """All that tells a finished run from others but its seed; what an older recipe lacks is as it is by default."""
+        return {"command": self.finished()["command"], **DEFAULTS, **dotted(self.recipe), "seed": None}
+
+    @property
     def measured_on(self) -> str:
         """What accuracies are of."""
         if self.recipe.get("holdout"):
@@ -117,18 +125,13 @@ class Run:
         return "accuracy on the full test set after the last epoch, or at the cut"
 
     @property
-    def progress(self) -> list["Progress"]:
-        """How far each stage has come."""
+    def progress(self) -> list[list[str]]:
+        """How far each stage has come: a row of PROGRESS for its last epoch."""
         last = {record["stage"]: record for record in self.metrics}
+        epochs = {stage: self.recipe["gsm" if stage == "gsm" else "base"]["epochs"] for stage in last}
         return [
-            Progress(
-                stage,
-                f"{record['epoch']}/{self.recipe['gsm' if stage == 'gsm' else 'base']['epochs']}",
-                f"{record['loss']:.4f}",
-                f"{record['top1']:.2f}",
-                f"{record['seconds']:.0f}",
-            )
-            for stage, record in last.items()
+            [stage, f"{r['epoch']}/{epochs[stage]}", f"{r['loss']:.4f}", f"{r['top1']:.2f}", f"{r['seconds']:.0f}"]
+            for stage, r in last.items()
         ]
 
     @property
@@ -150,16 +153,6 @@ class Run:
                 break
             epoch = record["epoch"]
         return epoch
-
-
-class Progress(NamedTuple):
-    """The last record of a stage, as it is shown; the epoch is "3/24"."""
-
-    stage: str
-    epoch: str
-    loss: str
-    top1: str
-    seconds: str
 
 
 def read_run(path: Path) -> Run:
@@ -228,15 +221,11 @@ def _has(record: object, fields: Mapping[str, Any]) -> bool:
 
 
 def by_recipe(runs: Sequence[Run]) -> list[list[Run]]:
-    """Return finished runs in groups that differ in the seed alone, each run once.
-
-    What an older version's recipe lacks counts as it is by default.
-    """
+    """Return finished runs in groups that differ in the seed alone, each run once."""
     groups: dict[str, dict[Path, Run]] = {}
     for run in runs:
         if run.result is not None:
-            settings = sorted({**DEFAULTS, **dotted(run.recipe), "seed": None}.items())
-            key = repr([run.result["command"], run.net, settings])  # a replay is of one of two tickets
+            key = repr([run.net, sorted(run.settings.items())])  # a replay is of one of two tickets
             groups.setdefault(key, {})[run.path.resolve()] = run
     return [list(group.values()) for group in groups.values()]
 
@@ -261,12 +250,28 @@ def _layers(run: Run) -> list[Record]:
     return [{**layer, "nonzeros": None} for layer in run.result["layers"]]
 
 
-class Figure(NamedTuple):
-    """An accuracy over the seeds, in percent: final mean, sample deviation, and mean of the last ten epochs."""
+class Outcome(NamedTuple):
+    """An accuracy of each run, in percent, the mean of their last ten epochs, and the paper's."""
 
-    mean: float
-    std: float | None
+    key: str
+    values: list[float]
     last_ten_mean: float | None
+    paper: float | None
+
+    @property
+    def title(self) -> str:
+        """What it is the accuracy of."""
+        return TITLES[self.key]
+
+    @property
+    def mean(self) -> float:
+        """The mean over the seeds."""
+        return fmean(self.values)
+
+    @property
+    def std(self) -> float | None:
+        """The sample deviation over the seeds, if there are several."""
+        return stdev(self.values) if len(self.values) > 1 else None
 
     @property
     def shown(self) -> str:
@@ -274,26 +279,17 @@ class Figure(NamedTuple):
         return f"{self.mean:.2f}" + ("" if self.std is None else f" ± {self.std:.2f}")
 
 
-class Outcome(NamedTuple):
-    """A `top1` figure of some runs, what it is of, and the paper's."""
-
-    key: str
-    title: str
-    figure: Figure
-    paper: float | None
-
-
-def figure(runs: Sequence[Run], key: str) -> Figure:
-    """Return a `top1` figure over finished runs; no deviation of one run, no last ten of what is no stage's."""
-    values = [run.finished()["top1"][key] for run in runs]
+def outcome(runs: Sequence[Run], key: str, paper: float | None = None) -> Outcome:
+    """Return an accuracy of finished runs; no last ten of what is no stage's."""
     last_ten = [value for run in runs if (value := run.last_ten(key)) is not None]
-    return Figure(fmean(values), stdev(values) if len(values) > 1 else None, fmean(last_ten) if last_ten else None)
+    values = [run.finished()["top1"][key] for run in runs]
+    return Outcome(key, values, fmean(last_ten) if last_ten else None, paper)
 
 
 def outcomes(runs: Sequence[Run]) -> list[Outcome]:
-    """Return the `top1` figures of finished runs that differ in the seed alone, in the order of TITLES.
+    """Return the accuracies of finished runs that differ in the seed alone, in the order of TITLES.
 
-    Where the pruned net is the one after the cut, in all runs, there is one figure for both.
+    Where the pruned net is the one after the cut, in all runs, there is one for both.
     """
     results = [run.finished() for run in runs]
     paper = dict(results[0]["paper"] or {})
@@ -301,8 +297,8 @@ def outcomes(runs: Sequence[Run]) -> list[Outcome]:
     if lasting and "pruned" in paper:
         paper["gsm_after_cut"] = paper["pruned"]
     return [
-        Outcome(key, title, figure(runs, key), paper.get(key))
-        for key, title in TITLES.items()
+        outcome(runs, key, paper.get(key))
+        for key in TITLES
         if all(key in result["top1"] for result in results) and not (key == "pruned" and lasting)
     ]
 
@@ -323,12 +319,12 @@ def summary(runs: Sequence[Run]) -> Record:
     if len(set(seeds)) < len(seeds):
         raise UsageError(f"there are several runs of one seed among {', '.join(str(run.path) for run in runs)}")
     results = [run.finished() for run in runs]
-    top1: dict[str, Any] = {}
+    top1: Record = {}
     for key in results[0]["top1"]:
-        mean, std, last_ten = figure(runs, key)
-        top1[key] = {"mean": round(mean, 4), "std": None if std is None else round(std, 4)}
-        if last_ten is not None:
-            top1[key]["last_ten_mean"] = round(last_ten, 4)
+        found = outcome(runs, key)
+        top1[key] = {"mean": round(found.mean, 4), "std": None if found.std is None else round(found.std, 4)}
+        if found.last_ten_mean is not None:
+            top1[key]["last_ten_mean"] = round(found.last_ten_mean, 4)
     return {
         "recipe": runs[0].recipe,
         "seeds": [result["seed"] for result in results],

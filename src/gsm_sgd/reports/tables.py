@@ -10,9 +10,10 @@ from rich.table import Table
 from ..experiments.bench import BASELINE, CAPTION, Cost, Workload
 from ..experiments.recipes import RECIPES, Preset, published
 from ..masks import LayerSparsity
-from .runs import Run, outcomes
+from .runs import PROGRESS, Run, outcomes
 
 _NAMED = 5  # layers that a sentence names
+_TEXTS = ("net", "stage", "layer", "shape", "recipe", "preset", "optimizer")  # columns of text, not of numbers
 
 
 def results_table(runs: Sequence[Run]) -> Table:
@@ -20,18 +21,13 @@ def results_table(runs: Sequence[Run]) -> Table:
     results = [run.result for run in runs if run.result is not None]
     first = results[0]
     seeds = ", ".join(str(result["seed"]) for result in results)
-    table = Table(
-        title=f"{runs[0].title}, seed{'s' if len(results) > 1 else ''} {seeds}: "
-        f"{first['nonzeros']:,} of {first['prunable']:,} weights",
-        caption=f"{runs[0].measured_on}; last ten: mean of the ten epochs up to it",
-    )
-    table.add_column("net")
-    table.add_column("top-1 %", justify="right")
-    table.add_column("last ten", justify="right")
-    table.add_column("paper", justify="right")
-    for _, title, found, paper in outcomes(runs):
-        last_ten = "" if found.last_ten_mean is None else f"{found.last_ten_mean:.2f}"
-        table.add_row(title, found.shown, last_ten, "" if paper is None else f"{paper:.2f}")
+    title = f"{runs[0].title}, seed{'s' if len(results) > 1 else ''} {seeds}: "
+    title += f"{first['nonzeros']:,} of {first['prunable']:,} weights"
+    caption = f"{runs[0].measured_on}; last ten: mean of the ten epochs up to it"
+    table = _table(title, ("net", "top-1 %", "last ten", "paper"), caption)
+    for found in outcomes(runs):
+        last_ten, paper = ("" if one is None else f"{one:.2f}" for one in (found.last_ten_mean, found.paper))
+        table.add_row(found.title, found.shown, last_ten, paper)
     return table
 
 
@@ -77,9 +73,7 @@ def empty_layers_of(runs: Sequence[Run]) -> list[str]:
 
 def progress_table(run: Run) -> Table:
     """Return how far each stage of an unfinished run has come."""
-    table = Table(title=f"{run.path.name}, {run.unfinished}")
-    for column in ("stage", "epoch", "loss", "top-1 %", "seconds"):
-        table.add_column(column, justify="left" if column == "stage" else "right")
+    table = _table(f"{run.path.name}, {run.unfinished}", PROGRESS)
     for row in run.progress:
         table.add_row(*row)
     return table
@@ -92,13 +86,11 @@ def printable(text: str) -> str:
 
 def layers_table(layers: Sequence[LayerSparsity], title: str) -> Table:
     """Return what each layer keeps, and the total."""
-    table = Table(title=title)
-    for column in ("layer", "shape", "weights", "kept", "kept %"):
-        table.add_column(column, justify="left" if column in ("layer", "shape") else "right")
+    table = _table(title, ("layer", "shape", "weights", "kept", "kept %"))
     params, nonzeros = sum(row.params for row in layers), sum(row.nonzeros for row in layers)
     for row in layers:
         shape = "x".join(map(str, row.shape))
-        table.add_row(row.name, shape, f"{row.params:,}", f"{row.nonzeros:,}", f"{_percent(row.nonzeros, row.params)}")
+        table.add_row(row.name, shape, f"{row.params:,}", f"{row.nonzeros:,}", _percent(row.nonzeros, row.params))
     table.add_section()
     ratio = f"{params / nonzeros:.2f}x" if nonzeros else ""
     table.add_row("all", ratio, f"{params:,}", f"{nonzeros:,}", _percent(nonzeros, params))
@@ -107,9 +99,8 @@ def layers_table(layers: Sequence[LayerSparsity], title: str) -> Table:
 
 def recipes_table() -> Table:
     """Return the recipes with the paper's figures, the presets and their epochs."""
-    table = Table(title="recipes")
-    for column in ("recipe", "C", "paper's pruned top-1 %", "preset", "epochs: prune", "epochs: lottery"):
-        table.add_column(column, justify="left" if column in ("recipe", "preset") else "right")
+    columns = ("recipe", "C", "paper's pruned top-1 %", "preset", "epochs: prune", "epochs: lottery")
+    table = _table("recipes", columns)
     for name, make in RECIPES.items():
         figures = published(name)
         for row, preset in enumerate(get_args(Preset)):
@@ -126,19 +117,25 @@ def recipes_table() -> Table:
     return table
 
 
-def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.2f}" if whole else ""
-
-
 def costs_table(name: str, work: Workload, costs: Sequence[Cost]) -> Table:
     """Return what a step of each optimizer costs."""
     total = sum(math.prod(shape) for shape in work.shapes)
-    table = Table(title=f"a step on {name}'s {total:,} parameters, {work.compression:g}x", caption=CAPTION)
-    for column in ("optimizer", "ms", f"of {BASELINE}", "extra MiB", "first step, s"):
-        table.add_column(column, justify="left" if column == "optimizer" else "right")
+    columns = ("optimizer", "ms", f"of {BASELINE}", "extra MiB", "first step, s")
+    table = _table(f"a step on {name}'s {total:,} parameters, {work.compression:g}x", columns, CAPTION)
     for cost in costs:
         extra = "" if cost.extra_mib is None else f"{cost.extra_mib:.1f}"
         milliseconds = f"{cost.milliseconds:.3g} ± {cost.milliseconds_spread:.0%}"
         ratio = f"{cost.ratio:.2f} ± {cost.ratio_spread:.0%}"
         table.add_row(cost.name, milliseconds, ratio, extra, f"{cost.first_seconds:.2f}")
     return table
+
+
+def _table(title: str, columns: Sequence[str], caption: str | None = None) -> Table:
+    table = Table(title=title, caption=caption)
+    for column in columns:
+        table.add_column(column, justify="left" if column in _TEXTS else "right")
+    return table
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.2f}" if whole else ""

@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -18,24 +18,21 @@ from ...names import is_prunable, prunable_parameters
 from .. import UsageError, suggestion
 from ..data import IMAGE_SHAPES, Shape
 from ..states import plain_state
-from .densenet_cifar import DenseNet
-from .lenet import LeNet5, LeNet300
-from .resnet_cifar import ResNet, ResNetA
+from .densenet_cifar import densenet
+from .lenet import lenet5, lenet300
+from .resnet_cifar import resnet, resnet_a
 
 CLASSES = 10  # of each of the following
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "lenet300": LeNet300,
-    "lenet5": LeNet5,
-    "resnet20": partial(ResNet, 20),
-    "resnet56": partial(ResNet, 56),
-    "resnet110": partial(ResNet, 110),
-    "resnet20a": partial(ResNetA, 20),
-    "resnet56a": partial(ResNetA, 56),
-    "densenet40": partial(DenseNet, 40, 12),
+    "lenet300": lenet300,
+    "lenet5": lenet5,
+    "resnet20": partial(resnet, 20),
+    "resnet56": partial(resnet, 56),
+    "resnet110": partial(resnet, 110),
+    "resnet20a": partial(resnet_a, 20),
+    "resnet56a": partial(resnet_a, 56),
+    "densenet40": partial(densenet, 40, 12),
 }
-_TORCHVISION = "torchvision"
-_INCEPTION: dict[str, bool | int] = {"aux_logits": False, "transform_input": True}
-"""Without the classifiers that are for training alone, with the pixels that torchvision's weights are for."""
 
 
 def build(name: str, seed: int, classes: int | None = None) -> nn.Module:
@@ -76,13 +73,7 @@ def build(name: str, seed: int, classes: int | None = None) -> nn.Module:
 
 
 def check_named(name: str, source: Path, allowed: str | None) -> None:
-    """Raise UsageError if a file wants a net built by a function of somebody's own, unless the user has named it too.
-
-    Args:
-        name: the network that the file names.
-        source: the file, for the message.
-        allowed: what the user has named, if anything.
-    """
+    """Raise UsageError if a file, `source`, names a function of somebody's own that the user has not `allowed`."""
     if allowed not in (None, name):
         raise UsageError(f"{source} says that {name!r} builds its net, not {allowed!r}: leave out --model")
     if name not in MODELS and torchvision_name(name) is None and name != allowed:
@@ -93,7 +84,7 @@ def check_named(name: str, source: Path, allowed: str | None) -> None:
 
 
 def check_fits(model: nn.Module, name: str, dataset: str, shape: Sequence[int], classes: int) -> None:
-    """Raise UsageError unless a network can be trained on images of a shape, all of it, to tell classes apart."""
+    """Raise UsageError unless a recipe can train all of a network on images of a shape, to tell classes apart."""
     try:
         plain_state(model.state_dict())
         prunable_parameters(model)
@@ -108,47 +99,48 @@ def check_fits(model: nn.Module, name: str, dataset: str, shape: Sequence[int], 
     try:
         found = _outputs(model, shape)
     except Exception as error:  # a network of anybody's can fail in any way
-        images = f"the {'x'.join(map(str, shape))} images of {dataset}"
-        raise UsageError(f"{name} does not take {images}: choose another --model ({error})") from error
-    if not (isinstance(found, Tensor) and found.shape == (2, classes)):
-        what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"type {type(found).__name__}"
+        images = f"{_times(shape)} images of {dataset}"
+        raise UsageError(f"{name} does not take the {images}: choose another --model ({error})") from error
+    if found != (2, classes):
         raise UsageError(
-            f"{name} makes of 2 images of {dataset} something of {what}, not a tensor of (2, {classes}), a logit for "
-            "each class: choose another --model"
+            f"{name} makes of 2 images of {dataset} something of shape {found}, not a tensor of (2, {classes}), a "
+            "logit for each class: choose another --model"
         )
 
 
 def fitting_images(name: str) -> tuple[Shape, int]:
-    """Return the shape of images that a network takes, of those that data sets have, and the number of its classes.
-
-    Raises:
-        UsageError: it takes none of them, or does not tell classes apart.
-    """
+    """Return the shape of images that a network takes, of those that data sets have, and the number of its classes."""
     model = build(name, seed=0)
     for shape in IMAGE_SHAPES.values():
         with suppress(Exception):  # a network of anybody's can fail in any way
-            found = _outputs(model, shape)
-            if isinstance(found, Tensor) and found.ndim == 2 and len(found) == 2:
-                return shape, found.shape[1]
-    shapes = ", ".join("x".join(map(str, shape)) for shape in IMAGE_SHAPES.values())
+            count, classes = _outputs(model, shape)
+            if count == 2:
+                return shape, classes
+    shapes = ", ".join(map(_times, IMAGE_SHAPES.values()))
     raise UsageError(f"{name} makes no logits of images of any of {shapes}: choose another --model")
 
 
-def _outputs(model: nn.Module, shape: Sequence[int]) -> Any:
-    """Return what a network makes of two black images, and leave it as it was."""
+def _outputs(model: nn.Module, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of what a network makes of two black images, and leave it as it was."""
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            return model.eval()(torch.zeros(2, *shape))
+            found = model.eval()(torch.zeros(2, *shape))
     finally:
         model.train()
+    if not isinstance(found, Tensor):
+        raise TypeError(f"it returns a {type(found).__name__}, not a tensor")
+    return tuple(found.shape)
+
+
+def _times(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def torchvision_name(name: str) -> str | None:
     """Return torchvision's name of a network, or None if it is not torchvision's."""
     if name == "resnet50":
         return name
-    source, _, rest = name.partition(":")
-    return rest if source == _TORCHVISION else None
+    return name.removeprefix("torchvision:") if name.startswith("torchvision:") else None
 
 
 def _maker(name: str, classes: int | None) -> Callable[[], nn.Module]:
@@ -157,12 +149,13 @@ def _maker(name: str, classes: int | None) -> Callable[[], nn.Module]:
     if theirs is not None:
         from torchvision import models  # slow to import
 
-        if theirs not in models.list_models(module=models):
-            hint = suggestion(theirs, models.list_models(module=models), "torchvision.models.list_models() names them")
+        if theirs not in (known := models.list_models(module=models)):
+            hint = suggestion(theirs, known, "torchvision.models.list_models() names them")
             raise UsageError(f"torchvision has no classifier {theirs!r}: {hint}")
-        options = _INCEPTION if theirs in ("googlenet", "inception_v3") else {}
-        if classes is not None:
-            options = {**options, "num_classes": classes}
+        options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+        if theirs in ("googlenet", "inception_v3"):
+            # without the classifiers that are for training alone, with the pixels that torchvision's weights are for
+            options |= {"aux_logits": False, "transform_input": True}
         return partial(models.get_model, theirs, weights=None, **options)
     module_name, colon, function = name.rpartition(":")
     if not colon:
@@ -178,22 +171,19 @@ def _maker(name: str, classes: int | None) -> Callable[[], nn.Module]:
 
 
 def _module(name: str) -> ModuleType:
-    """Return a module of the user's own by its name, or by its file, and let it import what lies beside it."""
+    """Return a module of the user's own, by its name or its file, and let it import its neighbours."""
     file = Path(name).resolve()
-    is_file = file.suffix == ".py"
-    folder = str(file.parent if is_file else Path.cwd())
+    folder = str(file.parent if file.suffix == ".py" else Path.cwd())
     if folder not in sys.path:  # a console command does not look there
         sys.path.insert(0, folder)
-    if not is_file:
-        return importlib.import_module(name)
-    if str(file) not in sys.modules:  # under its whole path, as its name may be another module's too
-        spec = spec_from_file_location(str(file), file)
-        assert spec is not None  # the suffix is Python's
-        assert spec.loader is not None
-        sys.modules[str(file)] = module = module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[str(file)]
-            raise
-    return sys.modules[str(file)]
+    return _load(file) if file.suffix == ".py" else importlib.import_module(name)
+
+
+@cache
+def _load(file: Path) -> ModuleType:
+    spec = spec_from_file_location(str(file), file)  # under its whole path: its name may be another module's too
+    assert spec is not None  # the suffix is Python's
+    assert spec.loader is not None
+    sys.modules[spec.name] = module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

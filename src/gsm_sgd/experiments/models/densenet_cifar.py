@@ -1,12 +1,15 @@
 """The densely connected net for 32x32 images of Huang et al., "Densely Connected Convolutional Networks", 2017."""
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from .resnet_cifar import Mean
 
 
 class Layer(nn.Module):
-    """Batch norm, ReLU and a 3x3 convolution, whose outputs are put beside what came in.
+    """Batch norm, ReLU and a 3x3 convolution, whose outputs are concatenated to the inputs.
 
     Maps (batch, inputs, height, width) to (batch, inputs + growth, height, width).
     """
@@ -21,44 +24,32 @@ class Layer(nn.Module):
         return torch.cat([inputs, self.conv(torch.relu_(self.bn(inputs)))], 1)
 
 
-class Transition(nn.Module):
-    """Batch norm, ReLU, a 1x1 convolution and a mean over 2x2 pixels; the number of channels stays."""
+def densenet(depth: int, growth: int) -> nn.Sequential:
+    """Return a net of 3n + 4 layers: a convolution, three dense blocks of n layers, a mean, a classifier.
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.bn = nn.BatchNorm2d(channels)
-        self.conv = nn.Conv2d(channels, channels, 1, bias=False)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return (batch, channels, height / 2, width / 2)."""
-        return F.avg_pool2d(self.conv(torch.relu_(self.bn(inputs))), 2)
-
-
-class DenseNet(nn.Module):
-    """3n + 4 layers: a convolution, three dense blocks of n layers with transitions between, a mean, a classifier.
-
-    DenseNet-40 with growth 12 has 1,001,616 prunable weights.
+    Between the blocks the size is halved. DenseNet-40 with growth 12 has 1,001,616 prunable weights.
     """
+    layers, rest = divmod(depth - 4, 3)
+    if rest or layers < 1:
+        raise ValueError(f"a DenseNet for CIFAR has 3n + 4 layers, not {depth}")
+    channels = 16
+    features: list[nn.Module] = []
+    for block in range(3):
+        if block:
+            features.append(_transition(channels))
+        features.append(nn.Sequential(*(Layer(channels + i * growth, growth) for i in range(layers))))
+        channels += layers * growth
+    first = {"conv": nn.Conv2d(3, 16, 3, padding=1, bias=False), "features": nn.Sequential(*features)}
+    last = {
+        "bn": nn.BatchNorm2d(channels),
+        "relu": nn.ReLU(inplace=True),
+        "mean": Mean(),
+        "fc": nn.Linear(channels, 10),
+    }
+    return nn.Sequential(OrderedDict({**first, **last}))
 
-    def __init__(self, depth: int, growth: int) -> None:
-        super().__init__()
-        layers, rest = divmod(depth - 4, 3)
-        if rest or layers < 1:
-            raise ValueError(f"a DenseNet for CIFAR has 3n + 4 layers, not {depth}")
-        channels = 16
-        self.conv = nn.Conv2d(3, channels, 3, padding=1, bias=False)
-        parts: list[nn.Module] = []
-        for block in range(3):
-            if block:
-                parts.append(Transition(channels))
-            parts.append(nn.Sequential(*(Layer(channels + i * growth, growth) for i in range(layers))))
-            channels += layers * growth
-        self.features = nn.Sequential(*parts)
-        self.bn = nn.BatchNorm2d(channels)
-        self.fc = nn.Linear(channels, 10)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images (batch, 3, 32, 32) to logits (batch, 10)."""
-        hidden = torch.relu_(self.bn(self.features(self.conv(images))))
-        logits: Tensor = self.fc(hidden.mean((2, 3)))
-        return logits
+def _transition(channels: int) -> nn.Sequential:
+    norm = {"bn": nn.BatchNorm2d(channels), "relu": nn.ReLU(inplace=True)}
+    conv = nn.Conv2d(channels, channels, 1, bias=False)
+    return nn.Sequential(OrderedDict(norm, conv=conv, pool=nn.AvgPool2d(2)))

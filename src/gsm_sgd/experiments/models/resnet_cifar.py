@@ -1,5 +1,7 @@
 """The residual nets for 32x32 images: He et al., "Deep Residual Learning for Image Recognition", 2016, section 4.2."""
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,7 +35,7 @@ class Block(nn.Module):
         self.shortcut: nn.Module = nn.Sequential()
         if inputs != outputs and not project:
             self.shortcut = Subsample(outputs - inputs)
-        elif stride != 1 or inputs != outputs:
+        elif inputs != outputs:
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -42,63 +44,39 @@ class Block(nn.Module):
         return torch.relu_(self.bn2(self.conv2(hidden)).add_(self.shortcut(inputs)))
 
 
-class ResNet(nn.Module):
-    """6n + 2 layers: a convolution, three stages of n blocks of 16, 32 and 64 channels, a mean, a classifier.
+class Mean(nn.Module):
+    """The mean over all pixels: (batch, channels, height, width) to (batch, channels)."""
 
-    ResNet-56 has 851,504 prunable weights, 855,770 parameters in all.
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the means."""
+        return inputs.mean((2, 3))
+
+
+def resnet(depth: int, project: bool = True, names: tuple[str, ...] = ("conv", "bn", "stage", "fc")) -> nn.Sequential:
+    """Return a net of 6n + 2 layers: a convolution, three stages of n blocks of 16, 32 and 64 channels, a classifier.
+
+    ResNet-56 has 851,504 prunable weights, 855,770 parameters in all; without weights in the shortcuts, as the paper
+    has it for CIFAR-10, 848,944 and 853,018.
+
+    Args:
+        depth: how many layers.
+        project: whether shortcuts have a convolution where the width changes.
+        names: of the first convolution, its batch norm, the stages and the classifier.
     """
-
-    def __init__(self, depth: int) -> None:
-        super().__init__()
-        blocks = _blocks(depth)
-        self.conv = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(16)
-        self.stage1 = _stage(16, 16, blocks, 1)
-        self.stage2 = _stage(16, 32, blocks, 2)
-        self.stage3 = _stage(32, 64, blocks, 2)
-        self.fc = nn.Linear(64, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images (batch, 3, 32, 32) to logits (batch, 10)."""
-        hidden = torch.relu_(self.bn(self.conv(images)))
-        hidden = self.stage3(self.stage2(self.stage1(hidden)))
-        logits: Tensor = self.fc(hidden.mean((2, 3)))
-        return logits
-
-
-class ResNetA(nn.Module):
-    """The same layers with shortcuts without weights, as the paper has them for CIFAR-10.
-
-    Its parameters have the names of github.com/akamaster/pytorch_resnet_cifar10, so that its trained nets fit.
-    ResNet-56 has 848,944 prunable weights, 853,018 parameters in all.
-    """
-
-    def __init__(self, depth: int) -> None:
-        super().__init__()
-        blocks = _blocks(depth)
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = _stage(16, 16, blocks, 1, project=False)
-        self.layer2 = _stage(16, 32, blocks, 2, project=False)
-        self.layer3 = _stage(32, 64, blocks, 2, project=False)
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images (batch, 3, 32, 32) to logits (batch, 10)."""
-        hidden = torch.relu_(self.bn1(self.conv1(images)))
-        hidden = self.layer3(self.layer2(self.layer1(hidden)))
-        logits: Tensor = self.linear(hidden.mean((2, 3)))
-        return logits
-
-
-def _blocks(depth: int) -> int:
-    """Return the number of blocks in each stage of a net of so many layers."""
     blocks, rest = divmod(depth - 2, 6)
     if rest or blocks < 1:
         raise ValueError(f"a ResNet for CIFAR has 6n + 2 layers, not {depth}")
-    return blocks
+    conv, bn, stage, fc = names
+    parts: dict[str, nn.Module] = {conv: nn.Conv2d(3, 16, 3, padding=1, bias=False), bn: nn.BatchNorm2d(16)}
+    parts["relu"] = nn.ReLU(inplace=True)
+    inputs = 16
+    for number, outputs in enumerate((16, 32, 64), start=1):
+        first = Block(inputs, outputs, 1 if inputs == outputs else 2, project)
+        parts[f"{stage}{number}"] = nn.Sequential(first, *(Block(outputs, outputs, 1) for _ in range(blocks - 1)))
+        inputs = outputs
+    return nn.Sequential(OrderedDict({**parts, "mean": Mean(), fc: nn.Linear(64, 10)}))
 
 
-def _stage(inputs: int, outputs: int, blocks: int, stride: int, project: bool = True) -> nn.Sequential:
-    rest = [Block(outputs, outputs, 1) for _ in range(blocks - 1)]
-    return nn.Sequential(Block(inputs, outputs, stride, project), *rest)
+def resnet_a(depth: int) -> nn.Sequential:
+    """Return the net without weights in its shortcuts, with parameters named as in akamaster/pytorch_resnet_cifar10."""
+    return resnet(depth, project=False, names=("conv1", "bn1", "layer", "linear"))

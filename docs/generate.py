@@ -1,0 +1,219 @@
+"""Write the tables of results in README.md and docs/ from results/*.json.
+
+A table stands between `<!-- FUNCTION ARGUMENTS -->` and `<!-- end -->`; the functions are below.
+
+    python docs/generate.py
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PAGES = {"README.md": "", "docs/results.md": "../", "docs/theory.md": "../"}
+"""The pages, and how each gets to the root of the repository."""
+
+MODELS = {"lenet300": "LeNet-300-100", "lenet5": "LeNet-5", "resnet": "ResNet-", "gpt2": "GPT-2"}
+TITLES = {
+    "base": "base net",
+    "gsm_before_cut": "before the cut",
+    "gsm_after_cut": "after the cut",
+    "pruned": "pruned net",
+    "ticket_gsm": "ticket by GSM",
+    "ticket_magnitude": "ticket by magnitude",
+    "one_shot": "one-shot magnitude",
+    "retrained": "one-shot, retrained",
+    "GSM, paper": "GSM, the published schedule shortened",
+    "|w| as importance": "magnitude as score",
+}
+COLUMNS = {
+    "main": ("base", "pruned", "the paper's base net", "the paper's pruned net"),
+    "pruned": ("aim", "gsm_before_cut", "gsm_after_cut", "pruned"),
+    "lottery": ("base", "gsm_before_cut", "gsm_after_cut", "pruned", "ticket_gsm", "ticket_magnitude"),
+    "time": ("pruned", "seconds"),
+    "deep": ("base", "gsm_before_cut", "gsm_after_cut", "pruned", "lost"),
+}
+
+
+def render(text: str, root: str) -> str:
+    """Return a page with its tables made again."""
+
+    def block(match: re.Match[str]) -> str:
+        function, *words = match[1].split()
+        table = globals()[function](*words).replace("](results/", f"]({root}results/")
+        return f"<!-- {match[1]} -->\n{table}\n<!-- end -->"
+
+    return re.sub(r"<!-- (\w[^\n]*) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+# --- accuracy ---
+
+
+def accuracy(kind: str, *words: str) -> str:
+    """Return top-1 of runs, NAME or NAME=AIM; below the paper's row where the columns are those of its tables."""
+    rows, shown = [], None
+    for name, aim in (word.partition("=")[::2] for word in words):
+        record = _read(name)
+        top1, paper, recipe = record["top1"], record["paper"], record["recipe"]
+        net = _name(f"{recipe['model']}, {recipe['compression']:g}x, ")
+        if paper and paper != shown and kind in ("lottery", "deep"):
+            theirs = {**paper, "gsm_after_cut": paper["pruned"], "lost": paper["base"] - paper["pruned"]}
+            rows.append([f"{net}the paper", "", "", *_cells(theirs, COLUMNS[kind])])
+        shown = paper
+        values = {**top1, "aim": aim.replace("-", " to "), "seconds": f"{fmean(record['seconds']):.0f}"}
+        values |= {f"the paper's {TITLES[key]}": (paper or {}).get(key) for key in ("base", "pruned")}
+        if "base" in top1:
+            values["lost"] = top1["base"]["mean"] - top1["pruned"]["mean"]
+        stages = ["gsm"] if recipe.get("start") == "init" else ["base", "gsm"]
+        epochs = " + ".join(str(recipe[stage]["epochs"]) for stage in stages)
+        seeds = ", ".join(map(str, record["seeds"]))
+        rows.append([_link(f"{net}`{recipe['preset']}`", name), epochs, seeds, *_cells(values, COLUMNS[kind])])
+    return _table(["", "epochs", "seeds", *map(_name, COLUMNS[kind])], rows)
+
+
+def figures(*names: str) -> str:
+    """Return all means and deviations of benchmarks: a row for each net, method or variant."""
+    records = [_read(name) for name in names]
+    kinds = ("rows", "methods", "variants")
+    rows = {title: row for record in records for kind in kinds for title, row in record.get(kind, {}).items()}
+    keys = list(next(iter(rows.values())))
+    titles = [f"{key}x" if key.isdigit() else _name(key) for key in keys]
+    return _table(["", *titles], [[_name(title), *_cells(row, keys)] for title, row in rows.items()])
+
+
+def instructions(first: str, *names: str) -> str:
+    """Return whether other instruction sets give the same nets."""
+    there = {run["seed"]: (run["top1"], run["layers"]) for run in _read(first)["runs"]}
+    rows = []
+    for name in names:
+        record = _read(name)
+        same = all((run["top1"], run["layers"]) == there[run["seed"]] for run in record["runs"])
+        used = record["processes"][0][0]["instructions"]
+        rows.append([_link(used, name), *_cells(record["top1"], ["pruned"]), "yes" if same else "no"])
+    return _table(["instruction set", "pruned net", "same accuracy and weights per layer"], rows)
+
+
+def numbers(name: str) -> str:
+    """Return the rows of a file as they are, those within rows too."""
+    rows = []
+    for row in _read(name)["rows"]:
+        inner = {f"{key}: {k}": v for key, value in row.items() if isinstance(value, dict) for k, v in value.items()}
+        rows.append({key: value for key, value in row.items() if not isinstance(value, dict)} | inner)
+    return _table(list(rows[0]), [[v if isinstance(v, str) else f"{v:,}" for v in row.values()] for row in rows])
+
+
+# --- speed and size ---
+
+
+def steps(name: str) -> str:
+    """Return milliseconds of SGD, ratios of the others to it, and their memory in % of the weights."""
+    rows, methods = [], ("GSM", "GSM, fused", "published approach")
+    for model, result in _read(name)["models"].items():
+        costs = {cost["name"]: cost for cost in result["costs"]}
+        ratios = [f"{costs[method]['ratio']:.1f}" for method in methods]
+        memory = [f"{costs[method]['extra_mib'] * 2**20 / (4 * result['parameters']):.0%}" for method in methods]
+        title = f"{_name(model)}, {result['parameters']:,}"
+        rows.append(
+            [title, f"{result['compression']}x", f"{costs['SGD, fused']['milliseconds']:.3g} ms", *ratios, *memory]
+        )
+    titles = ["GSM", "GSM, `compiled=True`", "published approach"]
+    return _table(["parameters", "compression", "SGD, fused", *titles, *(f"memory: {t}" for t in titles)], rows)
+
+
+def profile(name: str) -> str:
+    """Return where the time of a compiled step goes, in steps of SGD."""
+    profiles = _read(name)["profiles"]
+    parts = dict.fromkeys(part for times in profiles.values() for part in times)
+    rows = [[part, *(_cell(times.get(part)) for times in profiles.values())] for part in parts]
+    return _table(["", *map(_name, profiles)], rows)
+
+
+def training(quantity: str, *names: str) -> str:
+    """Return seconds or images_per_second of training."""
+    keys = ["plain loop", "its loading", "ours, contiguous", "ours (channels_last, float32)", "ours, bfloat16"]
+    rows = []
+    for name in names:
+        record = _read(name)
+        chosen = record["rows"]["ours, bfloat16" if record.get("auto") == "bfloat16" else keys[3]]
+        measured = [str(record["rows"].get(key, {}).get(quantity, "")) for key in keys]
+        rows.append([_link(_name(name.partition("-")[2]), name), *measured, f"{chosen['ratio']:.2f}"])
+    return _table(["", *keys, "default / plain loop"], rows)
+
+
+def sizes(name: str) -> str:
+    """Return bytes of pruned nets as files."""
+    rows = []
+    for row in _read(name)["rows"]:
+        files = [
+            f"{row[key]['bytes']:,} (1/{row['dense_bytes'] / row[key]['bytes']:.0f})" for key in ("float32", "float16")
+        ]
+        top1 = [f"{row[key]['top1']:.2f}" for key in ("float32", "float16")]
+        rows.append([_name(row["title"]), f"{row['dense_bytes']:,}", f"{row['xz_bytes']:,}", *files, *top1])
+    return _table(["", "dense file", "its `.xz`", "sparse file", "in float16", "top-1", "top-1 in float16"], rows)
+
+
+def inference(name: str) -> str:
+    """Return how many times as fast as dense torch pruned nets are."""
+    engines = {"torch, linear layers in CSR": "CSR", "onnxruntime, dense": "onnxruntime"}
+    rows = []
+    for row in _read(name)["rows"]:
+        for threads, times in groupby(row["inference"], lambda time: time["threads"]):
+            ratio = {(time["engine"], time["batch"]): f"{time['ratio']:.2f}" for time in times}
+            keys = [key for engine in engines for key in ratio if key[0] == engine]
+            rows.append([_name(row["title"]), str(threads), *(ratio[key] for key in keys)])
+    return _table(["", "threads", *(f"{engines[engine]}, batch {batch}" for engine, batch in keys)], rows)
+
+
+def sharded(name: str) -> str:
+    """Return what a process sends in a step, and the step's time as a multiple of SGD's."""
+    rows, titles = [], []
+    for weights, group in groupby(_read(name)["rows"], lambda row: row["weights"]):
+        by_ranks = {row["ranks"]: row for row in group}
+        titles = ["weights", *map(str, by_ranks)]
+        cells = [
+            f"{r['bytes'] / 1000:.1f} KB" + (f", {r['ratio']:.1f}" if "ratio" in r else "") for r in by_ranks.values()
+        ]
+        rows.append([f"{weights:,}", *cells])
+    return _table(titles, rows)
+
+
+# --- cells ---
+
+
+def _read(name: str) -> Any:
+    return json.loads((ROOT / "results" / f"{name}.json").read_text())
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
+def _cells(figures: dict[str, Any], keys: Iterable[str]) -> list[str]:
+    """Return figures as text: numbers, or means and deviations; nothing where there is none."""
+    return [_cell(figures.get(key)) for key in keys]
+
+
+def _cell(figure: Any) -> str:
+    if isinstance(figure, dict):
+        return f"{figure['mean']:.2f}" + ("" if figure.get("std") is None else f" ± {figure['std']:.2f}")
+    return f"{figure:.2f}" if isinstance(figure, float) else figure or ""
+
+
+def _link(text: str, name: str) -> str:
+    return f"[{text}](results/{name}.json)"
+
+
+def _name(text: str) -> str:
+    """Return what people call a model, a column or a row."""
+    for model, name in MODELS.items():
+        text = text.replace(model, name)
+    return TITLES.get(text, text)
+
+
+if __name__ == "__main__":
+    for page, root in PAGES.items():
+        (ROOT / page).write_text(render((ROOT / page).read_text(), root))
