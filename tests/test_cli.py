@@ -529,7 +529,7 @@ def test_a_warning_is_one_line(tmp_path, capsys):
     said = capsys.readouterr().err
     warned = [line for line in said.splitlines() if line.startswith("warning: the cut will remove weights")]
     assert warned
-    assert all(line.count("the steps of --fade") and line.count("--gsm.momentum") for line in warned)  # not fade_steps
+    assert all("fade" in line and "--gsm.momentum" in line for line in warned)
     assert ".py:" not in said
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import nn
 
 from gsm_sgd import Masks, magnitude_masks, prunable_parameters
@@ -37,6 +37,8 @@ RECIPE = replace(
     passive_decay=0.05,
 )
 WEIGHTS = ("init", "base", "gsm", "pruned", "ticket-gsm", "ticket-magnitude")
+MASKS = ("masks", "masks-magnitude")
+TENSORS = {f"{name}.safetensors" for name in WEIGHTS + MASKS}
 
 
 class Silent:
@@ -76,10 +78,10 @@ def weights_of(path):
     return {name: read_weights(path / f"{name}.safetensors") for name in WEIGHTS}
 
 
-def assert_same_weights(ours, theirs):
-    for name in WEIGHTS:
-        for key, tensor in theirs[name].items():
-            assert torch.equal(ours[name][key], tensor), f"{name}: {key}"
+def assert_same_files(ours, theirs, names=WEIGHTS + MASKS):
+    """The same weights, or masks, are files of the same bytes."""
+    for name in names:
+        assert (ours / f"{name}.safetensors").read_bytes() == (theirs / f"{name}.safetensors").read_bytes(), name
 
 
 def without_seconds(path):
@@ -116,13 +118,7 @@ def test_result_has_the_documented_form(straight):
 
 def test_files_of_a_finished_run(straight):
     names = {path.name for path in straight.iterdir()} - {".lock"}
-    assert names == {f"{name}.safetensors" for name in WEIGHTS} | {
-        "masks.safetensors",
-        "masks-magnitude.safetensors",
-        "recipe.yaml",
-        "metrics.jsonl",
-        "result.json",
-    }
+    assert names == TENSORS | {"recipe.yaml", "metrics.jsonl", "result.json"}
     records = read_metrics(straight)
     assert [record["stage"] for record in records] == ["base"] * 3 + ["gsm"] * 4 + ["ticket-gsm"] * 3 + [
         "ticket-magnitude"
@@ -193,8 +189,7 @@ def test_at_compression_1_a_run_is_the_dense_control(synthetic, tmp_path):
 def test_prune_is_the_first_part_of_lottery(straight, synthetic, tmp_path):
     result = run(prune, tmp_path / "prune", synthetic)
     assert list(result["top1"]) == ["base", "gsm_before_cut", "gsm_after_cut", "pruned"]
-    ours, theirs = (read_weights(path / "pruned.safetensors") for path in (tmp_path / "prune", straight))
-    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+    assert_same_files(tmp_path / "prune", straight, ("masks", "pruned"))
 
 
 WRAPPED_NETS = """
@@ -233,10 +228,7 @@ def test_a_net_that_its_maker_compiled_leaves_the_files_of_the_bare_one(make, sy
         models.check_fits(models.build(recipe.model, 0), recipe.model, "digits", (1, 28, 28), 10)
         results[name] = run(lottery, tmp_path / name, synthetic, recipe)
     assert results[make]["layers"] == results["Net"]["layers"]
-    ours, theirs = weights_of(tmp_path / make), weights_of(tmp_path / "Net")
-    for stage in WEIGHTS:
-        assert ours[stage].keys() == theirs[stage].keys()
-        assert all(torch.equal(ours[stage][name], tensor) for name, tensor in theirs[stage].items())
+    assert_same_files(tmp_path / make, tmp_path / "Net")
 
 
 def test_seeds_differ(straight, synthetic, tmp_path):
@@ -258,7 +250,7 @@ def test_interrupted_in_every_stage_ends_in_the_same_bits(straight, synthetic, t
         except KeyboardInterrupt:
             stops += 1
     assert stops >= 9  # 65 steps in all, at least six of each seven are kept
-    assert_same_weights(weights_of(path), weights_of(straight))
+    assert_same_files(path, straight)
     assert without_seconds(path) == without_seconds(straight)
 
 
@@ -284,9 +276,7 @@ def test_interrupted_while_measuring_goes_on_with_that(straight, synthetic, tmp_
             stops += 1
     assert stops == RECIPE.base.epochs + RECIPE.gsm.epochs
     assert len(steps) == 5 * stops  # none was taken twice
-    for name in ("base", "gsm", "pruned"):
-        ours, theirs = (read_weights(p / f"{name}.safetensors") for p in (path, straight))
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert_same_files(path, straight, ("base", "gsm", "masks", "pruned"))
 
 
 KILLER = """
@@ -345,12 +335,10 @@ def test_killed_at_many_moments_ends_in_the_same_bits(straight, tmp_path):
         done = subprocess.run([sys.executable, "-c", KILLER, *words], capture_output=True, text=True, check=False)
         expected = 0 if moment == "never:1" else -signal.SIGKILL
         assert done.returncode == expected, f"{moment}: {done.stderr}"
-    assert_same_weights(weights_of(path), weights_of(straight))
+    assert_same_files(path, straight)
     assert without_seconds(path) == without_seconds(straight)
     ours, theirs = (json.loads((folder / "result.json").read_text()) for folder in (path, straight))
     assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
-    for name in WEIGHTS:
-        assert (path / f"{name}.safetensors").read_bytes() == (straight / f"{name}.safetensors").read_bytes()
 
 
 ONE_PHASE = replace(
@@ -388,8 +376,7 @@ def test_one_phase_run_cuts_on_the_way_and_survives_interruption(synthetic, tmp_
         except KeyboardInterrupt:
             pass
     assert without_seconds(path) == without_seconds(tmp_path / "straight")
-    ours, theirs = (read_weights(folder / "pruned.safetensors") for folder in (path, tmp_path / "straight"))
-    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+    assert_same_files(path, tmp_path / "straight", ("masks", "pruned"))
 
 
 def test_one_phase_lottery_still_has_a_base_net_for_its_tickets(synthetic, tmp_path):
@@ -449,8 +436,7 @@ def test_dropout_resumes_too(synthetic, tmp_path, monkeypatch):
         run(prune, tmp_path / "b", synthetic, observer=Interrupting(8))
     torch.rand(5)
     run(prune, tmp_path / "b", synthetic)
-    ours, theirs = (read_weights(tmp_path / name / "pruned.safetensors") for name in "ab")
-    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+    assert_same_files(tmp_path / "a", tmp_path / "b", ("masks", "pruned"))
 
 
 def test_hold_out_run_measures_on_training_images(synthetic, tmp_path):
@@ -488,9 +474,8 @@ def test_moved_images_and_batch_norm_resume_too(colours, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(prune, tmp_path / "b", colours, recipe, observer=Interrupting(29))
     run(prune, tmp_path / "b", colours, recipe)
-    ours, theirs = (read_weights(tmp_path / name / "pruned.safetensors") for name in "ab")
-    assert {"1.running_mean", "1.num_batches_tracked"} <= set(ours)
-    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+    assert {"1.running_mean", "1.num_batches_tracked"} <= set(read_weights(tmp_path / "a" / "pruned.safetensors"))
+    assert_same_files(tmp_path / "a", tmp_path / "b", ("masks", "pruned"))
 
 
 @pytest.mark.parametrize("passive_decay", [0.05, 100.0])
@@ -527,7 +512,7 @@ def test_a_recipe_of_an_older_version_goes_on(straight, synthetic, tmp_path):
     """It lacks fields that came later, at whose defaults the run was made."""
     shutil.copytree(straight, tmp_path / "old")
     fields = yaml.safe_load((straight / "recipe.yaml").read_text())
-    del fields["fade"], fields["weights"], fields["gsm"]["cosine"]
+    del fields["fade"], fields["weights"], fields["score"], fields["gsm"]["cosine"]
     (tmp_path / "old" / "recipe.yaml").write_text(yaml.safe_dump(fields))
     with RunFolder(tmp_path / "old", RECIPE) as folder:
         assert folder.finished
@@ -548,9 +533,7 @@ def test_nothing_is_written_where_a_link_leads(straight, synthetic, tmp_path):
     path.mkdir()
     (path / "recipe.yaml").write_bytes((straight / "recipe.yaml").read_bytes())
     (tmp_path / "mine").write_text("precious")
-    written = [*(f"{name}.safetensors" for name in WEIGHTS), *(f"{name}.checkpoint" for name in ("base", "gsm"))]
-    written += ["recipe.yaml", "result.json", "metrics.jsonl"]
-    for name in written:
+    for name in [*TENSORS, "base.checkpoint", "gsm.checkpoint", "recipe.yaml", "result.json", "metrics.jsonl"]:
         (path / f"{name}.partial").symlink_to(tmp_path / "mine")
     run(lottery, path, synthetic)
     with RunFolder(path, RECIPE) as folder:
@@ -632,9 +615,10 @@ def test_masked_weight_that_moved_fails_the_stage(synthetic, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
-def test_damaged_weights_are_named(synthetic, tmp_path, damage):
+def test_damaged_weights_are_named(straight, synthetic, tmp_path, damage):
     path = tmp_path / "run"
-    run(prune, path, synthetic)
+    shutil.copytree(straight, path)
+    (path / "result.json").unlink()
     file = path / "base.safetensors"
     content = bytearray(file.read_bytes())
     if damage == "truncated":
@@ -646,6 +630,22 @@ def test_damaged_weights_are_named(synthetic, tmp_path, damage):
     file.write_bytes(content)
     with pytest.raises(UsageError, match=r"base\.safetensors is .*damaged"):
         run(prune, path, synthetic)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_damaged_masks_are_named(straight, synthetic, tmp_path, name):
+    path = tmp_path / "run"
+    shutil.copytree(straight, path)
+    (path / "result.json").unlink()
+    file, content = path / f"{name}.safetensors", (straight / f"{name}.safetensors").read_bytes()
+    others = {"fc9.weight": torch.ones(2, 2, dtype=torch.bool)}
+    for damaged in (content[:-100], b"", save(others)):
+        file.write_bytes(damaged)
+        with pytest.raises(UsageError, match=rf"delete .*{name}\.safetensors to choose again what is kept"):
+            run(lottery, path, synthetic)
+    file.unlink()
+    run(lottery, path, synthetic, observer=Interrupting(1))  # it would raise at the first step
+    assert file.read_bytes() == content
 
 
 def test_damaged_metrics_and_recipe_are_named(synthetic, tmp_path):

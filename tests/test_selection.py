@@ -34,7 +34,7 @@ def scores_and_k(draw):
     return scores, draw(st.integers(0, total))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(scores_and_k(), st.booleans())
 def test_equals_a_stable_sort(case, positive):
     scores, k = case

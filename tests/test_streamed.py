@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn import functional as F
 
 from gsm_sgd import GSM, NonFiniteGradientError
 from gsm_sgd.memory import flattened
@@ -17,6 +16,7 @@ from gsm_sgd.scores import evaluate, magnitude, taylor
 from gsm_sgd.selection import streamed
 from gsm_sgd.selection.stored import ScoreBuffer
 from gsm_sgd.selection.threshold import Local, find_threshold
+from nets import backward, conv_net
 from reference_gsm import NaiveGSM, naive_active
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -90,7 +90,7 @@ def problems(draw):
 
 
 @pytest.mark.parametrize("way", ["buffer", *SMALL])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problem=problems())
 def test_choice_equals_a_stable_sort(way, problem):
     check_choice(way, *problem)
@@ -159,17 +159,8 @@ def either_way(request, monkeypatch):
     monkeypatch.setattr(streamed, "_SMALL", SMALL[request.param])
 
 
-def net(dtype=torch.float64, seed=0):
-    torch.manual_seed(seed)
-    layers = [nn.Conv2d(3, 6, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(24, 10, bias=False), nn.Linear(10, 4)]
-    return nn.Sequential(*layers).to(memory_format=torch.channels_last).to(dtype)
-
-
-def backward(model, seed):
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(16, 3, 4, 4, generator=generator).to(model[0].weight.dtype)
-    model.zero_grad()
-    F.cross_entropy(model(images), torch.randint(4, (16,), generator=generator)).backward()
+def net(dtype=torch.float64):
+    return conv_net(dtype).to(memory_format=torch.channels_last)
 
 
 def assert_alike(model, other):
@@ -200,6 +191,7 @@ def test_compiled_steps_in_lockstep_with_the_naive_twin(nesterov):
     check_lockstep(nesterov)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("either_way")
 def test_generated_code_in_lockstep_with_the_naive_twin():
     check_lockstep(nesterov=True)
@@ -256,7 +248,7 @@ def test_implementations_agree_before_and_after_finalize(options):
         for model, optimizer in zip(nets, optimizers, strict=True):
             backward(model, step)
             if step == 3:
-                model[3].weight.grad = None
+                model[4].weight.grad = None
             optimizer.step()
             if step == 5:
                 optimizer.finalize()
@@ -273,18 +265,18 @@ def test_a_compiled_step_refuses_a_gradient_that_is_not_finite():
     before, state = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict()["state"])
     for bad in (math.inf, math.nan):
         backward(model, 1)
-        model[3].weight.grad[2, 3] = bad
-        with pytest.raises(NonFiniteGradientError, match=r"'3\.weight' is not finite"):
+        model[4].weight.grad[2, 3] = bad
+        with pytest.raises(NonFiniteGradientError, match=r"'4\.weight' is not finite"):
             optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
     torch.testing.assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0)
     with torch.no_grad():
-        model[3].weight[0, 0] = math.nan  # a weight is left to the loss
+        model[4].weight[0, 0] = math.nan  # a weight is left to the loss
     backward(before, 1)
     for p, q in zip(model.parameters(), before.parameters(), strict=True):
         p.grad = q.grad
     optimizer.step()
-    assert model[3].weight.isnan().sum() == 1
+    assert model[4].weight.isnan().sum() == 1
 
 
 @pytest.mark.usefixtures("quick_compile")

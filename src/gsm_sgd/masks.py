@@ -81,14 +81,20 @@ class Masks(dict[str, Tensor]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the masks to a safetensors file, whole or not at all; of DTensors every process has to call."""
+        partial = Path(f"{os.fspath(path)}.{uuid4().hex}.partial")  # one of its own: all processes may write at once
+        with partial.open("xb") as stream:  # which follows no link that somebody has put there
+            stream.write(self.to_bytes())
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+
+    def to_bytes(self) -> bytes:
+        """Return the content of such a file."""
         from safetensors.torch import save
 
         masks: dict[str, Any] = dict(self)
         whole = {key: mask.full_tensor() if is_dtensor(mask) else mask for key, mask in masks.items()}
-        content = save({key: mask.cpu().contiguous() for key, mask in whole.items()}, _FORMAT)
-        partial = Path(f"{os.fspath(path)}.{uuid4().hex}.partial")  # one of its own: all processes may write at once
-        partial.write_bytes(content)
-        partial.replace(path)
+        return save({key: mask.cpu().contiguous() for key, mask in whole.items()}, _FORMAT)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

@@ -160,7 +160,7 @@ class RunFolder:
     def save_masks(self, name: str, masks: Masks) -> None:
         """Write masks to `<name>.safetensors`."""
         if self.writes:
-            masks.save(self.path / f"{name}.safetensors")
+            atomic_write(self.path / f"{name}.safetensors", masks.to_bytes())
         ranks.barrier()
 
     def load_masks(self, name: str, weights: Mapping[str, Tensor]) -> Masks:
