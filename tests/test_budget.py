@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -17,16 +17,23 @@ KINDS = ("compression", "density", "sparsity", "num_kept")
 sizes = st.integers(1, 10**12)
 
 
-@given(sizes, st.floats(1, 1e6))
-def test_the_number_kept_is_the_floor(num_weights, compression):
-    exact = Fraction(num_weights) / Fraction(compression)
-    if exact < 1 - Fraction(1, 10**12):
-        with pytest.raises(ValueError, match="leaves none"):
-            kept_weights(num_weights, compression)
-    else:
-        kept = kept_weights(num_weights, compression)
-        assert kept in (math.floor(exact), math.floor(exact * (1 + Fraction(1, 10**15))))
-        assert type(kept) is int
+@pytest.mark.parametrize(
+    ("kind", "values", "exact"),
+    [
+        ("compression", st.floats(1, 1e6), lambda n, value: n / value),
+        ("density", st.floats(0, 1, exclude_min=True), lambda n, value: n * value),
+        ("sparsity", st.floats(0, 1, exclude_max=True), lambda n, value: n * (1 - value)),
+    ],
+)
+@given(num_weights=sizes, data=st.data())
+def test_the_number_kept_is_the_floor(kind, values, exact, num_weights, data):
+    """Or the number above it, where that is only a rounding error of the arithmetic with N away."""
+    value = data.draw(values)
+    share = exact(Fraction(num_weights), Fraction(value))
+    assume(share >= 1)
+    kept = Budget.of(**{kind: value}).num_kept(num_weights)
+    assert kept in (math.floor(share), math.floor(share + num_weights * Fraction(1, 10**15)))
+    assert type(kept) is int
 
 
 @pytest.mark.parametrize(
@@ -57,6 +64,7 @@ def budgets_of(kept, num_weights):
 def test_a_budget_that_was_divided_out_keeps_what_was_meant(num_weights, number):
     kept = number % num_weights + 1
     assert {budget.num_kept(num_weights) for budget in budgets_of(kept, num_weights)} == {kept}
+    assert kept_weights(num_weights, num_weights / kept) == kept
 
 
 def test_every_q_can_be_kept():

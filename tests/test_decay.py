@@ -153,6 +153,16 @@ def test_auto_survives_a_warm_up_from_next_to_nothing(peak_lr, rise):
     assert abs(param[0, 1].item()) < 2e-6
 
 
+@pytest.mark.parametrize(("first_lr", "factor"), [(0.01, 1.0), (1.0, 0.01)])
+def test_auto_does_not_depend_on_the_unit_that_a_scheduler_multiplies(first_lr, factor):
+    optimizer, param = passive_by_construction(lr=first_lr, momentum=0.9, schedule=whole_search(500))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: factor)
+    for _ in range(500):
+        optimizer.step()
+        scheduler.step()
+    assert param[0, 1].item() == pytest.approx(1e-6, rel=0.05)
+
+
 def test_auto_is_never_below_weight_decay():
     param = nn.Parameter(torch.ones(1, 2, dtype=torch.float64))
     settings = {"lr": 0.1, "compression": 2, "weight_decay": 0.3}

@@ -54,7 +54,7 @@ def names(groups):
         (("*e*d.weight",), {"grouped.weight", "head.weight"}),
         (("fc.*", "head", "embeddings"), {"fc.weight", "head.weight"} | EMBEDDINGS),
     ],
-    ids=str,
+    ids=lambda names: "+".join(sorted(names)),  # the same in all processes of pytest-xdist
 )
 def test_what_is_left_dense(dense, left):
     found = names(parameter_groups(Net(), 0.5, dense))

@@ -258,6 +258,7 @@ def test_kept_weights_of_a_parameter_without_gradient_stay_after_finalize():
         ({"passive_decay": math.inf}, "passive_decay must be finite"),
         ({"passive_decay": "automatic"}, "passive_decay must be a number, 'auto' or None, not 'automatic'"),
         ({"passive_decay": "auto"}, r"passive_decay='auto' needs schedule=Schedule\(total_steps\)"),
+        ({"passive_decay": "auto", "schedule": lambda step: 1}, "passive_decay='auto' needs schedule=Schedule"),
         ({"schedule": 100}, "schedule must be a Schedule, a function of the step, or None, not 100"),
         ({"schedule": lambda step: 1.5}, "must return a density above 0 and at most 1, not 1.5"),
         ({"schedule": lambda step: 0.0}, "must return a density above 0"),

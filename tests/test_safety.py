@@ -376,8 +376,6 @@ def test_a_state_of_a_net_that_was_not_cut_in_time_warns():
     [
         ({"weight_decay": 0.0}, "passive weights never shrink where weight_decay and passive_decay are both 0"),
         ({"schedule": Schedule(100), "passive_decay": 1e-4}, r"at this decay 1 of a passive weight is left by then"),
-        ({"schedule": Schedule(30, fade=0), "momentum": 0.99}, "there are too few steps"),
-        ({"schedule": Schedule(100), "momentum": 0.9}, "the fade is too short for passive weights to shrink"),
     ],
 )
 def test_settings_that_cannot_work_warn_when_built(options, message):

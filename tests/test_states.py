@@ -76,12 +76,6 @@ def test_copies_go_on(copied, schedule, steps, phase):
     assert_go_on_alike(*pair, twin, other)
 
 
-def test_copies_keep_a_schedule_that_is_a_function():
-    param = nn.Parameter(torch.randn(10, 10))
-    optimizer = GSM([param], 0.1, compression=10, schedule=lambda step: 1 / (2 + step))
-    assert copy.deepcopy(optimizer).num_active == 50
-
-
 def test_momentum_0_leaves_no_state():
     model = conv_net()
     optimizer = GSM(model.parameters(), 0.1, compression=4, momentum=0.0)
@@ -157,37 +151,6 @@ def test_a_loaded_state_brings_its_schedule_and_says_so():
     assert (group["lr"], group["foreach"]) == (0.1, True)
     other.schedule = Schedule(3_000)
     assert other.state_dict()["param_groups"][0]["schedule"]["total_steps"] == 3_000
-
-
-def test_a_schedule_that_is_a_function_is_not_in_a_state():
-    model = conv_net()
-    halves = lambda step: 1 / (2 + step)  # noqa: E731
-    optimizer, plain = (GSM(model.parameters(), 0.1, compression=10, schedule=s) for s in (halves, None))
-    state = saved_and_loaded(optimizer.state_dict())
-    with pytest.raises(ValueError, match="schedule that is a function: give it to the optimizer as well"):
-        plain.load_state_dict(state)
-    other = GSM(model.parameters(), 0.1, compression=10, schedule=halves)
-    other.load_state_dict(state)
-    assert other.num_active == 86
-
-
-def test_a_curve_that_is_a_function_is_not_in_a_state():
-    model = conv_net()
-    curved = Schedule(100, curve=lambda share: share**2)
-    optimizer, plain, other = (
-        GSM(model.parameters(), 0.1, compression=10, schedule=schedule)
-        for schedule in (curved, Schedule(100), Schedule(100, curve=lambda share: share**2))
-    )
-    train(model, optimizer, range(3))
-    state = saved_and_loaded(optimizer.state_dict())
-    other.load_state_dict(state)
-    assert other.num_active == optimizer.num_active
-    with pytest.warns(UserWarning, match="'curve': 'custom'"):
-        plain.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"a curve that is a function: assign optimizer\.schedule"):
-        train(model, plain, [3])
-    plain.schedule = curved
-    train(model, plain, [3])
 
 
 def test_states_of_earlier_versions_are_refused():
