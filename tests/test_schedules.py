@@ -223,7 +223,7 @@ def test_schedules_with_functions_are_refused_where_the_function_is_not():
     with pytest.raises(ValueError, match="a schedule that is a function: give it to the optimizer as well"):
         plain.load_state_dict(GSM([param], 0.1, compression=10, schedule=lambda step: 0.5).state_dict())
     curved = GSM([param], 0.1, compression=10, schedule=Schedule(10, curve=lambda share: share))
-    with pytest.warns(UserWarning, match=r"brings schedule=.*'curve': 'custom'"):
+    with pytest.warns(UserWarning, match=r"brings schedule=.*curve='custom'"):
         plain.load_state_dict(curved.state_dict())
     with pytest.raises(ValueError, match=r"assign optimizer\.schedule"):
         _ = plain.num_active

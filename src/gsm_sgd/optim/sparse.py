@@ -613,20 +613,25 @@ class SparseOptimizer(Optimizer):
         Raises:
             ValueError: the state is of other parameters, or asks for what is not supported. Nothing has changed.
         """
-        groups, given = self.param_groups, self._plain_groups()[0]
+        groups, given = self.param_groups, self._plan()
         state = check_state(in_order_of(groups, state_dict), self.schedule)
         super().load_state_dict(state)
         for old, new in zip(groups, self.param_groups, strict=True):
             new.update({key: value for key, value in old.items() if key not in new or key in _OF_THE_OBJECT})
-        loaded = self._plain_groups()[0]
-        if changed := [key for key in ("budget", "schedule") if loaded[key] != given[key]]:
-            brought = ", ".join(f"{key}={loaded[key]!r} (not {given[key]!r})" for key in changed)
+        brought = [f"{now} (not {before})" for now, before in zip(self._plan(), given, strict=True) if now != before]
+        if brought:
             warnings.warn(
-                f"the loaded state brings {brought}: to train by another schedule, assign optimizer.schedule",
+                f"the loaded state brings {', '.join(brought)}: to train by another schedule, assign "
+                "optimizer.schedule",
                 UserWarning,
                 stacklevel=2,
             )
         self._mask_gradients()
+
+    def _plan(self) -> tuple[str, str]:
+        """Return budget and schedule in words."""
+        kind, value = self.param_groups[0]["budget"]
+        return f"{kind}={value:g}", f"schedule={self.schedule}"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a state; torch casts loaded masks to the parameters' dtype, here they are bool again.
