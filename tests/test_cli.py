@@ -21,6 +21,8 @@ from gsm_sgd.experiments.rundir import RunFolder, read_weights
 from gsm_sgd.export import save_sparse
 from made_runs import empty, make_run
 
+pytestmark = pytest.mark.slow
+
 SHORT = [
     "--dataset", "synthetic", "--base.epochs", "2", "--gsm.epochs=2", "--compression", "20",
     "--batch-size", "512", "--base.milestones", "[1]", "--gsm.milestones", "[]",

@@ -19,6 +19,8 @@ from gsm_sgd import GSM, Phase, Schedule, sparsity_table
 from gsm_sgd.distributed import to_local
 from ranks import full
 
+pytestmark = pytest.mark.slow
+
 # Of these the weights do not depend: with them training ends as it does without them.
 NEUTRAL = [
     "GradScaler",

@@ -104,6 +104,7 @@ def whole_search(total, **settings):
     return Schedule(total, ramp=0, fade=0, cut=1, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, False), (0.9, True), (0.95, False)])
 @pytest.mark.parametrize("lr_schedule", LR_SCHEDULES)
 def test_auto_shrinks_as_far_as_it_is_to_whatever_the_scheduler(lr_schedule, momentum, nesterov):

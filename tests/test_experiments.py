@@ -27,6 +27,8 @@ from gsm_sgd.experiments.rundir import RunFolder, read_metrics, read_weights
 from gsm_sgd.experiments.splits import Dataset, Images
 from gsm_sgd.experiments.whole_files import write_output
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 RECIPE = replace(
     find_recipe("lenet300", "repo"),

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load, save, save_file
@@ -91,8 +91,12 @@ def tensors(draw):
     return named
 
 
+SIGNALING_NAN = torch.tensor([[0x7C01]], dtype=torch.int16).view(torch.float16)
+
+
 @quick
 @given(tensors(), st.booleans())
+@example({"w": SIGNALING_NAN}, False)
 def test_the_same_bits_come_back_and_a_reader_written_from_the_documentation_agrees(tmp_path_factory, named, all_of_it):
     path = tmp_path_factory.mktemp("f") / "x"
     prunable = list(named) if all_of_it else None
@@ -153,6 +157,7 @@ def test_what_could_not_be_read_is_not_written(tmp_path, options, message):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_a_file_of_many_tensors_comes_back(tmp_path):
     named = {f"model.layers.{i}.mlp.experts.{j}.up.weight": torch.ones(1, 1) for i in range(48) for j in range(256)}
     save_sparse(tmp_path / "x", named, prunable=[*named, *named])
@@ -501,6 +506,7 @@ for path in sorted(Path(sys.argv[2]).iterdir()):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space as Linux does")
 def test_hostile_files_get_little_memory(honest, tmp_path):
     for name, (damage, _) in HOSTILE.items():

@@ -22,6 +22,8 @@ from gsm_sgd.export.ticket import read_ticket, write_ticket
 from test_cli import SHORT, fails
 from test_export import edited
 
+pytestmark = pytest.mark.slow
+
 AT = SHORT.index("--compression")
 NO_RATIO = [*SHORT[:AT], *SHORT[AT + 2 :]]
 

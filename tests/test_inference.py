@@ -17,6 +17,8 @@ from gsm_sgd.export import csr, inference, sparse_linear
 from gsm_sgd.export.csr import CsrLinear
 from test_cli import SHORT, fails
 
+pytestmark = pytest.mark.slow
+
 
 def pruned(model, compression):
     weights = prunable_parameters(model)

@@ -14,6 +14,8 @@ from gsm_sgd.experiments import ranks
 from gsm_sgd.experiments.splits import Images
 from test_cli import SHORT
 
+pytestmark = pytest.mark.slow
+
 RUN = "lenet300-lottery-fast-x20-s0"
 
 

@@ -12,6 +12,7 @@ from gsm_sgd.export.rebuild import image_shape, load_data
 LENETS = ("lenet300", "lenet5")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*RECIPES, "resnet110", "torchvision:squeezenet1_1"])
 def test_made_up_images_fit_every_net(name):
     recipe = find_recipe(name if name in RECIPES else "lenet300")

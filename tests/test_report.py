@@ -18,6 +18,8 @@ from gsm_sgd.reports.blocks import Group
 from gsm_sgd.reports.runs import read_run
 from made_runs import empty, make_run
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = '</svg><script>alert(1)</script>$x_1$<img src=x onerror=alert(2)>"#0072b2 url(#x)'
 
 

@@ -89,6 +89,7 @@ def check_active_sharded(steps):
         check_active(steps, kept, spread=lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)]))
 
 
+@pytest.mark.slow
 def test_exactly_q_whatever_gradients_are_missing_on_several_processes(ranks):
     present = [[True] * 5, [True, False, True, True, True], [False, True, False, False, True], [True] * 5]
     steps = [(seed, there, zeros) for seed, (there, zeros) in enumerate(itertools.product(present, [0.0, 0.5, 0.95]))]
@@ -488,6 +489,7 @@ def left_of_passive_weights(dtype, fading):
     return left[torch.arange(2_000) != active], optimizer.passive_shrinkage
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fading", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_passive_weights_vanish_in_half_precision(dtype, fading):
@@ -516,6 +518,7 @@ def test_noise_is_the_same_in_a_run_that_was_resumed():
 # --- compiled passes, and processes that differ ---
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compile")
 def test_more_sets_of_parameters_than_can_be_compiled_for():
     """Heads that take turns: torch compiles a function for eight sets at most."""

@@ -43,6 +43,8 @@ def test_without_a_ramp_the_density_is_the_budgets_at_once():
 
 @given(st.integers(1, 10_000), shares, shares, shares)
 def test_phases_are_the_shares_to_the_step(total, ramp, fade, cut):
+    fade *= cut
+    ramp *= cut - fade  # of what is left before the fade
     steps = round(ramp * total), round(cut * total) - round(fade * total), round(cut * total)
     assume(steps[0] < steps[1])
     schedule = Schedule(total, ramp, fade, cut)

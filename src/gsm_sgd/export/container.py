@@ -57,7 +57,7 @@ def to_bytes(tensors: Mapping[str, Tensor], pruned: Mapping[str, torch.dtype], a
     for name, dtype in pruned.items():
         flat = stored[name].reshape(-1)
         masks.append(flat != 0)
-        stored[name] = flat[masks[-1]].to(dtype)
+        stored[name] = as_bits(flat)[masks[-1]].view(flat.dtype).to(dtype)
     stored[_POSITIONS] = torch.from_numpy(encode_positions(torch.cat(masks).numpy()))
     raw = save(stored, _metadata(tensors, pruned, about))
     return min(raw, lzma.compress(raw, filters=_FILTERS), key=len)
@@ -104,9 +104,14 @@ def from_bytes(content: bytes, max_bytes: int | None = None) -> tuple[dict[str, 
         if numbers.shape != (int(where.sum()),):
             raise FormatError(f"{name[:40]!r} has not as many numbers as positions")
         tensors[name] = torch.zeros(len(where), dtype=row.dtype)
-        tensors[name][where] = numbers.to(row.dtype)
+        as_bits(tensors[name])[where] = as_bits(numbers.to(row.dtype))
         tensors[name] = tensors[name].reshape(row.shape)
     return about, tensors | dict(sorted(stored.items()))  # which safetensors returns in any order
+
+
+def as_bits(tensor: Tensor) -> Tensor:
+    """Return a tensor's memory as integers: torch makes quiet NaNs of signaling ones when it moves float16 numbers."""
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
 def check_size(size: int, file_bytes: int, max_bytes: int | None = None) -> None:

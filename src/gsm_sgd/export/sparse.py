@@ -13,7 +13,7 @@ from ..experiments.reading import open_regular
 from ..experiments.states import plain_state, tensors_hash
 from ..experiments.whole_files import write_output
 from ..names import is_prunable, own_names
-from .container import DTYPES, FormatError, from_bytes, most_bytes, to_bytes
+from .container import DTYPES, FormatError, as_bits, from_bytes, most_bytes, to_bytes
 
 Values = Literal["float32", "float16", "bfloat16"]
 
@@ -145,7 +145,8 @@ def rounded(tensors: Mapping[str, Tensor], prunable: Iterable[str], values: Valu
     """
     result = dict(tensors)
     for name in prunable:
-        weight = result[name] = tensors[name].masked_fill(tensors[name] == 0, 0)
+        weight = result[name] = tensors[name].clone()
+        as_bits(weight).masked_fill_(weight == 0, 0)
         if values == "float32" or weight.dtype != torch.float32:
             continue
         result[name] = weight.to(DTYPES[values]).float()
