@@ -228,8 +228,8 @@ def test_a_flat_state_without_its_masks_is_refused():
     saved = get_optimizer_state_dict(model, optimizer, options=FLAT)
     broken = {key: value for key, value in copy.deepcopy(saved).items() if not key.endswith(".mask")}
     fresh, other = trained(conv_net, None, 0, Phase.SEARCH)
-    with pytest.raises(ValueError, match="lacks the mask of a prunable parameter"):
-        set_optimizer_state_dict(fresh, other, broken, options=FLAT)
+    with pytest.raises((ValueError, KeyError), match=r"lacks the mask of a prunable parameter|0\.weight\.mask"):
+        set_optimizer_state_dict(fresh, other, broken, options=FLAT)  # older torch notices it itself
 
 
 # --- a model that changes after the optimizer was built ---

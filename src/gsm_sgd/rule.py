@@ -49,8 +49,8 @@ class Part(NamedTuple):
         )
 
     def by_precision(self) -> tuple[list[int], list[int]]:
-        """Return the numbers of the parameters in full precision, and of those in half precision."""
-        half = [param.dtype in HALF for param in self.params]
+        """Return the numbers of the parameters for torch's kernels, and of those in half precision with dense gradients."""
+        half = [p.dtype in HALF and not g.is_sparse for p, g in zip(self.params, self.grads, strict=True)]
         return [i for i, is_half in enumerate(half) if not is_half], [i for i, is_half in enumerate(half) if is_half]
 
 

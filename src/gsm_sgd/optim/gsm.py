@@ -143,13 +143,13 @@ class GSM(SparseOptimizer):
         return Motion(float(group["lr"]), group["momentum"], group["nesterov"], group["first_lr"], group["highest_lr"])
 
     def _dense_(self, part: Part, exactly: bool) -> None:
+        if not exactly:
+            part = _without_half(part, active=True)
         _sgd_(part, part.grads, part.group["weight_decay"], exactly)
 
     def _decay_(self, part: Part) -> None:
-        nothing = [torch.zeros_like(param, dtype=torch.bool) for param in part.params]
-        full, half = part.by_precision()
-        _update_half_(part.only(half), [nothing[number] for number in half])
-        _sgd_(part.only(full), part.only(full).grads, part.passive_decay)
+        part = _without_half(part, active=False)
+        _sgd_(part, part.grads, part.passive_decay)
 
     def _update_(self, parts: Sequence[Part], active: Active) -> None:
         if isinstance(active, Threshold):
@@ -212,9 +212,9 @@ def _sgd_(part: Part, grads: list[Tensor], weight_decay: float, exactly: bool = 
 
 
 def _takes_fused(params: Sequence[Tensor]) -> bool:
-    """Return whether torch's fused kernel, the quickest, takes these parameters."""
+    """Return whether torch's fused kernel, the quickest, takes these parameters; torch 2.9's ruins half precision."""
     dense = all(param.is_contiguous() or param.stride() == dense_stride(param) for param in params)
-    real = all(param.is_floating_point() for param in params)
+    real = all(param.dtype in (torch.float32, torch.float64) for param in params)
     return dense and real and {param.device.type for param in params} <= {"cpu", "cuda"}
 
 
@@ -228,6 +228,16 @@ def _masked_gradients(part: Part, active: list[Tensor]) -> list[Tensor]:
     directions = [*torch._foreach_mul(part.params, part.extra_decay)]
     torch._foreach_lerp_(directions, part.grads, mine)
     return directions
+
+
+def _without_half(part: Part, active: bool) -> Part:
+    """Update what is in half precision, all of it active or passive, and return the rest."""
+    full, half = part.by_precision()
+    if not half:
+        return part
+    mine = part.only(half)
+    _update_half_(mine, [torch.full_like(param, active, dtype=torch.bool) for param in mine.params])
+    return part.only(full)
 
 
 def _update_half_(part: Part, active: Sequence[Tensor]) -> None:
