@@ -325,3 +325,17 @@ def test_settings_with_which_passive_weights_vanish_warn_of_nothing():
         warnings.simplefilter("error")
         GSM(dense_net().parameters(), 0.1, compression=2, weight_decay=0, passive_decay=1e-3)
         GSM(dense_net().parameters(), 0.1, compression=1, weight_decay=0)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"prunable": "no"}, "prunable must be True, False or None, not 'no'"),
+        ({"budget": 3}, "budget is one for the whole model"),
+        ({"peak_lr": 0.1}, "peak_lr is one for the whole model"),
+    ],
+    ids=str,
+)
+def test_a_group_says_only_what_concerns_a_group(more, message):
+    with pytest.raises(ValueError, match=message):
+        GSM([{"params": [torch.nn.Parameter(torch.ones(4, 4))], **more}], 0.1, num_kept=2)

@@ -413,3 +413,38 @@ def test_a_score_may_use_what_the_optimizer_knows():
             assert all(bool((first != 0)[mask].all()) for first, mask in zip(firsts, expected, strict=True))
         scores = [param.detach().abs() * optimizer.state[param]["exp_avg_sq"].sqrt() for param in params]
         expected = naive_active(scores, 50)
+
+
+# --- patterns that do not keep their word ---
+
+
+class Inverted(Block):
+    def expand(self, kept, scores):
+        return [~mask for mask in super().expand(kept, scores)]
+
+
+class Shapeless(Block):
+    def expand(self, kept, scores):
+        return list(kept)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (Inverted(4), "the pattern Inverted keeps"),
+        (Shapeless(4), "Shapeless must expand to a bool mask of each"),
+    ],
+    ids=["too many", "another shape"],
+)
+def test_what_a_pattern_keeps_is_checked(pattern, message):
+    model = nn.Linear(8, 6)
+    optimizer = GSM(model.parameters(), 0.1, num_kept=8, pattern=pattern)
+    model(torch.ones(2, 8)).sum().backward()
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("pattern", ["nm", Block, Block(0)], ids=["a name", "a class", "no size"])
+def test_what_is_no_pattern_is_refused(pattern):
+    with pytest.raises(ValueError, match="pattern must be a Pattern with a size of at least 1"):
+        GSM([nn.Parameter(torch.ones(8, 8))], 0.1, num_kept=8, pattern=pattern)

@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
-from gsm_sgd import GSM, Phase, Schedule
+from gsm_sgd import GSM, CutWarning, Phase, Schedule
 from reference_gsm import naive_top
 
 shares = st.floats(0, 1)
@@ -243,3 +243,9 @@ def test_a_schedule_that_is_assigned_is_checked_and_followed():
         param.grad = torch.rand(10, 10)
         optimizer.step()
     assert optimizer.phase is Phase.DONE
+
+
+def test_a_schedule_assigned_without_the_decay_it_needs_warns_as_the_constructor_does():
+    optimizer = GSM([nn.Parameter(torch.randn(8, 8))], 0.01, sparsity=0.5)
+    with pytest.warns(CutWarning, match="the cut will remove weights that still matter: at this decay"):
+        optimizer.schedule = Schedule(1000)

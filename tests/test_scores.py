@@ -119,8 +119,8 @@ def test_without_momentum_there_is_a_seed_alone():
 @pytest.mark.parametrize(
     ("score", "message"),
     [
-        (lambda weight, grad, state: weight.abs().sum(), r"of the weight's shape \(6, 8\), not \(\)"),
-        (lambda weight, grad, state: weight.t(), r"of the weight's shape \(6, 8\), not \(8, 6\)"),
+        (lambda weight, grad, state: weight.abs().sum(), r"of the weight's shape \(6, 8\), not torch.float32 of \(\)"),
+        (lambda weight, grad, state: weight.t(), r"of the weight's shape \(6, 8\), not torch.float32 of \(8, 6\)"),
         (lambda weight, grad, state: weight > 0, "must return a floating-point tensor of the weight's shape"),
         (lambda weight, grad, state: weight.tolist(), r"of the weight's shape \(6, 8\), not list"),
         (lambda weight, grad, state: None, "not NoneType"),
@@ -137,9 +137,9 @@ def test_functions_that_return_something_else_are_refused(score, message):
     assert optimizer.param_groups[0]["step"] == 0
 
 
-def test_infinite_scores_are_the_largest_and_nan_is_passive():
+def test_infinite_scores_are_the_largest():
     def score(weight, grad, state):
-        return weight.abs().index_fill(0, torch.tensor(1), math.nan).index_fill(0, torch.tensor(3), math.inf)
+        return weight.abs().index_fill(0, torch.tensor(1), -math.inf).index_fill(0, torch.tensor(3), math.inf)
 
     params = made()
     active = moved_by_a_step(GSM(params, 0.1, num_kept=20, score=score, **STILL), params)
@@ -147,6 +147,24 @@ def test_infinite_scores_are_the_largest_and_nan_is_passive():
     for scores in expected:
         scores[1], scores[3] = -1, 100
     assert_equal(active, naive_active(expected, 20))
+
+
+def test_a_score_that_is_no_number_is_refused_and_nothing_moves():
+    params = made()
+    before = [param.detach().clone() for param in params]
+    optimizer = GSM(params, 0.1, num_kept=20, score=lambda weight, grad, state: weight * math.nan, **STILL)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match="a score of parameter number 0 is NaN, though weight and gradient are not"):
+        optimizer.step()
+    assert_equal(params, before)
+
+
+def test_a_score_that_works_in_place_changes_nothing_else():
+    one, two = made(), made()
+    inplace = moved_by_a_step(GSM(one, 0.1, num_kept=20, score=lambda w, g, s: w.mul_(g).abs_(), **STILL), one)
+    pure = moved_by_a_step(GSM(two, 0.1, num_kept=20, **STILL), two)
+    assert_equal(inplace, pure)
 
 
 # --- the control that every other score has to beat ---

@@ -285,3 +285,28 @@ def test_what_concerns_the_whole_model_is_in_the_first_group_alone():
     optimizer = GSM([{"params": params[:2]}, {"params": params[2:]}], 0.1, compression=4)
     model_wide = {"budget", "schedule", "step", "phase"}
     assert [model_wide & set(group) for group in optimizer.param_groups] == [model_wide, set()]
+
+
+# --- states that cannot be ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"phase": "weird"}, "has a phase 'weird', which there is not"),
+        ({"budget": ("x", 7)}, "has a budget of 'x', which there is not"),
+        ({"budget": ("density", 7)}, "density must be above 0 and at most 1"),
+        ({"step": -5}, "has a step of -5"),
+        ({"step": "a"}, "step must be a whole number"),
+        ({"betas": (0.9, 0.999)}, "the state is of an Adam optimizer"),
+    ],
+    ids=str,
+)
+def test_a_state_that_cannot_be_is_refused_and_changes_nothing(changes, message):
+    _, optimizer = trained(conv_net, None, 3, Phase.SEARCH)
+    before = copy.deepcopy(optimizer.state_dict())
+    broken = copy.deepcopy(before)
+    broken["param_groups"][0] |= changes
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(broken)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]

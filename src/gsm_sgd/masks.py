@@ -83,11 +83,15 @@ class Masks(dict[str, Tensor]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the masks to a safetensors file, whole or not at all; of DTensors every process has to call."""
         partial = Path(f"{os.fspath(path)}.{uuid4().hex}.partial")  # one of its own: all processes may write at once
-        with partial.open("xb") as stream:  # which follows no link that somebody has put there
-            stream.write(self.to_bytes())
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
+        content = self.to_bytes()
+        try:
+            with partial.open("xb") as stream:  # which follows no link that somebody has put there
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def to_bytes(self) -> bytes:
         """Return the content of such a file."""
@@ -166,7 +170,14 @@ def choose(scores: Sequence[Tensor], num_kept: int, pattern: Pattern, positive: 
     """Pool, select, expand: return bool masks of the weights that a pattern keeps by their scores."""
     units = pattern.pool(scores)
     kept = pattern.select(units, num_kept, lambda scores, k: select_top(scores, k, positive))
-    return list(pattern.expand(kept, scores))
+    masks = list(pattern.expand(kept, scores))
+    if isinstance(pattern, Unstructured):
+        return masks
+    if [(mask.shape, mask.dtype) for mask in masks] != [(score.shape, torch.bool) for score in scores]:
+        raise ValueError(f"the pattern {type(pattern).__name__} must expand to a bool mask of each weight's shape")
+    if (found := int(sum(mask.sum() for mask in masks))) > num_kept:
+        raise ValueError(f"the pattern {type(pattern).__name__} keeps {found} weights of {num_kept}")
+    return masks
 
 
 def takes_no_dtensors(pattern: Pattern) -> ValueError:

@@ -49,7 +49,7 @@ class Part(NamedTuple):
         )
 
     def by_precision(self) -> tuple[list[int], list[int]]:
-        """Return the numbers of the parameters for torch's kernels, and of those in half precision with dense gradients."""
+        """Return the numbers of the parameters in full precision or with sparse gradients, and of the others."""
         half = [p.dtype in HALF and not g.is_sparse for p, g in zip(self.params, self.grads, strict=True)]
         return [i for i, is_half in enumerate(half) if not is_half], [i for i, is_half in enumerate(half) if is_half]
 

@@ -47,7 +47,7 @@ def find_score(score: str | Score) -> Score:
     """
     if callable(score):
         return score
-    if score not in SCORES:
+    if not isinstance(score, str) or score not in SCORES:
         raise ValueError(f"unknown score {score!r}: choose {', '.join(SCORES)}, or pass a function")
     return SCORES[score]
 
@@ -59,11 +59,12 @@ def evaluate(score: Score, weight: Tensor, grad: Tensor, state: Mapping[str, Any
         ValueError: the function returns something else than a number for each weight.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    scores = score(weight.to(dtype), grad.to(dtype), state)
+    copy = score not in (taylor, magnitude, random)  # a user's function may work in place
+    scores = score(weight.to(dtype, copy=copy), grad.to(dtype, copy=copy), state)
     if not isinstance(scores, Tensor) or scores.shape != weight.shape or not scores.is_floating_point():
+        found = f"{scores.dtype} of {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(
-            f"the score must return a floating-point tensor of the weight's shape {tuple(weight.shape)}, "
-            f"not {tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__}"
+            f"the score must return a floating-point tensor of the weight's shape {tuple(weight.shape)}, not {found}"
         )
     return scores
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
 from functools import partial
@@ -12,12 +13,14 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..budget import Budget
-from ..schedules import Schedule
+from ..schedules import Schedule, real_number
 from .gsm import GSM
 
 _WARM_UP = 0.03  # share of the steps in which the learning rate rises: a trained net survives its first steps
 _ANNEAL = 0.5  # share of the steps after which the learning rate falls along a cosine
-_EMBEDDINGS = re.compile(r"embed|_token")  # parameters that are added to activations, such as pos_embed and cls_token
+_ADDED = re.compile(
+    r"embed|token|^pos|position|scale|gamma|bias"
+)  # names of what is added to activations, or scales them
 
 
 def one_phase(
@@ -47,7 +50,8 @@ def one_phase(
         compression, density, sparsity, num_kept: the budget, one of them, as of `GSM`.
         momentum: of SGD.
         weight_decay: of weights of two or more dimensions.
-        dense: what to leave dense, beside biases and norms: "embeddings", positional ones included; "depthwise"
+        dense: what to leave dense, beside biases and norms: "embeddings", positions, tokens and scales included, which
+            are known by their names and shapes; "depthwise"
             convolutions; the "head", which is the last linear or convolutional layer; or parameter names, in which "*"
             stands for anything. These weights do not count in N.
         compiled: as of `GSM`.
@@ -70,7 +74,7 @@ def one_phase(
     """
     budget = Budget.of(compression, density, sparsity, num_kept)
     amount: dict[str, Any] = {budget.kind: budget.value}
-    schedule = Schedule(total_steps, peak_lr=lr)
+    schedule = Schedule(total_steps, peak_lr=real_number("lr", lr))
     groups = parameter_groups(model, weight_decay, dense)
     optimizer = GSM(groups, lr=lr, momentum=momentum, schedule=schedule, compiled=compiled, **amount)
     return optimizer, LambdaLR(optimizer, lr_factor(schedule.total_steps))
@@ -82,6 +86,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, dense: Sequence[str]
     Raises:
         ValueError: a name in `dense` is no parameter's.
     """
+    dense = (dense,) if isinstance(dense, str) else dense
     trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
     left_dense: set[str] = set()
     for what in dense:
@@ -107,6 +112,12 @@ def lr_factor(total_steps: int, warm_up: float = _WARM_UP, anneal: float = _ANNE
 
 
 def _factor(step: int, total_steps: int, rise: int, anneal: float) -> float:
+    if step > total_steps:
+        warnings.warn(
+            f"more than total_steps={total_steps} steps were taken: the learning rate is 0, and nothing is trained",
+            UserWarning,
+            stacklevel=3,
+        )
     if step < rise:
         return (step + 1) / rise
     done = (step / total_steps - anneal) / (1 - anneal)
@@ -122,7 +133,12 @@ def _weights_of(model: nn.Module, kinds: Any) -> Iterator[tuple[str, Any]]:
 
 def _embeddings(model: nn.Module) -> list[str]:
     layers = [name for name, _ in _weights_of(model, (nn.Embedding, nn.EmbeddingBag))]
-    added = [name for name, _ in model.named_parameters() if _EMBEDDINGS.search(name.rpartition(".")[2])]
+    own = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear | _ConvNd)}
+    added = [
+        name
+        for name, param in model.named_parameters()
+        if name not in own and (_ADDED.search(name.rpartition(".")[2]) or param.numel() == max(param.shape, default=1))
+    ]
     return [*layers, *added]
 
 

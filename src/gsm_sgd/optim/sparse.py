@@ -31,7 +31,7 @@ from ..memory import laid_out_as
 from ..names import is_governed, named_in, prunable_in
 from ..patterns import Pattern, Unstructured
 from ..rule import Part
-from ..schedules import Phase, Schedule
+from ..schedules import Phase, Schedule, whole_number
 from ..scores import Score, find_score, magnitude, score_dtype, seed_of, taylor
 from ..selection.sharded import Sharded, Shards
 from ..selection.stored import ScoreBuffer
@@ -41,7 +41,10 @@ from .checks import CutWarning, check_gradients, check_masked, check_step, is_sp
 from .states import check_group, check_parameters, check_state, in_order_of, localise, plain
 
 _MODEL_WIDE = ("budget", "schedule", "step", "phase")  # in the first group only
-_OF_THE_CALL = {"compression", "density", "sparsity", "num_kept", "schedule", "score", "pattern", "total_steps"}
+_OF_THE_CALL = {
+    *("compression", "density", "sparsity", "num_kept", "budget", "schedule", "total_steps", "peak_lr"),
+    *("score", "pattern", "step", "phase", "compiled"),
+}
 _OF_THE_OBJECT = ("foreach", "fused")
 _SETS = 8  # of parameters that have gradients together: so often torch compiles a function for others
 
@@ -74,6 +77,8 @@ class SparseOptimizer(Optimizer):
         check_ranks: bool | None,
     ) -> None:
         self._score, self._pattern = find_score(score), pattern or Unstructured()
+        if not isinstance(self._pattern, Pattern) or whole_number("the pattern's size", self._pattern.size) < 1:
+            raise ValueError(f"pattern must be a Pattern with a size of at least 1, not {pattern!r}")
         prescribed = self._pattern.density
         if budget is not None and prescribed is not None:
             name = type(self._pattern).__name__
@@ -86,10 +91,14 @@ class SparseOptimizer(Optimizer):
         if self.num_prunable == 0:
             raise ValueError("nothing to prune: give a parameter with ndim >= 2, or a prunable group")
         self._note_phase(self.num_prunable)
+        self._warn_of_plan(stacklevel=4)
+
+    def _warn_of_plan(self, stacklevel: int) -> None:
+        """Warn if passive weights cannot vanish by the cut that is planned."""
         reasons = [self._why_passive_weights_stay(group) for group in self.param_groups if self._governs(group)]
         if self.num_kept < self.num_prunable and any(reasons):
             reason = next(filter(None, reasons))
-            warnings.warn(f"the cut will remove weights that still matter: {reason}", CutWarning, stacklevel=3)
+            warnings.warn(f"the cut will remove weights that still matter: {reason}", CutWarning, stacklevel=stacklevel)
 
     def _prepare(self) -> None:
         """Make what is not state."""
@@ -166,6 +175,8 @@ class SparseOptimizer(Optimizer):
         for group in self.param_groups:
             check_group(group, schedule)
         self.param_groups[0]["schedule"] = schedule
+        if not self._fixed:
+            self._warn_of_plan(stacklevel=3)
 
     @property
     def num_prunable(self) -> int:
@@ -293,7 +304,7 @@ class SparseOptimizer(Optimizer):
         total = self.num_prunable
         num_active = self._active_of(total) if total else 0
         everything = num_active == total
-        if not everything and not self.param_groups[0]["step"] and self._score in (taylor, magnitude):
+        if not (everything or self._fixed or self.param_groups[0]["step"]) and self._score in (taylor, magnitude):
             warn_of_zeros(self._governed_by_key())
         dense, ruled, still = self._parts(everything)
         if ruled and not self._fixed:
@@ -334,6 +345,9 @@ class SparseOptimizer(Optimizer):
                 check_finite()
         finite = self._buffer.fill(self._score, weights, grads, self._score_states(parts))
         if not finite:
+            if self._score not in STREAMED and shards is None:
+                check_finite()
+                self._check_scores(parts)
             self._buffer.sanitize_()
         if shards is not None and self._score not in STREAMED:
             whole = self._buffer.whole
@@ -348,6 +362,13 @@ class SparseOptimizer(Optimizer):
         if not finite:
             check_finite()
         return choose(self._buffer.views, num_active, self._pattern, positive=True)
+
+    def _check_scores(self, parts: Sequence[Part]) -> None:
+        """Raise ValueError if a score is NaN though neither weight nor gradient is."""
+        owners = [(owner, param) for part in parts for owner, param in zip(part.owners, part.params, strict=True)]
+        for (owner, param), scores in zip(owners, self._buffer.views, strict=True):
+            if scores.isnan().any() and not param.isnan().any():
+                raise ValueError(f"a score of {self._name_of(owner)} is NaN, though weight and gradient are not")
 
     def _streamed(self, weights: list[Tensor], grads: list[Tensor], numbers: Sequence[int]) -> Any:
         """Return the scores of some weights; if they are not all, without compiling anything for them."""
@@ -614,7 +635,7 @@ class SparseOptimizer(Optimizer):
             ValueError: the state is of other parameters, or asks for what is not supported. Nothing has changed.
         """
         groups, given = self.param_groups, self._plan()
-        state = check_state(in_order_of(groups, state_dict), self.schedule)
+        state = check_state(in_order_of(groups, state_dict), groups)
         super().load_state_dict(state)
         for old, new in zip(groups, self.param_groups, strict=True):
             new.update({key: value for key, value in old.items() if key not in new or key in _OF_THE_OBJECT})

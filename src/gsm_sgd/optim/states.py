@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from ..budget import Budget
 from ..distributed import like_dtensor, local_slice, to_local
 from ..names import bare_name, is_governed
-from ..schedules import Schedule, real_number
+from ..schedules import Phase, Schedule, real_number, whole_number
 
 UNSUPPORTED = {"maximize": False, "dampening": 0, "differentiable": False, "amsgrad": False, "capturable": False}
 """Settings of torch's optimizers that stand in each group where theirs have them, and the one value allowed."""
@@ -33,6 +34,8 @@ def check_group(group: dict[str, Any], schedule: Any) -> None:
     check_supported(group)
     if not (schedule is None or isinstance(schedule, Schedule) or callable(schedule)):
         raise ValueError(f"schedule must be a Schedule, a function of the step, or None, not {schedule!r}")
+    if not isinstance(group["prunable"], bool | None):
+        raise ValueError(f"prunable must be True, False or None, not {group['prunable']!r}")
     auto = group["passive_decay"] == "auto"
     if isinstance(group["passive_decay"], str) and not auto:
         raise ValueError(f"passive_decay must be a number, 'auto' or None, not {group['passive_decay']!r}")
@@ -90,7 +93,7 @@ def check_parameters(group: Mapping[str, Any]) -> None:
             raise ValueError(f"parameter {name!r} {reason}")
 
 
-def check_state(state: dict[str, Any], schedule: Any) -> dict[str, Any]:
+def check_state(state: dict[str, Any], ours: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return a state that is to be loaded, with its schedule as a Schedule.
 
     Raises:
@@ -98,9 +101,13 @@ def check_state(state: dict[str, Any], schedule: Any) -> dict[str, Any]:
     """
     groups = [dict(group) for group in state["param_groups"]]
     for group in groups:
+        if "betas" in group and "betas" not in ours[0]:
+            raise ValueError("the state is of an Adam optimizer, whose rates and moments do not fit")
         check_supported(group)
         if "compression_schedule" in group:
             raise ValueError("the state was saved by gsm-sgd before schedules had a class: train with that version")
+    _check_progress(groups[0])
+    schedule = ours[0]["schedule"]
     theirs = groups[0].get("schedule")
     if theirs is not None and theirs == plain(schedule):
         groups[0]["schedule"] = schedule  # which may have a function
@@ -109,6 +116,19 @@ def check_state(state: dict[str, Any], schedule: Any) -> dict[str, Any]:
     elif theirs is not None:
         raise ValueError("the state is of a schedule that is a function: give it to the optimizer as well")
     return {**state, "param_groups": groups}
+
+
+def _check_progress(group: Mapping[str, Any]) -> None:
+    """Raise ValueError if what a first group says of budget, step and phase cannot be; a state of SGD says nothing."""
+    if "budget" in group:
+        kind, value = group["budget"]
+        if kind not in ("compression", "density", "sparsity", "num_kept"):
+            raise ValueError(f"the state has a budget of {kind!r}, which there is not")
+        Budget.of(**{kind: value})
+    if group.get("phase", Phase.RAMP) not in list(Phase):
+        raise ValueError(f"the state has a phase {group['phase']!r}, which there is not")
+    if whole_number("step", group.get("step", 0)) < 0:
+        raise ValueError(f"the state has a step of {group['step']}")
 
 
 def in_order_of(groups: Sequence[Mapping[str, Any]], state: Mapping[str, Any]) -> dict[str, Any]:
