@@ -68,8 +68,8 @@ def accuracy(kind: str, *words: str) -> str:
         values |= {f"the paper's {TITLES[key]}": (paper or {}).get(key) for key in ("base", "pruned")}
         if "base" in top1:
             values["lost"] = top1["base"]["mean"] - top1["pruned"]["mean"]
-        trains_base = recipe.get("start") != "init" and not recipe.get("weights")
-        stages = ["base", "gsm"] if trains_base else ["gsm"]
+        published = str(recipe.get("weights")).endswith(".th")  # a base net that others have trained
+        stages = ["gsm"] if published or recipe.get("start") == "init" else ["base", "gsm"]
         epochs = " + ".join(str(recipe[stage]["epochs"]) for stage in stages)
         seeds = ", ".join(map(str, record["seeds"]))
         rows.append([_link(f"{net}`{recipe['preset']}`", name), epochs, seeds, *_cells(values, COLUMNS[kind])])
