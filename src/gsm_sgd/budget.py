@@ -6,11 +6,14 @@ from typing import NamedTuple, Self
 
 from .schedules import real_number, whole_number
 
+SHARES = ("macs", "parameters", "channels", "latency")
+"""Budgets that are shares of what a dense net costs, by a pattern of channels."""
+
 _ROUNDING = 4 * sys.float_info.epsilon  # of N: N / C and N (1 - s) may just miss the whole number that is meant
 
 
 class Budget(NamedTuple):
-    """A budget: one of `compression` C, `density`, `sparsity` and `num_kept` Q, and its value."""
+    """A budget: one of `compression` C, `density`, `sparsity`, `num_kept` Q and the `SHARES`, and its value."""
 
     kind: str
     value: float
@@ -22,13 +25,14 @@ class Budget(NamedTuple):
         density: float | None = None,
         sparsity: float | None = None,
         num_kept: int | None = None,
+        **shares: float | None,
     ) -> Self:
-        """Return the one budget that is given.
+        """Return the one budget that is given, of weights or, by one of `SHARES`, of channels.
 
         Raises:
             ValueError: none is given, or several, or its value is out of range.
         """
-        given = {"compression": compression, "density": density, "sparsity": sparsity, "num_kept": num_kept}
+        given = {"compression": compression, "density": density, "sparsity": sparsity, "num_kept": num_kept, **shares}
         found = [(kind, value) for kind, value in given.items() if value is not None]
         if len(found) != 1:
             names = " and ".join(kind for kind, _ in found) or "none"
@@ -37,8 +41,8 @@ class Budget(NamedTuple):
         value = whole_number(kind, value) if kind == "num_kept" else real_number(kind, value)
         if kind == "compression" and not (math.isfinite(value) and value >= 1):
             raise ValueError(f"compression must be a finite number of at least 1, not {value}")
-        if kind == "density" and not 0 < value <= 1:
-            raise ValueError(f"density must be above 0 and at most 1, not {value}")
+        if kind in ("density", *SHARES) and not 0 < value <= 1:
+            raise ValueError(f"{kind} must be above 0 and at most 1, not {value}")
         if kind == "sparsity" and not 0 <= value < 1:
             raise ValueError(f"sparsity must be at least 0 and below 1, not {value}")
         if kind == "num_kept" and value < 1:
@@ -67,12 +71,12 @@ class Budget(NamedTuple):
         match self.kind:
             case "compression":
                 return total / self.value
-            case "density":
-                return total * self.value
             case "sparsity":
                 return total - total * self.value
-            case _:
+            case "num_kept":
                 return self.value
+            case _:
+                return total * self.value
 
 
 def rounded_down(exact: float, total: int) -> int:

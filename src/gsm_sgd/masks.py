@@ -82,16 +82,7 @@ class Masks(dict[str, Tensor]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the masks to a safetensors file, whole or not at all; of DTensors every process has to call."""
-        partial = Path(f"{os.fspath(path)}.{uuid4().hex}.partial")  # one of its own: all processes may write at once
-        content = self.to_bytes()
-        try:
-            with partial.open("xb") as stream:  # which follows no link that somebody has put there
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(path, self.to_bytes())
 
     def to_bytes(self) -> bytes:
         """Return the content of such a file."""
@@ -121,6 +112,19 @@ class Masks(dict[str, Tensor]):
         if not masks or any(mask.dtype != torch.bool for mask in masks.values()):
             raise ValueError(f"{os.fspath(path)} holds something else than masks: Masks.save writes them")
         return masks
+
+
+def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    partial = Path(f"{os.fspath(path)}.{uuid4().hex}.partial")  # one of its own: all processes may write at once
+    try:
+        with partial.open("xb") as stream:  # which follows no link that somebody has put there
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @torch.no_grad()
@@ -158,7 +162,7 @@ def largest(parameters: Mapping[str, Tensor], num_kept: int, pattern: Pattern | 
         raise ValueError(f"parameter {name!r} contains NaN, so nothing can be kept by magnitude: training has diverged")
     pattern = pattern or Unstructured()
     if not sharded:
-        masks = choose([weight.abs() for weight in weights], num_kept, pattern)
+        masks = choose([weight.abs() for weight in weights], num_kept, pattern.over(list(parameters)))
     elif isinstance(pattern, Unstructured):
         masks = _largest_sharded(weights, num_kept)
     else:
@@ -175,7 +179,7 @@ def choose(scores: Sequence[Tensor], num_kept: int, pattern: Pattern, positive: 
         return masks
     if [(mask.shape, mask.dtype) for mask in masks] != [(score.shape, torch.bool) for score in scores]:
         raise ValueError(f"the pattern {type(pattern).__name__} must expand to a bool mask of each weight's shape")
-    if (found := int(sum(mask.sum() for mask in masks))) > num_kept:
+    if (found := pattern.cost(masks)) > num_kept:
         raise ValueError(f"the pattern {type(pattern).__name__} keeps {found} weights of {num_kept}")
     return masks
 

@@ -1,8 +1,11 @@
 """Patterns: which weights are kept or dropped together?"""
 
 from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 from torch import Tensor
+
+from .budget import SHARES
 
 Top = Callable[[Sequence[Tensor], int], list[Tensor]]
 """(scores of units, k) -> masks of the k largest in the whole model, ties to the lower index; in a step, only of those
@@ -19,10 +22,39 @@ class Pattern:
     Attributes:
         size: weights in a unit; a budget is rounded down to whole units.
         density: the density that the pattern prescribes in place of a budget; None leaves it to the budget.
+        signed: whether the default score |w g| is of a unit as a whole, so that `pool` gets w g with its sign.
+        spares_layers: whether a parameter of which nothing is kept does no harm, so that no cut warns of it.
     """
 
     size: int = 1
     density: float | None = None
+    signed: bool = False
+    spares_layers: bool = False
+
+    def for_budget(self, kind: str) -> Self:
+        """Return the pattern with a budget of this kind, or raise ValueError if there is none for it."""
+        if kind in SHARES:
+            raise ValueError(f"{kind} is a budget of channels: pass pattern=ChannelGroups.trace(model, inputs)")
+        return self
+
+    def over(self, names: Sequence[str]) -> Self:
+        """Return the pattern for parameters of these names, of which the tensors come in this order."""
+        return self
+
+    def parameter_groups(self, params: Any) -> Any:
+        """Return an optimizer's parameters in groups, with `prunable` set where the pattern chooses what it governs."""
+        return params
+
+    def total(self, weights: Sequence[Tensor]) -> int:
+        """Return what a budget of these parameters is a share of: by default, how many weights they have."""
+        return sum(weight.numel() for weight in weights)
+
+    def check_budget(self, num_kept: int) -> None:
+        """Raise ValueError if no masks can be within a budget."""
+
+    def cost(self, masks: Sequence[Tensor]) -> int:
+        """Return what of that these masks keep."""
+        return sum(int(mask.sum()) for mask in masks)
 
     def check(self, name: str, weight: Tensor) -> None:
         """Raise ValueError, naming the parameter, if the pattern does not fit its shape."""

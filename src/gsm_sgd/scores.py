@@ -24,6 +24,11 @@ def taylor(weight: Tensor, grad: Tensor, state: Mapping[str, Any]) -> Tensor:
     return (weight * grad).abs_()
 
 
+def first_order(weight: Tensor, grad: Tensor, state: Mapping[str, Any]) -> Tensor:
+    """Return w g, of which the sum over several weights tells how removing them together changes the loss."""
+    return weight * grad
+
+
 def magnitude(weight: Tensor, grad: Tensor, state: Mapping[str, Any]) -> Tensor:
     """Return |w|."""
     return weight.abs()
@@ -59,7 +64,7 @@ def evaluate(score: Score, weight: Tensor, grad: Tensor, state: Mapping[str, Any
         ValueError: the function returns something else than a number for each weight.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    copy = score not in (taylor, magnitude, random)  # a user's function may work in place
+    copy = score not in (taylor, first_order, magnitude, random)  # a user's function may work in place
     scores = score(weight.to(dtype, copy=copy), grad.to(dtype, copy=copy), state)
     if not isinstance(scores, Tensor) or scores.shape != weight.shape or not scores.is_floating_point():
         found = f"{scores.dtype} of {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__

@@ -89,14 +89,15 @@ def warn_of_zeros(governed: Mapping[str, Tensor]) -> None:
         )
 
 
-def warn_of_cut(masked: Mapping[str, Tensor], masks: Masks, reason: str | None) -> None:
-    """Warn if the cut that is about to be made takes weights that matter, or all weights of a layer."""
+def warn_of_cut(masked: Mapping[str, Tensor], masks: Masks, reason: str | None, may_be_empty: bool = False) -> None:
+    """Warn if the cut that is about to be made takes weights that matter, or all of a layer unless that is harmless."""
     left = residual(masked, masks)
     if left > _LOSSLESS:
         because = f": {reason}" if reason else ""
         text = f"the cut takes {left:.1%} of the weights' norm, so it costs accuracy{because}"
         warnings.warn(text, CutWarning, stacklevel=4)
-    if empty := [row.name for row in masks.table() if row.params and not row.nonzeros]:
+    empty = [row.name for row in masks.table() if row.params and not row.nonzeros]
+    if empty and not may_be_empty:
         warnings.warn(
             f"no weight of {_quoted(empty)} is kept, so nothing passes through it: keep more weights, or leave it out "
             f"{_DENSE}",

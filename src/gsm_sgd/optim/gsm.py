@@ -52,6 +52,8 @@ class GSM(SparseOptimizer):
         lr: learning rate alpha.
         compression, density, sparsity, num_kept: the budget, exactly one of them, one number for the whole model. Of N
             prunable weights it keeps floor(N / compression), floor(N density), floor(N (1 - sparsity)), or `num_kept`.
+        macs, parameters, channels, latency: the budget of a pattern of channels, one of them: a share of what the dense
+            net costs. See `gsm_sgd.structured.ChannelGroups`.
         momentum: beta, in [0, 1).
         weight_decay: eta, coupled L2 as in `torch.optim.SGD`.
         nesterov: as in `torch.optim.SGD`.
@@ -102,6 +104,10 @@ class GSM(SparseOptimizer):
         density: float | None = None,
         sparsity: float | None = None,
         num_kept: int | None = None,
+        macs: float | None = None,
+        parameters: float | None = None,
+        channels: float | None = None,
+        latency: float | None = None,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
         nesterov: bool = False,
@@ -114,8 +120,9 @@ class GSM(SparseOptimizer):
         fused: bool | None = None,
         check_ranks: bool | None = None,
     ) -> None:
-        amounts = (compression, density, sparsity, num_kept)
-        budget = None if amounts == (None,) * 4 else Budget.of(*amounts)
+        amounts = {"compression": compression, "density": density, "sparsity": sparsity, "num_kept": num_kept}
+        amounts |= {"macs": macs, "parameters": parameters, "channels": channels, "latency": latency}
+        budget = Budget.of(**amounts) if any(amount is not None for amount in amounts.values()) else None  # type: ignore[arg-type]
         if passive_decay is None and isinstance(schedule, Schedule):
             passive_decay = "auto"
         defaults = {

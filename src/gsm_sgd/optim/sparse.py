@@ -32,7 +32,7 @@ from ..names import is_governed, named_in, prunable_in
 from ..patterns import Pattern, Unstructured
 from ..rule import Part
 from ..schedules import Phase, Schedule, whole_number
-from ..scores import Score, find_score, magnitude, score_dtype, seed_of, taylor
+from ..scores import Score, find_score, first_order, magnitude, score_dtype, seed_of, taylor
 from ..selection.sharded import Sharded, Shards
 from ..selection.stored import ScoreBuffer
 from ..selection.streamed import STREAMED, Passes, streamed
@@ -84,12 +84,16 @@ class SparseOptimizer(Optimizer):
             name = type(self._pattern).__name__
             raise ValueError(f"the pattern {name} prescribes the density {prescribed:g}: leave out the budget")
         budget = budget or Budget.of(density=prescribed)
+        self._pattern = self._pattern.for_budget(budget.kind)
+        if self._pattern.signed and self._score is taylor:
+            self._score = first_order
         self._model_wide = {"budget": budget, "schedule": schedule, "step": 0, "phase": Phase.RAMP.value}
         self._compiled, self._check_ranks_always = compiled, check_ranks
         self._prepare()
-        super().__init__(params, {**defaults, "prunable": None})
+        super().__init__(self._pattern.parameter_groups(params), {**defaults, "prunable": None})
         if self.num_prunable == 0:
             raise ValueError("nothing to prune: give a parameter with ndim >= 2, or a prunable group")
+        self._pattern.check_budget(self.num_kept)
         self._note_phase(self.num_prunable)
         self._warn_of_plan(stacklevel=4)
 
@@ -108,6 +112,11 @@ class SparseOptimizer(Optimizer):
         self._shards: Shards | None = None
         self._agreed = False  # whether all processes are known to have the same settings
         self._hooks: RemovableHandle | None = None  # keep gradients of cut weights at zero
+
+    def forget_parameters(self) -> None:
+        """Forget what is known of parameters, as other ones have taken their place."""
+        self._prepare()
+        self._mask_gradients()
 
     # --- what a subclass defines ---
 
@@ -182,14 +191,15 @@ class SparseOptimizer(Optimizer):
     def num_prunable(self) -> int:
         """N, the number of weights that the rule governs: those of prunable parameters that are not frozen.
 
-        Once the masks are fixed, of the parameters that have them.
+        Once the masks are fixed, of the parameters that have them. With a pattern of channels what the dense net costs:
+        MACs, parameters, channels or nanoseconds.
         """
-        masked = (param for param, param_state in self.state.items() if "mask" in param_state)
-        return sum(param.numel() for param in (masked if self._fixed else self._governed()))
+        masked = [param for param, param_state in self.state.items() if "mask" in param_state]
+        return self._pattern.total(masked if self._fixed else self._governed())
 
     @property
     def num_kept(self) -> int:
-        """Q: how many weights the cut keeps, and how many are active once the ramp is over."""
+        """Q: how many weights the cut keeps, and how many are active once the ramp is over; at most, with channels."""
         return self._kept_of(self.num_prunable)
 
     @property
@@ -308,7 +318,7 @@ class SparseOptimizer(Optimizer):
             warn_of_zeros(self._governed_by_key())
         dense, ruled, still = self._parts(everything)
         if ruled and not self._fixed:
-            available = sum(param.numel() for param in scored)
+            available = self._pattern.total(scored)
             prescribed = self._pattern.density is not None  # of whichever weights there are
             num_active = self._active_of(available) if prescribed else min(num_active, available)
             # score, pool, select
@@ -361,7 +371,9 @@ class SparseOptimizer(Optimizer):
             return self._buffer.active(threshold)
         if not finite:
             check_finite()
-        return choose(self._buffer.views, num_active, self._pattern, positive=True)
+        keys = {id(param): key for key, param in prunable_in(self).items()}
+        pattern = self._pattern.over([keys[id(owner)] for part in parts for owner in part.owners])
+        return choose(self._buffer.views, num_active, pattern, positive=True)
 
     def _check_scores(self, parts: Sequence[Part]) -> None:
         """Raise ValueError if a score is NaN though neither weight nor gradient is."""
@@ -485,7 +497,7 @@ class SparseOptimizer(Optimizer):
         masks, masked = self.masks, self._masked()
         if not cut_already:
             reason = self._why_passive_weights_stay(self.param_groups[0], self.passive_shrinkage)
-            warn_of_cut(masked, masks, reason)
+            warn_of_cut(masked, masks, reason, self._pattern.spares_layers)
         masks.apply_(masked)
         for key, param in masked.items():
             for name in self._buffer_names_of(param):  # momentum would push a weight that was cut away from zero

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ..budget import Budget
+from ..budget import SHARES, Budget
 from ..distributed import like_dtensor, local_slice, to_local
 from ..names import bare_name, is_governed
 from ..schedules import Phase, Schedule, real_number, whole_number
@@ -122,7 +122,7 @@ def _check_progress(group: Mapping[str, Any]) -> None:
     """Raise ValueError if what a first group says of budget, step and phase cannot be; a state of SGD says nothing."""
     if "budget" in group:
         kind, value = group["budget"]
-        if kind not in ("compression", "density", "sparsity", "num_kept"):
+        if kind not in ("compression", "density", "sparsity", "num_kept", *SHARES):
             raise ValueError(f"the state has a budget of {kind!r}, which there is not")
         Budget.of(**{kind: value})
     if group.get("phase", Phase.RAMP) not in list(Phase):

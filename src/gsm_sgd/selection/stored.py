@@ -182,7 +182,7 @@ class ScoreBuffer:
             for view, weight, grad, state in zip(self.views, weights, grads, states, strict=True):
                 view.copy_(evaluate(score, weight, grad, state))
         self.whole[self._ends[-1] :] = -1  # else a step with fewer weights would find scores of an earlier one here
-        return not len(self.whole) or math.isfinite(self.whole.amax())
+        return not len(self.whole) or all(map(math.isfinite, self.whole.aminmax()))
 
     def sanitize_(self) -> None:
         """Make scores that are not finite comparable: infinite ones the largest, NaN the smallest."""
