@@ -9,6 +9,7 @@ from rich.table import Table
 
 from ..experiments.bench import BASELINE, CAPTION, Cost, Workload
 from ..experiments.recipes import RECIPES, Preset, published
+from ..experiments.rundir import Record
 from ..masks import LayerSparsity
 from .runs import PROGRESS, Run, outcomes
 
@@ -29,6 +30,16 @@ def results_table(runs: Sequence[Run]) -> Table:
         last_ten, paper = ("" if one is None else f"{one:.2f}" for one in (found.last_ten_mean, found.paper))
         table.add_row(found.title, found.shown, last_ten, paper)
     return table
+
+
+def costs_line(result: Record) -> str:
+    """Return what a net without channels costs beside the dense one, or nothing if it has all its channels."""
+    parts = [
+        f"{counts['pruned']:,} of {counts['dense']:,} {name} ({counts['dense'] / counts['pruned']:.2f} times fewer)"
+        for kind, name in (("macs", "MACs"), ("parameters", "parameters"))
+        if (counts := result.get(kind))
+    ]
+    return f"The narrow net, narrow.safetensors, has {' and '.join(parts)}." if parts else ""
 
 
 def cut_line(runs: Sequence[Run]) -> str:
