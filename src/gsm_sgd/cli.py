@@ -288,6 +288,8 @@ def _save_figures(finished: Run, folder: RunFolder) -> None:
     title = f"{finished.title}, seed {finished.recipe['seed']}"
     group = Group(title, [finished])
     kept = structure.kept_by(group, structure.read_masks(group, []))
+    if "widths" in group.results[0]:
+        figures.save(structure.widths(group), "widths", title, folder.save_figure)
     figures.save(structure.density(group, kept), "density", title, folder.save_figure)
     figures.save(figures.curves(accuracy.training_panels(group)), "curves", title, folder.save_figure)
 
