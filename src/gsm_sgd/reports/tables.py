@@ -72,10 +72,13 @@ def empty_layers(layers: Iterable[tuple[str, int, int]]) -> str:
 
 
 def empty_layers_of(runs: Sequence[Run]) -> list[str]:
-    """Return such a sentence for each finished run that has such layers, with its seed if there are several runs."""
+    """Return such a sentence for each finished run that has such layers, with its seed if there are several runs.
+
+    Of channels none: only what another path leads around is ever left without any.
+    """
     texts = []
     for run in runs:
-        layers = run.finished()["layers"]
+        layers = [] if "widths" in run.finished() else run.finished()["layers"]
         text = empty_layers((layer["name"], layer["params"], layer["nonzeros"]) for layer in layers)
         if text:
             texts.append(f"Seed {run.recipe['seed']}: {text}" if len(runs) > 1 else text)
