@@ -72,6 +72,7 @@ ORDER = [
     "experiments/pretrained",
     "experiments/loop",
     "experiments/cutnow",
+    "experiments/channels",
     "experiments/observers",
     "experiments/prune",
     "experiments/lottery",

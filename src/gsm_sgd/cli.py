@@ -21,6 +21,7 @@ from rich.text import Text
 
 from .arguments import in_options, parse
 from .experiments import UsageError, bench, data, models, ranks, suggestion
+from .experiments.channels import find_channels
 from .experiments.loop import fitting_precision
 from .experiments.lottery import lottery
 from .experiments.observers import ProgressBars
@@ -182,6 +183,8 @@ def _plan(command: str, options: Namespace, device: torch.device) -> dict[Path, 
             "a lottery trains its base net from the ticket's initialisation: leave out --weights, or set it to null if "
             "the recipe has some"
         )
+    if recipe.pattern == "channel" and command == "lottery":
+        raise UsageError("a lottery is for single weights: leave out --pattern channel")
     for source in _base_nets_to_load(planned):
         if not is_torchvisions(source) and not Path(source).is_file():
             raise UsageError(f"weights {source} do not exist: give a file, or torchvision")
@@ -193,7 +196,8 @@ def _plan(command: str, options: Namespace, device: torch.device) -> dict[Path, 
 
 def _run_name(recipe: Recipe, command: str) -> str:
     net = net_name(recipe.recipe, recipe.model)
-    return f"{net}-{command}-{recipe.preset}-x{recipe.compression:g}-s{recipe.seed}"
+    size = f"macs{recipe.macs:g}" if recipe.pattern == "channel" else f"x{recipe.compression:g}"
+    return f"{net}-{command}-{recipe.preset}-{size}-s{recipe.seed}"
 
 
 def _fitting_compression(options: Namespace, recipe: Recipe, seeds: Sequence[int]) -> float:
@@ -218,7 +222,10 @@ def _check_optimizer(recipe: Recipe) -> None:
     model = models.build(recipe.model, recipe.seed)
     try:
         with warnings.catch_warnings(action="ignore"):  # given again when the stage begins
-            gsm(model, recipe, steps_per_epoch=1_000)
+            groups = None
+            if recipe.pattern == "channel":
+                groups = find_channels(model, torch.zeros(1, *image_shape(recipe)))
+            gsm(model, recipe, steps_per_epoch=1_000, groups=groups)
     except ValueError as error:
         raise UsageError(in_options(str(error))) from error
 
@@ -248,7 +255,10 @@ def _recipe(options: Namespace) -> Recipe:
     for stage in ("base", "gsm"):
         if not isinstance(given[stage], dict):
             raise UsageError(f"{stage} must be settings of its own, like {stage}.epochs, not {given[stage]}")
-    return Recipe.from_dict({field.name: given[field.name] for field in fields(Recipe)})
+    recipe = Recipe.from_dict({field.name: given[field.name] for field in fields(Recipe)})
+    if recipe.pattern == "channel" and recipe.macs > 0:
+        recipe = replace(recipe, compression=1 / recipe.macs)
+    return recipe
 
 
 def _seeds(text: str) -> list[int]:
@@ -278,6 +288,8 @@ def _save_figures(finished: Run, folder: RunFolder) -> None:
     title = f"{finished.title}, seed {finished.recipe['seed']}"
     group = Group(title, [finished])
     kept = structure.kept_by(group, structure.read_masks(group, []))
+    if "widths" in group.results[0]:
+        figures.save(structure.widths(group), "widths", title, folder.save_figure)
     figures.save(structure.density(group, kept), "density", title, folder.save_figure)
     figures.save(figures.curves(accuracy.training_panels(group)), "curves", title, folder.save_figure)
 
@@ -328,6 +340,8 @@ def _print_results(runs: Sequence[Run], console: _Console) -> None:
     if not replayed:
         console.say(tables.cut_line(runs))
     for text in tables.empty_layers_of(runs):
+        console.say(text)
+    if text := tables.costs_line(result):
         console.say(text)
     seconds = sum(sum(one.result["seconds"].values()) for one in runs if one.result)
     where = runs[0].path if len(runs) == 1 else f"{runs[0].path} and {len(runs) - 1} more"

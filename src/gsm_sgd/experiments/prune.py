@@ -9,11 +9,14 @@ from torch.optim import SGD, Optimizer
 from torch.optim.swa_utils import update_bn
 
 from .. import __version__
-from ..masks import Masks, keep_masked, magnitude_masks, sparsity_table
+from ..masks import Masks, keep_masked, sparsity_table
 from ..names import prunable_parameters
 from ..optim.gsm import GSM
 from ..schedules import Schedule
+from ..structured.channels import ChannelGroups
+from ..structured.remove import remove_channels
 from . import UsageError, models
+from .channels import costs, find_channels, weight_masks
 from .cutnow import CutNow
 from .environment import device_name
 from .loop import Observer, Probe, evaluate, parameter_groups, steps_per_epoch, train
@@ -38,12 +41,15 @@ class Job:
 
 def prune(job: Job) -> Record:
     """Train, train with GSM, cut; return the run's result, which its folder has as result.json."""
-    model, top1 = prune_steps(job)
-    return finish(job, "prune", model, top1)
+    model, top1, costs = prune_steps(job)
+    return finish(job, "prune", model, top1, costs)
 
 
-def prune_steps(job: Job) -> tuple[nn.Module, dict[str, float]]:
-    """Return the pruned net and the accuracies on the way, in percent. Steps already done are loaded."""
+def prune_steps(job: Job) -> tuple[nn.Module, dict[str, float], Record]:
+    """Return the pruned net, the accuracies on the way, in percent, and what channels came to, if they were pruned.
+
+    Steps already done are loaded.
+    """
     recipe, run, test = job.recipe, job.run, job.data.test
     top1 = {}
 
@@ -55,9 +61,9 @@ def prune_steps(job: Job) -> tuple[nn.Module, dict[str, float]]:
         top1["base"] = train_base(job, model)
 
     # 3. Train with GSM: all but Q weights shrink to nothing. They may be cut before the end.
-    prunable = prunable_parameters(model)
     steps = steps_per_epoch(job.data, recipe)
-    optimizer = gsm(model, recipe, steps)
+    groups = find_channels(model, next(iter(test.batches(1)))[0]) if recipe.pattern == "channel" else None
+    optimizer = gsm(model, recipe, steps, groups)
     train_stage(job, "gsm", model, recipe.gsm, optimizer, probe=CutNow(model, optimizer, recipe, test, steps))
     if recipe.cut_epoch < recipe.gsm.epochs:
         records = {record["epoch"]: record for record in read_metrics(run.path) if record["stage"] == "gsm"}
@@ -73,10 +79,16 @@ def prune_steps(job: Job) -> tuple[nn.Module, dict[str, float]]:
 
     # 4. Cut. The optimizer has the masks, unless the stage was over before this process began.
     left = sum(layer.nonzeros for layer in sparsity_table(model))
+    prunable = prunable_parameters(model)
     if not run.has_weights("masks"):
-        run.save_masks("masks", optimizer.masks or magnitude_masks(prunable, compression=recipe.compression))
+        kept = optimizer.would_keep()
+        if groups is not None:
+            run.save_masks("channels", kept)
+        run.save_masks("masks", kept if groups is None else weight_masks(model, groups, kept))
     masks = run.load_masks("masks", prunable)
     masks.apply_(prunable)
+    if groups is not None:
+        run.load_masks("channels", optimizer.governed).apply_(optimizer.governed)
     pruned = evaluate(model, test)
     top1.setdefault("gsm_after_cut", pruned)
     if recipe.recalibrate and left > masks.num_kept:
@@ -84,7 +96,11 @@ def prune_steps(job: Job) -> tuple[nn.Module, dict[str, float]]:
         pruned = evaluate(model, test)
     top1["pruned"] = pruned
     run.save_weights("pruned", model)
-    return model, top1
+    if groups is None:
+        return model, top1, {}
+    kept = run.load_masks("channels", optimizer.governed)
+    run.save_narrow(remove_channels(model, groups, kept))
+    return model, top1, costs(groups, kept)
 
 
 def initial_net(job: Job) -> nn.Module:
@@ -145,14 +161,14 @@ def plain_sgd(model: nn.Module, training: Training) -> SGD:
     )
 
 
-def gsm(model: nn.Module, recipe: Recipe, steps_per_epoch: int) -> GSM:
-    """Return the optimizer of GSM training."""
+def gsm(model: nn.Module, recipe: Recipe, steps_per_epoch: int, groups: ChannelGroups | None = None) -> GSM:
+    """Return the optimizer of GSM training, of single weights or of channels."""
     cut = recipe.cut_epoch / recipe.gsm.epochs
     total = recipe.gsm.epochs * steps_per_epoch
     return GSM(
         parameter_groups(model, recipe.gsm),
         lr=recipe.gsm.lr,
-        compression=recipe.compression,
+        **({"compression": recipe.compression} if groups is None else {"macs": recipe.macs, "pattern": groups}),
         momentum=recipe.gsm.momentum,
         nesterov=recipe.gsm.nesterov,
         schedule=Schedule(total, ramp=recipe.ramp, fade=recipe.fade, cut=cut, shrink_to=recipe.shrink_to),
@@ -161,12 +177,12 @@ def gsm(model: nn.Module, recipe: Recipe, steps_per_epoch: int) -> GSM:
     )
 
 
-def finish(job: Job, command: str, pruned: nn.Module, top1: dict[str, float]) -> Record:
-    """Write and return the result of a run."""
+def finish(job: Job, command: str, pruned: nn.Module, top1: dict[str, float], costs: Record) -> Record:
+    """Write and return the result of a run; `costs` become a part of it."""
     recipe = job.recipe
     last: dict[str, Any] = {record["stage"]: record for record in read_metrics(job.run.path)}
     layers = sparsity_table(pruned)
-    result = {
+    result: Record = {
         "recipe": recipe.recipe,
         "command": command,
         "preset": recipe.preset,
@@ -183,5 +199,6 @@ def finish(job: Job, command: str, pruned: nn.Module, top1: dict[str, float]) ->
         "torch": torch.__version__,
         "device": device_name(job.device),
     }
+    result |= costs
     job.run.finish(result)
     return result

@@ -104,6 +104,8 @@ class Recipe:
         passive_decay: weight decay of passive weights in GSM training; null means gsm.weight_decay, the paper's rule;
             "auto" chooses it so that they shrink to `shrink_to` between the ramp and the cut, or the fade, and in it.
         shrink_to: what "auto" aims at.
+        pattern: what is kept or removed together: a single weight, or a channel, which makes the net narrower and faster.
+        macs: share of the dense net's multiply-accumulates that the net without channels may cost.
         score: by what GSM chooses the active weights: taylor |w g|, magnitude |w|, or random.
         batch_size: images per step.
         seed: of the initial weights and of the order of the images.
@@ -131,6 +133,8 @@ class Recipe:
     fade: float = 0.0
     passive_decay: float | Literal["auto"] | None = None
     shrink_to: float = 1e-6
+    pattern: Literal["weight", "channel"] = "weight"
+    macs: float = 0.5
     score: str = "taylor"
     batch_size: int = 256
     seed: int = 0
@@ -158,7 +162,7 @@ class Recipe:
     def paper(self) -> dict[str, float] | None:
         """Return the paper's top-1 figures, in percent, or None if it has none to compare this run with."""
         original = find_recipe(self.recipe)
-        comparable = not self.holdout and (self.model, self.dataset) == (original.model, original.dataset)
+        comparable = not self.holdout and self.pattern == "weight" and (self.model, self.dataset) == (original.model, original.dataset)
         return published(self.recipe).get(self.compression) if comparable else None
 
     def as_dict(self) -> dict[str, Any]:
@@ -187,6 +191,8 @@ class Recipe:
             raise UsageError(f"seed must be at least 0 and below 2**32, not {self.seed}")
         if self.score not in SCORES:
             raise UsageError(f"unknown score {self.score!r}: {suggestion(self.score, SCORES)}")
+        if not 0 < self.macs <= 1:
+            raise UsageError(f"macs must be above 0 and at most 1, not {self.macs}")
         if self.weights is not None and self.start != "base":
             raise UsageError("weights are a base net to start from: add --start base, or leave them out")
         if not 0 <= self.holdout < 2**32:

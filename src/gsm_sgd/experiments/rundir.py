@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..masks import Masks, match
+from ..structured.remove import save_narrow
 from . import UsageError, ranks
 from .environment import environment
 from .reading import cause, check_regular, is_number, load_tensors, open_regular, read_json, read_yaml
@@ -156,6 +157,12 @@ class RunFolder:
             load_state(model, weights)
         except RuntimeError as error:
             raise UsageError(f"{path} does not fit the model: delete it to run its stage again") from error
+
+    def save_narrow(self, model: nn.Module) -> None:
+        """Write a narrow net with its widths to narrow.safetensors."""
+        if self.writes:
+            save_narrow(model, self.path / "narrow.safetensors")
+        ranks.barrier()
 
     def save_masks(self, name: str, masks: Masks) -> None:
         """Write masks to `<name>.safetensors`."""

@@ -18,8 +18,10 @@ from ..experiments.states import load_state
 from ..names import prunable_parameters
 from ..reports.nets import prunable_weights
 from ..reports.runs import Run
+from ..structured.remove import load_narrow
 from .sparse import SparseFile
 
+NARROW_FILE = "narrow.safetensors"
 _SAME = 0.05  # points of accuracy that a machine's arithmetic may turn
 
 
@@ -79,6 +81,17 @@ def pruned_net(run: Run, allowed: str | None = None) -> tuple[nn.Module, tuple[i
     classes = len(list(prunable_weights(run, run.net).values())[-1])
     model = build(recipe, read_weights(run.path / f"{run.net}.safetensors"), classes)
     return model, image_shape(recipe)
+
+
+def narrow_net(run: Run, dense: nn.Module) -> nn.Module:
+    """Return the narrow net of a finished run, given its dense one; UsageError if the run has none."""
+    path = run.path / NARROW_FILE
+    if not path.exists():
+        raise UsageError(f"{run.path} has no narrow net: prune with --pattern channel")
+    try:
+        return load_narrow(dense, path)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def measure(recipe: Recipe, tensors: Mapping[str, Tensor], data_dir: Path | None) -> float:

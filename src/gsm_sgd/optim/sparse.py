@@ -244,12 +244,18 @@ class SparseOptimizer(Optimizer):
         return Masks({key: self.state[param]["mask"].clone() for key, param in self._masked().items()})
 
     @property
+    def governed(self) -> dict[str, Tensor]:
+        """The parameters that have masks or, before these are fixed, those that the rule governs, by their masks' keys."""
+        return self._masked() if self._fixed else self._governed_by_key()
+
+    def would_keep(self) -> Masks:
+        """Return the masks that a cut at this moment would have: of the largest weights, unless they are fixed."""
+        return self.masks if self._fixed else largest(self._governed_by_key(), self.num_kept, self._pattern)
+
+    @property
     def passive_residual(self) -> float:
         """What share of the L2 norm of all governed weights a cut would take now; reads every weight."""
-        if self._fixed:
-            return residual(self._masked(), self.masks)
-        governed = self._governed_by_key()
-        return residual(governed, largest(governed, self.num_kept, self._pattern))
+        return residual(self.governed, self.would_keep())
 
     @property
     def passive_shrinkage(self) -> float:

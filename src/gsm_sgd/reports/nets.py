@@ -45,9 +45,14 @@ def prunable_weights(run: Run, name: str) -> dict[str, Tensor]:
 
 
 def methods(run: Run) -> list[str]:
-    """Return which methods have chosen weights to keep: GSM, and magnitude if there is a base net; a replay's one."""
+    """Return which methods have chosen weights to keep: GSM, and magnitude if there is a base net; a replay's one.
+
+    Of channels GSM alone: magnitude chooses single weights.
+    """
     if run.net == "ticket-magnitude":
         return ["magnitude"]
+    if "widths" in (run.result or {}):
+        return ["GSM"]
     return ["GSM", *(["magnitude"] if (run.path / "base.safetensors").exists() else [])]
 
 

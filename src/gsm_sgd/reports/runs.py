@@ -108,7 +108,8 @@ class Run:
         recipe = self.recipe["recipe"]
         net = net_name(recipe, str(self.recipe.get("model", recipe)))
         settings = f"preset {self.recipe['preset']}" + ("" if net == recipe else f" of {recipe}")
-        return f"{net} at {self.recipe['compression']:g}x, {settings}"
+        size = f"{self.recipe['compression']:.4g}x"
+        return f"{net} at {size}{' fewer MACs' if self.recipe.get('pattern') == 'channel' else ''}, {settings}"
 
     @property
     def settings(self) -> Record:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from ..experiments.bench import BASELINE, CAPTION, Cost, Workload
 from ..experiments.recipes import RECIPES, Preset, published
+from ..experiments.rundir import Record
 from ..masks import LayerSparsity
 from .runs import PROGRESS, Run, outcomes
 
@@ -29,6 +30,16 @@ def results_table(runs: Sequence[Run]) -> Table:
         last_ten, paper = ("" if one is None else f"{one:.2f}" for one in (found.last_ten_mean, found.paper))
         table.add_row(found.title, found.shown, last_ten, paper)
     return table
+
+
+def costs_line(result: Record) -> str:
+    """Return what a net without channels costs beside the dense one, or nothing if it has all its channels."""
+    parts = [
+        f"{counts['pruned']:,} of {counts['dense']:,} {name} ({counts['dense'] / counts['pruned']:.2f} times fewer)"
+        for kind, name in (("macs", "MACs"), ("parameters", "parameters"))
+        if (counts := result.get(kind))
+    ]
+    return f"The narrow net, narrow.safetensors, has {' and '.join(parts)}." if parts else ""
 
 
 def cut_line(runs: Sequence[Run]) -> str:
@@ -61,10 +72,13 @@ def empty_layers(layers: Iterable[tuple[str, int, int]]) -> str:
 
 
 def empty_layers_of(runs: Sequence[Run]) -> list[str]:
-    """Return such a sentence for each finished run that has such layers, with its seed if there are several runs."""
+    """Return such a sentence for each finished run that has such layers, with its seed if there are several runs.
+
+    Of channels none: only what another path leads around is ever left without any.
+    """
     texts = []
     for run in runs:
-        layers = run.finished()["layers"]
+        layers = [] if "widths" in run.finished() else run.finished()["layers"]
         text = empty_layers((layer["name"], layer["params"], layer["nonzeros"]) for layer in layers)
         if text:
             texts.append(f"Seed {run.recipe['seed']}: {text}" if len(runs) > 1 else text)
