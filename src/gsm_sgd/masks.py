@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 from uuid import uuid4
@@ -170,9 +170,23 @@ def largest(parameters: Mapping[str, Tensor], num_kept: int, pattern: Pattern | 
     return Masks(zip(parameters, masks, strict=True))
 
 
-def choose(scores: Sequence[Tensor], num_kept: int, pattern: Pattern, positive: bool = False) -> list[Tensor]:
-    """Pool, select, expand: return bool masks of the weights that a pattern keeps by their scores."""
-    units = pattern.pool(scores)
+def choose(
+    scores: Sequence[Tensor],
+    num_kept: int,
+    pattern: Pattern,
+    positive: bool = False,
+    averaged: Callable[[Sequence[Tensor]], Sequence[Tensor]] = lambda units: units,
+) -> list[Tensor]:
+    """Pool, select, expand: return bool masks of the weights that a pattern keeps by their scores.
+
+    Args:
+        scores: of the weights.
+        num_kept: the budget.
+        pattern: what is kept together.
+        positive: whether units are kept only if their scores are above zero.
+        averaged: what becomes of the units' scores before they are compared.
+    """
+    units = averaged(pattern.pool(scores))
     kept = pattern.select(units, num_kept, lambda scores, k: select_top(scores, k, positive))
     masks = list(pattern.expand(kept, scores))
     if isinstance(pattern, Unstructured):

@@ -23,12 +23,14 @@ class Pattern:
         size: weights in a unit; a budget is rounded down to whole units.
         density: the density that the pattern prescribes in place of a budget; None leaves it to the budget.
         signed: whether the default score |w g| is of a unit as a whole, so that `pool` gets w g with its sign.
+        averaged: whether the scores of units are root mean squares over the last hundred steps or so, not of one step.
         spares_layers: whether a parameter of which nothing is kept does no harm, so that no cut warns of it.
     """
 
     size: int = 1
     density: float | None = None
     signed: bool = False
+    averaged: bool = False
     spares_layers: bool = False
 
     def for_budget(self, kind: str) -> Self:

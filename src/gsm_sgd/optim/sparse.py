@@ -40,12 +40,13 @@ from ..selection.threshold import Local, NotFiniteError, ScoresOf, Threshold, fi
 from .checks import CutWarning, check_gradients, check_masked, check_step, is_sparse, warn_of_cut, warn_of_zeros
 from .states import check_group, check_parameters, check_state, in_order_of, localise, plain
 
-_MODEL_WIDE = ("budget", "schedule", "step", "phase")  # in the first group only
+_MODEL_WIDE = ("budget", "schedule", "step", "phase", "unit_scores")  # in the first group only
 _OF_THE_CALL = {
     *("compression", "density", "sparsity", "num_kept", "budget", "schedule", "total_steps", "peak_lr"),
     *("score", "pattern", "step", "phase", "compiled"),
 }
 _OF_THE_OBJECT = ("foreach", "fused")
+_NEW = 0.01  # weight of a step in the mean square of the scores of units
 _SETS = 8  # of parameters that have gradients together: so often torch compiles a function for others
 
 ScheduleLike = Schedule | Callable[[int], float] | None
@@ -88,6 +89,7 @@ class SparseOptimizer(Optimizer):
         if self._pattern.signed and self._score is taylor:
             self._score = first_order
         self._model_wide = {"budget": budget, "schedule": schedule, "step": 0, "phase": Phase.RAMP.value}
+        self._model_wide["unit_scores"] = None
         self._compiled, self._check_ranks_always = compiled, check_ranks
         self._prepare()
         super().__init__(self._pattern.parameter_groups(params), {**defaults, "prunable": None})
@@ -379,7 +381,18 @@ class SparseOptimizer(Optimizer):
             check_finite()
         keys = {id(param): key for key, param in prunable_in(self).items()}
         pattern = self._pattern.over([keys[id(owner)] for part in parts for owner in part.owners])
-        return choose(self._buffer.views, num_active, pattern, positive=True)
+        averaged = self._averaged if self._pattern.averaged else lambda units: units
+        return choose(self._buffer.views, num_active, pattern, positive=True, averaged=averaged)
+
+    def _averaged(self, units: Sequence[Tensor]) -> list[Tensor]:
+        """Return the root mean squares of the units' scores over recent steps, which the first group keeps."""
+        group = self.param_groups[0]
+        before = group["unit_scores"] or units
+        group["unit_scores"] = [
+            torch.lerp(mean.to(scores), scores.square(), _NEW) if before is not units else scores.square()
+            for mean, scores in zip(before, units, strict=True)
+        ]
+        return [mean.sqrt() for mean in group["unit_scores"]]
 
     def _check_scores(self, parts: Sequence[Part]) -> None:
         """Raise ValueError if a score is NaN though neither weight nor gradient is."""
@@ -538,7 +551,7 @@ class SparseOptimizer(Optimizer):
             param_state.pop("mask", None)  # one that was only a place to load another into
         for key, param in governed.items():
             self.state[param]["mask"] = masks[key]
-        self.param_groups[0]["phase"] = Phase.FADE.value
+        self.param_groups[0] |= {"phase": Phase.FADE.value, "unit_scores": None}
         self._buffer = ScoreBuffer()  # nothing is chosen any more
 
     def _mask_gradients(self) -> None:
@@ -616,7 +629,9 @@ class SparseOptimizer(Optimizer):
     def _plain_groups(self) -> list[dict[str, Any]]:
         """Return the settings of the parameter groups as plain values."""
         groups = [{key: plain(value) for key, value in g.items() if key != "params"} for g in self.param_groups]
-        return [{key: value for key, value in group.items() if key != "param_names"} for group in groups]
+        return [
+            {key: value for key, value in group.items() if key not in ("param_names", "unit_scores")} for group in groups
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as every optimizer does, with a mask of each prunable parameter that has been updated.
