@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .names import prunable_parameters
     from .optim.checks import CutWarning, NonFiniteGradientError
     from .optim.gsm import GSM
+    from .optim.gsm_adamw import GSMAdamW
     from .optim.one_phase import one_phase
     from .schedules import Phase, Schedule
     from .selection.stored import select_top
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GSM",
     "CutWarning",
+    "GSMAdamW",
     "Masks",
     "NonFiniteGradientError",
     "Phase",
@@ -29,7 +31,16 @@ __all__ = [
     "sparsity_table",
 ]
 
-_MODULES = ("masks", "names", "optim.gsm", "optim.one_phase", "optim.checks", "schedules", "selection.stored")
+_MODULES = (
+    "masks",
+    "names",
+    "optim.gsm",
+    "optim.gsm_adamw",
+    "optim.one_phase",
+    "optim.checks",
+    "schedules",
+    "selection.stored",
+)
 
 
 def __getattr__(name: str) -> Any:
