@@ -18,6 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gsm_sgd import (
     GSM,
+    NM,
+    Block,
     GSMAdamW,
     Masks,
     Phase,
@@ -119,19 +121,67 @@ class Pairs(Pattern):
     size = 2
 
 
-def use_a_pattern(steps):
-    mesh, placements = layouts()[0]
-    params = spread_parameters(mesh, placements)
-    optimizer = GSM(params, 0.1, compression=2, pattern=Pairs())
-    for param in params:
-        param.grad = torch.ones_like(param)
+def use_a_pattern(pattern, layout, shape, steps):
+    mesh, placements = layouts()[layout]
+    param = nn.Parameter(distribute_tensor(torch.ones(shape), mesh, placements))
+    budget = {} if pattern.density else {"compression": 2}
+    optimizer = GSM([("layer", param)], 0.1, **budget, pattern=pattern)
+    param.grad = torch.ones_like(param)
     optimizer.step() if steps else optimizer.finalize()
 
 
 @pytest.mark.parametrize("steps", [0, 1])
-def test_patterns_refuse_what_is_spread(ranks, steps):
-    message = "ValueError: the pattern Pairs does not take DTensors yet: use single weights"
-    assert ranks(4).errors(use_a_pattern, steps) == [message] * 4
+@pytest.mark.parametrize(
+    ("pattern", "layout", "shape", "message"),
+    [
+        (Pairs(), 0, (8, 8), "the pattern Pairs does not take DTensors yet: use single weights"),
+        (NM(2, 4), 1, (8, 8), "parameter 'layer' is sharded within units of NM(2, 4): shard it along another axis, or"),
+        (Block(4, 4), 0, (8, 8), "parameter 'layer' is sharded within units of Block(4, 4)"),
+        (Block(4, 1), 0, (20, 8), "parameter 'layer' is sharded within units of Block(4, 1)"),  # but for the first part
+        (Block(1, 2), 1, (8, 8, 2), "parameter 'layer' is sharded within units of Block(1, 2)"),
+    ],
+)
+def test_patterns_whose_units_are_cut_are_refused_on_every_process(ranks, pattern, layout, shape, message, steps):
+    errors = ranks(4).errors(use_a_pattern, pattern, layout, shape, steps)
+    assert len(set(errors)) == 1
+    assert errors[0].startswith(f"ValueError: {message}")
+
+
+def train_a_pattern_in_lockstep(pattern, kind, ties, layout):
+    """Train whole and spread weights alike through a schedule: the masks are the same, the counts exact."""
+    mesh, placements = layouts()[layout]
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 8), (16, 8, 1, 3), (24, 16)]
+    whole = [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)) for shape in shapes]
+    if ties:
+        for param in whole:
+            param.data = param.detach().sign()
+    spread = [nn.Parameter(distribute_tensor(param.detach().clone(), mesh, placements)) for param in whole]
+    settings = {"pattern": pattern, "schedule": Schedule(12, ramp=1 / 3, fade=1 / 6, cut=5 / 6)}
+    settings |= {} if pattern.density else {"compression": 7.3}
+    optimizers = [kind(side, 0.1, **settings) for side in (whole, spread)]
+    for _ in range(12):
+        for ours, theirs in zip(whole, spread, strict=True):
+            ours.grad = torch.randn(ours.shape, generator=generator, dtype=ours.dtype)
+            ours.grad = ours.grad.sign() if ties else ours.grad
+            theirs.grad = distribute_tensor(ours.grad, mesh, placements)
+        for optimizer in optimizers:
+            optimizer.step()
+        for ours, theirs in zip(whole, spread, strict=True):
+            torch.testing.assert_close(full(theirs), ours.detach(), rtol=1e-12, atol=1e-12)
+    expected, masks = (optimizer.finalize() for optimizer in optimizers)
+    assert all(torch.equal(full(masks[key]), mask) for key, mask in expected.items())
+    assert masks.num_kept == optimizers[0].num_kept == optimizers[1].num_kept
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(
+    ("pattern", "layout"),
+    [(NM(2, 4), 0), (NM(1, 8), 0), (NM(1, 2), 1), (NM(2, 4), 3), (NM(2, 4), 4), (Block(2, 4), 0), (Block(1, 8), 5)],
+)
+@pytest.mark.parametrize("kind", [GSM, GSMAdamW])
+def test_patterns_do_not_depend_on_how_weights_are_spread(ranks, pattern, kind, ties, layout):
+    ranks(4).run(train_a_pattern_in_lockstep, pattern, kind, ties, layout)
 
 
 # --- the update ---

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .optim.gsm import GSM
     from .optim.gsm_adamw import GSMAdamW
     from .optim.one_phase import one_phase
+    from .patterns import NM, Block
     from .schedules import Phase, Schedule
     from .selection.stored import select_top
 
@@ -17,6 +18,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GSM",
+    "NM",
+    "Block",
     "CutWarning",
     "GSMAdamW",
     "Masks",
@@ -38,6 +41,7 @@ _MODULES = (
     "optim.gsm_adamw",
     "optim.one_phase",
     "optim.checks",
+    "patterns",
     "schedules",
     "selection.stored",
 )

@@ -27,7 +27,7 @@ from ..distributed import (
     offsets,
     to_local,
 )
-from ..masks import Masks, choose, largest, mask_gradients, residual, takes_no_dtensors
+from ..masks import Masks, check_spread, choose, largest, mask_gradients, residual
 from ..memory import laid_out_as
 from ..names import is_governed, named_in, prunable_in
 from ..patterns import Pattern, Unstructured
@@ -51,7 +51,6 @@ from .update import (
     update_streamed_,
 )
 
-_MODEL_WIDE = ("budget", "schedule", "step", "phase")  # in the first group only
 _OF_THE_CALL = {
     *("compression", "density", "sparsity", "num_kept", "budget", "schedule", "total_steps", "peak_lr"),
     *("score", "pattern", "step", "phase", "compiled"),
@@ -98,7 +97,10 @@ class SparseOptimizer(Optimizer):
             name = type(self._pattern).__name__
             raise ValueError(f"the pattern {name} prescribes the density {prescribed:g}: leave out the budget")
         budget = budget or Budget.of(density=prescribed)
-        self._model_wide = {"budget": budget, "schedule": schedule, "step": 0, "phase": Phase.RAMP.value}
+        self._model_wide = {
+            **{"budget": budget, "schedule": schedule, "step": 0, "phase": Phase.RAMP.value},
+            "pattern": repr(self._pattern),
+        }
         self._compiled, self._check_ranks_always = compiled, check_ranks
         self._prepare()
         if defaults["passive_decay"] is None and isinstance(schedule, Schedule):
@@ -361,8 +363,6 @@ class SparseOptimizer(Optimizer):
         weights = [param for part in parts for param in part.params]
         grads = [grad for part in parts for grad in part.grads]
         single = isinstance(self._pattern, Unstructured)
-        if shards is not None and not single:
-            raise takes_no_dtensors(self._pattern)
         streams = single and self._score in STREAMED and self._passes is not None
         if streams and self._compiles_for(parts):
             try:
@@ -375,7 +375,7 @@ class SparseOptimizer(Optimizer):
                 check_finite()
                 self._check_scores(parts)
             self._buffer.sanitize_()
-        if shards is not None and self._score not in STREAMED:
+        if shards is not None and single and self._score not in STREAMED:
             whole = self._buffer.whole
             whole.masked_fill_(whole <= 0, -1)  # passive all alike: no other sign is exchanged
         if single:
@@ -387,7 +387,7 @@ class SparseOptimizer(Optimizer):
             return self._buffer.active(threshold)
         if not finite:
             check_finite()
-        return choose(self._buffer.views, num_active, self._pattern, positive=True)
+        return choose(self._buffer.views, num_active, self._pattern, positive=True, shards=shards)
 
     def _check_scores(self, parts: Sequence[Part]) -> None:
         """Raise ValueError if a score is NaN though neither weight nor gradient is."""
@@ -831,7 +831,9 @@ class SparseOptimizer(Optimizer):
         if not any(is_dtensor(param) for param in params):
             return None
         if self._shards is None or not self._shards.are_of(params):
-            self._shards = Shards(params)
+            shards = Shards(params)
+            check_spread(self._pattern, {key: p for key, p in prunable_in(self).items() if p in set(params)}, shards)
+            self._shards = shards
         return self._shards
 
 

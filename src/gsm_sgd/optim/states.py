@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from ..budget import Budget
 from ..distributed import like_dtensor, local_slice, to_local
 from ..names import bare_name, is_governed
+from ..patterns import Unstructured
 from ..schedules import Phase, Schedule, real_number, whole_number
 
 UNSUPPORTED = {
@@ -19,6 +20,7 @@ UNSUPPORTED = {
 }
 """Settings of torch's optimizers that stand in each group where theirs have them, and the one value allowed."""
 
+_SINGLE = repr(Unstructured())
 _PARTS_OF_A_WEIGHT = re.compile(r"(?:^|\.)(?:parametrizations\.\w+\.original\d+|\w+_[gv])$")
 
 
@@ -129,6 +131,9 @@ def check_state(state: dict[str, Any], ours: Sequence[Mapping[str, Any]]) -> dic
         if "compression_schedule" in group:
             raise ValueError("the state was saved by gsm-sgd before schedules had a class: train with that version")
     _check_progress(groups[0])
+    ours_of, theirs_of = ours[0]["pattern"], groups[0].get("pattern", _SINGLE if "budget" in groups[0] else None)
+    if theirs_of not in (ours_of, None):
+        raise ValueError(f"the state is of the pattern {theirs_of}, not {ours_of}: build the optimizer with that one")
     schedule = ours[0]["schedule"]
     theirs = groups[0].get("schedule")
     if theirs is not None and theirs == plain(schedule):
