@@ -261,6 +261,19 @@ class SparseOptimizer(Optimizer):
         return Masks({key: self.state[param]["mask"].clone() for key, param in self._masked().items()})
 
     @property
+    def summary(self) -> str:
+        """What is pruned and what stays dense, in a line: numbers of weights, and names."""
+        governed = set(self._governed())
+        rest = {name: param for name, param in self._all_by_name().items() if param not in governed}
+        names = [name for name, param in rest.items() if param.ndim > 1]
+        vectors = len(rest) - len(names)
+        dense = [*names, *([f"{vectors} biases and other vectors"] if vectors else [])]
+        return (
+            f"keeps {self.num_kept:,} of {self.num_prunable:,} weights in {len(governed)} tensor{'s' * (len(governed) > 1)}; "
+            f"dense: {', '.join(dense) or 'nothing'}"
+        )
+
+    @property
     def passive_residual(self) -> float:
         """What share of the L2 norm of all governed weights a cut would take now; reads every weight."""
         if self._fixed:
@@ -655,7 +668,7 @@ class SparseOptimizer(Optimizer):
         check_same_settings(self._settings(), device)
         self._agreed = shards is None or not callable(self.schedule)
         if check:
-            check_same_replicas(named_in(self) or {f"number {i}": param for i, param in enumerate(params)})
+            check_same_replicas(self._all_by_name())
 
     def _settings(self) -> dict[str, float]:
         """Return all settings of all groups as numbers, for comparing them."""
@@ -819,6 +832,11 @@ class SparseOptimizer(Optimizer):
         names = group.get("param_names") or [str(number) for number in range(len(group["params"]))]
         found = [(name, p) for name, p in zip(names, group["params"], strict=True) if is_governed(p, group)]
         return [name for name, _ in found], [param for _, param in found]
+
+    def _all_by_name(self) -> dict[str, Tensor]:
+        """Return all parameters by name, or number."""
+        params = (param for group in self.param_groups for param in group["params"])
+        return named_in(self) or {f"number {i}": param for i, param in enumerate(params)}
 
     def _name_of(self, param: Tensor) -> str:
         """Return what to call a parameter in a message."""
