@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .optim.checks import CutWarning, NonFiniteGradientError
     from .optim.gsm import GSM
     from .optim.gsm_adamw import GSMAdamW
-    from .optim.one_phase import one_phase
+    from .optim.one_phase import one_phase, parameter_groups
     from .patterns import NM, Block
     from .schedules import Phase, Schedule
     from .selection.stored import select_top
@@ -29,6 +29,7 @@ __all__ = [
     "keep_masked",
     "magnitude_masks",
     "one_phase",
+    "parameter_groups",
     "prunable_parameters",
     "select_top",
     "sparsity_table",

@@ -105,8 +105,17 @@ def one_phase(
 def parameter_groups(model: nn.Module, weight_decay: float, dense: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Return the named parameters that are not frozen as groups: prunable, dense weights, and what does not decay.
 
+    Args:
+        model: whose parameters.
+        weight_decay: of weights of two or more dimensions; biases and norms get 0.
+        dense: what to leave dense, as of `one_phase`.
+
     Raises:
         ValueError: a name in `dense` is no parameter's.
+
+    Example:
+        >>> groups = parameter_groups(model, weight_decay=0.01, dense=["embeddings", "head"])
+        >>> optimizer = GSMAdamW(groups, lr=1e-3, density=0.1)
     """
     dense = (dense,) if isinstance(dense, str) else dense
     trained = {name: param for name, param in model.named_parameters() if param.requires_grad}

@@ -203,6 +203,7 @@ class SparseOptimizer(Optimizer):
             check_group(group, schedule)
         self.param_groups[0]["schedule"] = schedule
         if not self._fixed:
+            self._note_phase(self.num_prunable)
             self._warn_of_plan(stacklevel=3)
 
     @property
@@ -268,8 +269,9 @@ class SparseOptimizer(Optimizer):
         names = [name for name, param in rest.items() if param.ndim > 1]
         vectors = len(rest) - len(names)
         dense = [*names, *([f"{vectors} biases and other vectors"] if vectors else [])]
+        tensors = f"{len(governed)} tensor" + "s" * (len(governed) > 1)
         return (
-            f"keeps {self.num_kept:,} of {self.num_prunable:,} weights in {len(governed)} tensor{'s' * (len(governed) > 1)}; "
+            f"keeps {self.num_kept:,} of {self.num_prunable:,} weights in {tensors}; "
             f"dense: {', '.join(dense) or 'nothing'}"
         )
 
