@@ -8,7 +8,9 @@ if TYPE_CHECKING:
     from .names import prunable_parameters
     from .optim.checks import CutWarning, NonFiniteGradientError
     from .optim.gsm import GSM
-    from .optim.one_phase import one_phase
+    from .optim.gsm_adamw import GSMAdamW
+    from .optim.one_phase import one_phase, parameter_groups
+    from .patterns import NM, Block
     from .schedules import Phase, Schedule
     from .selection.stored import select_top
 
@@ -16,7 +18,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GSM",
+    "NM",
+    "Block",
     "CutWarning",
+    "GSMAdamW",
     "Masks",
     "NonFiniteGradientError",
     "Phase",
@@ -24,12 +29,23 @@ __all__ = [
     "keep_masked",
     "magnitude_masks",
     "one_phase",
+    "parameter_groups",
     "prunable_parameters",
     "select_top",
     "sparsity_table",
 ]
 
-_MODULES = ("masks", "names", "optim.gsm", "optim.one_phase", "optim.checks", "schedules", "selection.stored")
+_MODULES = (
+    "masks",
+    "names",
+    "optim.gsm",
+    "optim.gsm_adamw",
+    "optim.one_phase",
+    "optim.checks",
+    "patterns",
+    "schedules",
+    "selection.stored",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -162,7 +162,11 @@ class Recipe:
     def paper(self) -> dict[str, float] | None:
         """Return the paper's top-1 figures, in percent, or None if it has none to compare this run with."""
         original = find_recipe(self.recipe)
-        comparable = not self.holdout and self.pattern == "weight" and (self.model, self.dataset) == (original.model, original.dataset)
+        comparable = (
+            not self.holdout
+            and self.pattern == "weight"
+            and (self.model, self.dataset) == (original.model, original.dataset)
+        )
         return published(self.recipe).get(self.compression) if comparable else None
 
     def as_dict(self) -> dict[str, Any]:

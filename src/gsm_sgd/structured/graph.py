@@ -27,7 +27,17 @@ _SPLITS = {"chunk", "split", "split_with_sizes", "tensor_split"}
 _COPIES = {"to", "_to_copy", "contiguous", "clone", "alias", "detach", "lift_fresh_copy", "type_as"}
 _POINTWISE = {"dropout", "feature_dropout", "hardswish"}  # that lack torch's tag
 _REDUCTIONS = {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "linalg_vector_norm"}
-_SPATIAL = ("roll", "flip", "adaptive_avg_pool", "adaptive_max_pool", "avg_pool", "max_pool", "upsample_", "lp_pool", "pad")
+_SPATIAL = (
+    "roll",
+    "flip",
+    "adaptive_avg_pool",
+    "adaptive_max_pool",
+    "avg_pool",
+    "max_pool",
+    "upsample_",
+    "lp_pool",
+    "pad",
+)
 _MIXERS = {
     *("softmax", "_softmax", "log_softmax", "scaled_dot_product_attention", "cumsum", "topk", "sort"),
     *("matmul", "bmm", "mm", "baddbmm", "addmm", "einsum", "rms_norm", "glu"),
@@ -205,7 +215,11 @@ class Graph:
                 for value in call.labelled:
                     self.lock(value.labels, "it is an output of the model")
             mine = [value.labels for value in _each(values.get(node))]
-            labels = torch.cat([labels.flatten().unique() for labels in mine]) if mine else torch.tensor([], dtype=torch.int64)
+            labels = (
+                torch.cat([labels.flatten().unique() for labels in mine])
+                if mine
+                else torch.tensor([], dtype=torch.int64)
+            )
             sources = [f"{self._runs}:{source.name}" for source in node.all_input_nodes]
             self.flow.append((f"{self._runs}:{node.name}", sources, labels))
             if node.op == "output" or (node.op == "placeholder" and node.name not in names):
@@ -239,7 +253,6 @@ class Graph:
     def module(self, path: str) -> nn.Module:
         """Return a module by its path."""
         return self._model.get_submodule(path)
-
 
     def resolve(self) -> "Channels":
         """Return what has been found, in units instead of labels."""
@@ -425,9 +438,7 @@ class Call:
             graph.lock(outputs, f"the bias of {self._module} is computed")
         return Value(self._spread(outputs, axis), self._trained(own))
 
-    def _grouped(
-        self, weight: str, reads: Tensor, transposed: bool, groups: int, shape: Sequence[int]
-    ) -> Tensor:
+    def _grouped(self, weight: str, reads: Tensor, transposed: bool, groups: int, shape: Sequence[int]) -> Tensor:
         """Tie the inputs and outputs of each group, which stay or go together, and return the outputs' labels."""
         graph, inputs = self._graph, reads.reshape(groups, -1)
         graph.tie(inputs, inputs[:, :1])
@@ -688,7 +699,9 @@ class Call:
     def _along(self, value: Value, axis: int, size: int) -> Tensor | None:
         """Return the labels along an axis, or None if they lie along another too."""
         shape = list(value.labels.shape)
-        if shape[axis] not in (1, size) or any(other > 1 for place, other in enumerate(shape) if place != axis % len(shape)):
+        if shape[axis] not in (1, size) or any(
+            other > 1 for place, other in enumerate(shape) if place != axis % len(shape)
+        ):
             return None
         return value.labels.reshape(-1).expand(size)
 

@@ -15,7 +15,19 @@ from ..masks import write_whole
 from ..names import bare_names, tensors_of
 from ..rule import HALF
 from .channels import ChannelGroups
-from .surgery import TOLERANCE, Constant, Removed, difference, indices, narrowed, refit, replace, silenced, sizes, sliced
+from .surgery import (
+    TOLERANCE,
+    Constant,
+    Removed,
+    difference,
+    indices,
+    narrowed,
+    refit,
+    replace,
+    silenced,
+    sizes,
+    sliced,
+)
 
 _WIDTHS = "gsm_sgd.widths"  # in the metadata of a file
 
@@ -78,7 +90,9 @@ def widths(model: nn.Module) -> dict[str, Any]:
         "shapes": {name: list(tensor.shape) for name, tensor in tensors_of(model).items()},
         "constants": {path: module.window for path, module in modules.items() if isinstance(module, Constant)},
         "removed": [path for path, module in modules.items() if isinstance(module, Removed)],
-        "paddings": {path: list(module.padding) for path, module in modules.items() if isinstance(module, _ConstantPadNd)},
+        "paddings": {
+            path: list(module.padding) for path, module in modules.items() if isinstance(module, _ConstantPadNd)
+        },
     }
 
 
@@ -169,14 +183,14 @@ def _like(inputs: tuple[Any, ...], model: nn.Module) -> tuple[Any, ...]:
     return moved
 
 
-def _carry(
-    optimizer: Optimizer, model: nn.Module, slim: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]
-) -> None:
+def _carry(optimizer: Optimizer, model: nn.Module, slim: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
     """Make an optimizer train the narrow model, with its state of what is left."""
     names = {param: name for name, param in model.named_parameters()}
     new = dict(slim.named_parameters())
     for group in optimizer.param_groups:
-        left = [number for number, param in enumerate(group["params"]) if names.get(param, "") in new or param not in names]
+        left = [
+            number for number, param in enumerate(group["params"]) if names.get(param, "") in new or param not in names
+        ]
         if "param_names" in group:
             group["param_names"] = [group["param_names"][number] for number in left]
         old = group["params"]

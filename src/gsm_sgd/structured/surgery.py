@@ -167,7 +167,9 @@ def _window(module: nn.Module) -> list[tuple[int, ...]]:
 
 
 def sizes(module: nn.Module) -> dict[str, torch.Size]:
-    return {key: held.shape for key, held in (*module._parameters.items(), *module._buffers.items()) if held is not None}
+    return {
+        key: held.shape for key, held in (*module._parameters.items(), *module._buffers.items()) if held is not None
+    }
 
 
 def _refit(module: Any, before: Mapping[str, torch.Size]) -> None:
