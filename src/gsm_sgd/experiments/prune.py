@@ -177,7 +177,7 @@ def gsm(model: nn.Module, recipe: Recipe, steps_per_epoch: int, groups: ChannelG
     )
 
 
-def finish(job: Job, command: str, pruned: nn.Module, top1: dict[str, float], costs: Record) -> Record:
+def finish(job: Job, command: str, pruned: nn.Module, top1: dict[str, float], costs: Record | None = None) -> Record:
     """Write and return the result of a run; `costs` become a part of it."""
     recipe = job.recipe
     last: dict[str, Any] = {record["stage"]: record for record in read_metrics(job.run.path)}
@@ -199,6 +199,6 @@ def finish(job: Job, command: str, pruned: nn.Module, top1: dict[str, float], co
         "torch": torch.__version__,
         "device": device_name(job.device),
     }
-    result |= costs
+    result |= costs or {}
     job.run.finish(result)
     return result

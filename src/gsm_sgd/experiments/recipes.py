@@ -104,7 +104,7 @@ class Recipe:
         passive_decay: weight decay of passive weights in GSM training; null means gsm.weight_decay, the paper's rule;
             "auto" chooses it so that they shrink to `shrink_to` between the ramp and the cut, or the fade, and in it.
         shrink_to: what "auto" aims at.
-        pattern: what is kept or removed together: a single weight, or a channel, which makes the net narrower and faster.
+        pattern: what is kept or removed together: a weight, or a channel, which makes the net narrower, faster.
         macs: share of the dense net's multiply-accumulates that the net without channels may cost.
         score: by what GSM chooses the active weights: taylor |w g|, magnitude |w|, or random.
         batch_size: images per step.

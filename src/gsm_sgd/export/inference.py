@@ -1,4 +1,4 @@
-"""How long a pruned net takes, by torch and by onnxruntime, by turns: dense, and with sparse linear layers or narrow."""
+"""How long a pruned net takes, by torch and onnxruntime, by turns: dense, with sparse layers, or narrow."""
 
 import copy
 import json

@@ -274,7 +274,7 @@ class SparseOptimizer(Optimizer):
 
     @property
     def governed(self) -> dict[str, Tensor]:
-        """The parameters that have masks or, before these are fixed, those that the rule governs, by their masks' keys."""
+        """The parameters that have masks or, before these are fixed, that the rule governs, by their masks' keys."""
         return self._masked() if self._fixed else self._governed_by_key()
 
     def would_keep(self) -> Masks:
