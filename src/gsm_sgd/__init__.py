@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .masks import Masks, keep_masked, magnitude_masks, sparsity_table
+    from .methods import METHODS, Method
     from .names import prunable_parameters
     from .optim.checks import CutWarning, NonFiniteGradientError
     from .optim.gsm import GSM
@@ -16,8 +17,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GSM",
+    "METHODS",
     "CutWarning",
     "Masks",
+    "Method",
     "NonFiniteGradientError",
     "Phase",
     "Schedule",
@@ -29,7 +32,16 @@ __all__ = [
     "sparsity_table",
 ]
 
-_MODULES = ("masks", "names", "optim.gsm", "optim.one_phase", "optim.checks", "schedules", "selection.stored")
+_MODULES = (
+    "masks",
+    "names",
+    "optim.gsm",
+    "optim.one_phase",
+    "optim.checks",
+    "schedules",
+    "selection.stored",
+    "methods",
+)
 
 
 def __getattr__(name: str) -> Any:
