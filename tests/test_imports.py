@@ -67,6 +67,7 @@ ORDER = [
     "experiments/observers",
     "experiments/prune",
     "experiments/lottery",
+    "experiments/plan",
     "reports/__init__",
     "reports/runs",
     "reports/tables",

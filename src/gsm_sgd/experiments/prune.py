@@ -1,4 +1,7 @@
-"""Pruning without finetuning (Ding et al., sections 3 and 4.1): base -> GSM -> cut -> test before and after."""
+"""Pruning without finetuning (Ding et al., sections 3 and 4.1): base -> GSM -> cut -> test before and after.
+
+Or with another method in GSM's place, which is what it is compared with.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +13,7 @@ from torch.optim.swa_utils import update_bn
 
 from .. import __version__
 from ..masks import Masks, keep_masked, magnitude_masks, sparsity_table
+from ..methods import METHODS, Method
 from ..names import prunable_parameters
 from ..optim.gsm import GSM
 from ..schedules import Schedule
@@ -18,7 +22,7 @@ from .cutnow import CutNow
 from .environment import device_name
 from .loop import Observer, Probe, evaluate, parameter_groups, steps_per_epoch, train
 from .pretrained import load_pretrained
-from .recipes import Recipe, Training
+from .recipes import OURS, Recipe, Training
 from .rundir import Record, RunFolder, read_metrics
 from .splits import Dataset
 
@@ -54,9 +58,14 @@ def prune_steps(job: Job) -> tuple[nn.Module, dict[str, float]]:
     if recipe.start == "base":
         top1["base"] = train_base(job, model)
 
-    # 3. Train with GSM: all but Q weights shrink to nothing. They may be cut before the end.
+    # 3. Train with GSM: all but Q weights shrink to nothing. They may be cut before the end. Or by another method.
     prunable = prunable_parameters(model)
     steps = steps_per_epoch(job.data, recipe)
+    if recipe.method != OURS:
+        sgd = plain_sgd(model, recipe.gsm)
+        train_stage(job, recipe.method, model, recipe.gsm, sgd, method=method_of(recipe, sgd, steps))
+        top1["before_cut"] = evaluate(model, test)
+        return _cut(job, model, run.load_masks("masks", prunable), top1, "after_cut")
     optimizer = gsm(model, recipe, steps)
     train_stage(job, "gsm", model, recipe.gsm, optimizer, probe=CutNow(model, optimizer, recipe, test, steps))
     if recipe.cut_epoch < recipe.gsm.epochs:
@@ -72,18 +81,25 @@ def prune_steps(job: Job) -> tuple[nn.Module, dict[str, float]]:
         top1["gsm_before_cut"] = evaluate(model, test)
 
     # 4. Cut. The optimizer has the masks, unless the stage was over before this process began.
-    left = sum(layer.nonzeros for layer in sparsity_table(model))
     if not run.has_weights("masks"):
         run.save_masks("masks", optimizer.masks or magnitude_masks(prunable, compression=recipe.compression))
-    masks = run.load_masks("masks", prunable)
-    masks.apply_(prunable)
+    return _cut(job, model, run.load_masks("masks", prunable), top1, "gsm_after_cut")
+
+
+def _cut(
+    job: Job, model: nn.Module, masks: Masks, top1: dict[str, float], after_cut: str
+) -> tuple[nn.Module, dict[str, float]]:
+    """Cut, measure, save, and return the pruned net and the accuracies with those of it."""
+    recipe, test = job.recipe, job.data.test
+    left = sum(layer.nonzeros for layer in sparsity_table(model))
+    masks.apply_(prunable_parameters(model))
     pruned = evaluate(model, test)
-    top1.setdefault("gsm_after_cut", pruned)
+    top1.setdefault(after_cut, pruned)
     if recipe.recalibrate and left > masks.num_kept:
         update_bn(job.data.train.shuffled(recipe.batch_size, recipe.seed, epoch=0), model)
         pruned = evaluate(model, test)
     top1["pruned"] = pruned
-    run.save_weights("pruned", model)
+    job.run.save_weights("pruned", model)
     return model, top1
 
 
@@ -113,6 +129,7 @@ def train_stage(
     optimizer: Optimizer,
     masks: Masks | None = None,
     probe: Probe | None = None,
+    method: Method | None = None,
 ) -> None:
     """Train `model` as one stage of the run, or load what the stage left if it is over.
 
@@ -124,7 +141,9 @@ def train_stage(
         masks = masks or Masks()
         if masks:
             keep_masked(optimizer, masks)
-        train(model, optimizer, training, job.recipe, job.data, stage, job.observer, probe)
+        train(model, optimizer, training, job.recipe, job.data, stage, job.observer, probe, method)
+        if method is not None:  # first: once the stage's weights are there, nobody knows the masks any more
+            job.run.save_masks("masks", method.final_masks())
         weights = prunable_parameters(model)
         for key, mask in masks.items():
             if weights[key][~mask].any():
@@ -161,6 +180,13 @@ def gsm(model: nn.Module, recipe: Recipe, steps_per_epoch: int) -> GSM:
     )
 
 
+def method_of(recipe: Recipe, optimizer: Optimizer, steps_per_epoch: int) -> Method:
+    """Return the method of a recipe, other than GSM, on an optimizer."""
+    method, total_steps = METHODS[recipe.method], recipe.gsm.epochs * steps_per_epoch
+    seed = {"seed": recipe.seed} if "seed" in method.settings() else {}
+    return method(optimizer, total_steps, compression=recipe.compression, **recipe.settings, **seed)
+
+
 def finish(job: Job, command: str, pruned: nn.Module, top1: dict[str, float]) -> Record:
     """Write and return the result of a run."""
     recipe = job.recipe
@@ -170,6 +196,7 @@ def finish(job: Job, command: str, pruned: nn.Module, top1: dict[str, float]) ->
         "recipe": recipe.recipe,
         "command": command,
         "preset": recipe.preset,
+        "method": recipe.method,
         "compression": recipe.compression,
         "seed": recipe.seed,
         "prunable": sum(layer.params for layer in layers),

@@ -22,6 +22,7 @@ class RandomAtInit(Method):
     """
 
     name: ClassVar[str] = "random"
+    title: ClassVar[str] = "random masks"
     layers: Division = "erk"
     seed: int = 0
 
@@ -44,6 +45,7 @@ class MagnitudeAtInit(ByMagnitude):
     """
 
     name: ClassVar[str] = "magnitude"
+    title: ClassVar[str] = "magnitude at initialisation"
 
     def start(self) -> Masks:
         """Return the masks."""
@@ -54,6 +56,7 @@ class SNIP(Method):
     """SNIP (Lee et al., 2019): the largest |w g| of the whole model on the first batch, which takes no step."""
 
     name: ClassVar[str] = "snip"
+    title: ClassVar[str] = "SNIP"
 
     def before_step(self) -> Masks | None:
         """Return the masks, of the gradients of the first batch.

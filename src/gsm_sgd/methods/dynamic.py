@@ -32,6 +32,7 @@ class RigL(Method):
     """
 
     name: ClassVar[str] = "rigl"
+    title: ClassVar[str] = "RigL"
     layers: Division = "erk"
     every: int = 100
     fraction: float = 0.3
@@ -99,6 +100,7 @@ class SET(RigL):
     """
 
     name: ClassVar[str] = "set"
+    title: ClassVar[str] = "SET"
 
     def grow_scores(self) -> Mapping[str, Tensor]:
         """Return random numbers, others at each step."""

@@ -15,6 +15,7 @@ class Dense(Method):
     """The dense control: all weights are kept, so the budget has to be all of them."""
 
     name: ClassVar[str] = "dense"
+    title: ClassVar[str] = "dense net"
 
     def check(self) -> None:
         """Check the budget."""
@@ -53,6 +54,7 @@ class OneShot(ByMagnitude):
     """
 
     name: ClassVar[str] = "one_shot"
+    title: ClassVar[str] = "one-shot magnitude"
     cut: float = 0.5
 
     def check(self) -> None:
@@ -87,6 +89,7 @@ class Gradual(ByMagnitude):
     """
 
     name: ClassVar[str] = "gradual"
+    title: ClassVar[str] = "gradual magnitude"
     begin: float = 0.0
     end: float = 0.4
     every: int = 50
@@ -133,6 +136,7 @@ class ACDC(ByMagnitude):
     """
 
     name: ClassVar[str] = "ac_dc"
+    title: ClassVar[str] = "AC/DC"
     warm_up: float = 0.1
     phase: float = 0.05
     last_dense: float = 0.1

@@ -16,7 +16,7 @@ from ..optim.sparse import SparseOptimizer
 from ..schedules import real_number, whole_number
 
 
-@dataclass_transform(eq_default=False, kw_only_default=True)
+@dataclass_transform(eq_default=False, kw_only_default=True, field_specifiers=(field,))
 class _Settings:
     """Makes a dataclass of each subclass, so that its annotated attributes are arguments."""
 
@@ -59,6 +59,7 @@ class Method(_Settings):
     """
 
     name: ClassVar[str]
+    title: ClassVar[str] = ""  # in words, if those are others
 
     optimizer: Optimizer = field(kw_only=False)
     total_steps: int = field(kw_only=False)
@@ -147,11 +148,15 @@ class Method(_Settings):
         Raises:
             ValueError: a weight is NaN, so nothing can be kept by magnitude.
         """
-        if not self._is_final and self.masks.num_kept != self.kept:
-            self._change(self.final())
+        self._change(self.final_masks())
         self._is_final = True
         self._zero_weights()
         return self.masks
+
+    def final_masks(self) -> Masks:
+        """Return the masks that `finalize()` would return now; nothing changes."""
+        masks = self.masks
+        return masks if self._is_final or masks.num_kept == self.kept else Masks(self.final())
 
     def skip_step(self) -> None:
         """Let the optimizer do nothing in the step that is due: the gradients are those of another net."""

@@ -33,7 +33,7 @@ def kept_by(group: Group, masks: Masks) -> Kept:
     """Return what each layer keeps, chosen by the run's own method and by magnitude."""
     own = nets.methods(group.runs[0])[0]
     counts = {own: [[layer["nonzeros"] for layer in result["layers"]] for result in group.results]}
-    if own == "GSM" and "magnitude" in masks:
+    if own != "magnitude" and "magnitude" in masks:
         counts["magnitude"] = [list(nets.kept(mask).values()) for mask in masks["magnitude"].values()]
     return {method: list(zip(*of_seeds, strict=True)) for method, of_seeds in counts.items()}
 
