@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .masks import Masks, keep_masked, magnitude_masks, sparsity_table
+    from .methods import METHODS, Method
     from .names import prunable_parameters
     from .optim.checks import CutWarning, NonFiniteGradientError
     from .optim.gsm import GSM
@@ -18,11 +19,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GSM",
+    "METHODS",
     "NM",
     "Block",
     "CutWarning",
     "GSMAdamW",
     "Masks",
+    "Method",
     "NonFiniteGradientError",
     "Phase",
     "Schedule",
@@ -45,6 +48,7 @@ _MODULES = (
     "patterns",
     "schedules",
     "selection.stored",
+    "methods",
 )
 
 

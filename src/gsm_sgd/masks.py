@@ -316,7 +316,7 @@ def keep_masked(optimizer: Optimizer, masks: Mapping[str, Tensor], model: nn.Mod
         )
     matched = match(named if by_name else prunable_in(optimizer), masks)
     _check_trained(optimizer, named, {parameter for parameter, _ in matched})
-    cut = [(parameter, _Cut(~mask)) for parameter, mask in matched]
+    cut = [(parameter, Cut(~mask)) for parameter, mask in matched]
 
     @torch.no_grad()
     def zero_gradients(*_: object) -> None:
@@ -356,29 +356,31 @@ def mask_gradients(cut: Iterable[tuple[Tensor, Tensor]]) -> RemovableHandle:
         if parameter.is_leaf and (parameter.is_floating_point() or parameter.is_complex()):
             # torch takes a hook only while a gradient is required, but keeps it for when one is again
             parameter.requires_grad_()
-            handles.append(parameter.register_post_accumulate_grad_hook(_Cut(away).zero_gradient_))
+            handles.append(parameter.register_post_accumulate_grad_hook(Cut(away).zero_gradient_))
             parameter.requires_grad_(trained)
     return _Handles(handles)
 
 
-class _Cut:
+class Cut:
     """Which weights of the local part were cut; it goes where the parameter goes."""
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
 
     def zero_(self, tensor: Tensor) -> None:
+        """Set what was cut to zero."""
         self.mask = self.mask.to(tensor.device)
         tensor.masked_fill_(self.mask, 0)
 
     def zero_gradient_(self, parameter: Tensor) -> None:
+        """Set the gradient of what was cut to zero, if there is a gradient."""
         if parameter.grad is None:
             return
         grad = placed_like(parameter, parameter.grad)
         if grad is not parameter.grad:
             parameter.grad = grad
         if grad.is_sparse:
-            _Cut(self.mask.to(grad.device)[tuple(grad._indices())]).zero_(grad._values())
+            Cut(self.mask.to(grad.device)[tuple(grad._indices())]).zero_(grad._values())
         else:
             self.zero_(to_local(grad))
 
