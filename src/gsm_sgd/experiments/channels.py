@@ -21,6 +21,12 @@ def find_channels(model: nn.Module, images: Tensor) -> ChannelGroups:
         raise UsageError(str(error)) from error
 
 
+def silencing_parameters(model: nn.Module, groups: ChannelGroups) -> dict[str, nn.Parameter]:
+    """Return the parameters that silence channels, by name."""
+    parameters = dict(model.named_parameters())
+    return {name: parameters[name] for name in groups.channels.rows}
+
+
 def weight_masks(model: nn.Module, groups: ChannelGroups, masks: Masks) -> Masks:
     """Return masks of all prunable weights, given those of what silences channels: what a narrow net is left with."""
     left = indices(groups.channels, groups.kept_by(masks))

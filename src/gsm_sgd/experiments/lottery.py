@@ -19,7 +19,7 @@ def lottery(job: Job) -> Record:
     top1 |= figures
     for method in TICKETS:
         top1[f"ticket_{method}"] = retrain_ticket(job, method, find_ticket(job, method))
-    return finish(job, "lottery", pruned, top1, {})
+    return finish(job, "lottery", pruned, top1)
 
 
 def find_ticket(job: Job, method: str) -> Masks:

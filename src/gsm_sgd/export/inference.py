@@ -1,4 +1,4 @@
-"""How long a pruned net takes, by torch and by onnxruntime, by turns: dense, and with sparse linear layers or narrow."""
+"""How long a pruned net takes, by torch and onnxruntime, by turns: dense, with sparse layers, or narrow."""
 
 import copy
 import json
@@ -124,7 +124,9 @@ def _by_turns(engines: Engines, images: Tensor, threads: int) -> list[Latency]:
     for name in engines.keys() & {SPARSE, NARROW}:
         difference = float((logits[name] - logits[DENSE]).abs().max())
         if not difference <= bound:
-            raise RuntimeError(f"the logits of {name} differ from dense ones by {difference:.2g}, more than {bound:.2g}")
+            raise RuntimeError(
+                f"the logits of {name} differ from dense ones by {difference:.2g}, more than {bound:.2g}"
+            )
     seconds = dict(zip(engines, turns_of(list(engines.values()), images), strict=True))
     dense = seconds[DENSE]
     return [

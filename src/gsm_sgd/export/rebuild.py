@@ -11,7 +11,7 @@ from ..budget import kept_weights
 from ..experiments import UsageError, data, models
 from ..experiments.loop import evaluate
 from ..experiments.models import check_named
-from ..experiments.recipes import RECIPES, Recipe, check_stages
+from ..experiments.recipes import OURS, RECIPES, Recipe, add_settings, check_stages
 from ..experiments.rundir import read_weights
 from ..experiments.splits import Dataset
 from ..experiments.states import load_state
@@ -36,9 +36,10 @@ def recipe_of(fields: Mapping[str, Any], source: Path, allowed: str | None = Non
         UsageError: it is no recipe, or code builds its net that is neither part of gsm-sgd nor `allowed` by the user.
     """
     types = ArgumentParser(exit_on_error=False)
-    types.add_class_arguments(Recipe)
+    types.add_class_arguments(Recipe, skip={"settings"})
     try:
         check_stages(fields)
+        add_settings(types, str(fields.get("method", OURS)))
         recipe = Recipe.from_dict(types.parse_object(dict(fields)).as_dict())
         recipe.check()
         if not recipe.compression >= 1 or recipe.recipe not in RECIPES or recipe.dataset not in data.DATASETS:

@@ -56,7 +56,7 @@ def export(
     weights = folder / f"{run.net}.safetensors"
     tensors = read_weights(weights)
     out = out or folder / export_name(run.net, kind, values)
-    if out.resolve() in [(folder / f"{name}.safetensors").resolve() for name in WEIGHTS]:
+    if out.resolve() in [(folder / f"{name}.safetensors").resolve() for name in (*WEIGHTS, run.method)]:
         raise UsageError(f"{out} is a file of the run itself: choose another --out")
     remark = ""
     match kind:

@@ -33,7 +33,7 @@ def kept_by(group: Group, masks: Masks) -> Kept:
     """Return what each layer keeps, chosen by the run's own method and by magnitude."""
     own = nets.methods(group.runs[0])[0]
     counts = {own: [[layer["nonzeros"] for layer in result["layers"]] for result in group.results]}
-    if own == "GSM" and "magnitude" in masks:
+    if own != "magnitude" and "magnitude" in masks:
         counts["magnitude"] = [list(nets.kept(mask).values()) for mask in masks["magnitude"].values()]
     return {method: list(zip(*of_seeds, strict=True)) for method, of_seeds in counts.items()}
 
@@ -44,7 +44,7 @@ def widths(group: Group) -> Figure:
     kept = [[row["widths"][index]["pruned"] for row in group.results] for index in range(len(layers))]
     shares = [[percent(one, layer["dense"]) for one in of] for layer, of in zip(layers, kept, strict=True)]
     names = [f"{layer['name']}\n{layer['dense']} channels" for layer in layers]
-    return figures.bars(names, {"GSM": shares}, "channels kept, % of the layer")
+    return figures.bars(names, {nets.methods(group.runs[0])[0]: shares}, "channels kept, % of the layer")
 
 
 def channels(group: Group) -> list[Block]:

@@ -8,7 +8,7 @@ from typing import get_args
 from rich.table import Table
 
 from ..experiments.bench import BASELINE, CAPTION, Cost, Workload
-from ..experiments.recipes import RECIPES, Preset, published
+from ..experiments.recipes import OURS, RECIPES, Preset, published
 from ..experiments.rundir import Record
 from ..masks import LayerSparsity
 from .runs import PROGRESS, Run, outcomes
@@ -43,8 +43,11 @@ def costs_line(result: Record) -> str:
 
 
 def cut_line(runs: Sequence[Run]) -> str:
-    """Return a sentence on what the cut cost, and since when it would have cost nothing."""
+    """Return a sentence on what the cut cost, and since when it would have cost nothing; or no text."""
     results = [run.result["top1"] for run in runs if run.result is not None]
+    if runs[0].method != OURS:
+        lost = fmean(top1["before_cut"] - top1["after_cut"] for top1 in results)
+        return f"The cut in the end cost {lost:.2f} points." if lost else ""
     text = f"The cut after epoch {runs[0].cut_epoch} of GSM training "
     since = [str(run.lossless_since) for run in runs if run.lossless_since is not None]
     if len(since) == len(runs):

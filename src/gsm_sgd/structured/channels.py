@@ -42,6 +42,7 @@ class ChannelGroups(Pattern):
     """
 
     signed = True
+    averaged = True
     spares_layers = True
 
     @classmethod
