@@ -133,7 +133,16 @@ def test_ties_go_to_the_lower_index():
     assert sum(map(sum, by_layer)) == 7
 
 
-NETS = ["residual", "resnet20a", "depthwise and grouped", "unet", "flat", "squeeze-excite", "encoder", "chunks"]
+NETS = [
+    "residual",
+    pytest.param("resnet20a", marks=pytest.mark.slow),
+    "depthwise and grouped",
+    "unet",
+    "flat",
+    "squeeze-excite",
+    "encoder",
+    "chunks",
+]
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -141,7 +150,7 @@ NETS = ["residual", "resnet20a", "depthwise and grouped", "unet", "flat", "squee
 def test_budgets_floors_and_multiples_are_kept_to(name, options):
     model, example = small(name)
     groups = ChannelGroups.trace(model, example, **options)
-    for kind, seed in itertools.product(KINDS, range(8)):
+    for kind, seed in itertools.product(KINDS, range(4)):
         bound = groups.for_budget(kind)
         dense, smallest = bound.total([torch.empty(0)]), bound.smallest()
         scores = scores_of(groups, seed)
@@ -313,7 +322,10 @@ def test_a_unit_whose_score_is_zero_is_passive():
     assert (model[1].bias != 0).sum() >= 6
 
 
-@pytest.mark.parametrize("kind", KINDS)
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:]]
+
+
+@pytest.mark.parametrize("kind", ["macs", *SLOW])
 def test_training_ends_within_the_budget_and_lossless(kind):
     model = residual_net()
     groups = ChannelGroups.trace(model, images())
@@ -349,7 +361,7 @@ def test_active_channels_follow_the_ramp():
     assert active[0] > active[20] > active[-1] == optimizer.num_kept == optimizer.num_prunable // 2
 
 
-@pytest.mark.parametrize("at", [2, 6, 10, 13, 17])
+@pytest.mark.parametrize("at", [2, 6, 13, 17])
 def test_a_resumed_run_has_the_same_bits(at):
     """In ramp, search, fade, and after the cut."""
     runs = []
@@ -384,8 +396,8 @@ def test_copies_go_on_to_the_same_bits(copied):
 def test_gamma_and_beta_vanish_in_any_precision(dtype):
     model = residual_net().to(dtype)
     groups = ChannelGroups.trace(model, images().to(dtype))
-    optimizer = gsm(model, groups, steps=150)
-    trained_on(model, optimizer, 119)
+    optimizer = gsm(model, groups, steps=100)
+    trained_on(model, optimizer, 79)
     masks = optimizer.masks
     away = [dict(model.named_parameters())[name][~mask].abs() for name, mask in masks.items()]
     assert sum(map(len, away)) > 10
