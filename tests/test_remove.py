@@ -331,8 +331,8 @@ def test_training_goes_on_where_a_branch_with_norms_has_vanished(name):
     before = [param.detach().clone() for param in slim.parameters()]
     step_double(slim, optimizer, 1)
     assert all((now != then).any() for now, then in zip(slim.parameters(), before, strict=True) if now.numel())
-    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    step_double(slim, optimizer, 2)
+    for param, state in optimizer.state.items():
+        assert all(value.shape in (param.shape, ()) for value in state.values() if isinstance(value, torch.Tensor))
 
 
 def forget(optimizer, masks, parameters):

@@ -164,6 +164,13 @@ def test_budgets_floors_and_multiples_are_kept_to(name, options):
             bound.check_budget(smallest - 1)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_smallest_budget_is_met_whatever_the_scores(seed):
+    """The best channel of a late stage may be one that earlier stages lack, and so cost more."""
+    groups = ChannelGroups.trace(models.build("resnet20a", 0), images(size=16))
+    assert groups.cost_of(groups._select(scores_of(groups, seed), groups.smallest())) <= groups.smallest()
+
+
 def check_widths(groups, kept, floor=0.0, round_to=1):
     """Assert that layers keep their floors, and families multiples or all."""
     stays = torch.cat([kept, torch.ones(1, dtype=torch.bool)])
@@ -209,6 +216,22 @@ def test_branches_vanish_as_a_whole():
     floored = ChannelGroups.trace(model, images(), floor=0.1)
     kept = floored._select(scores, floored.total([torch.empty(0)]) * 0.6)
     assert 1 <= kept[inner].sum() < 4
+
+
+def test_of_two_ways_one_is_left():
+    model = Net(
+        lambda net, x: net.h(net.b(F.relu(net.a(x))) + net.d(F.relu(net.c(x)))),
+        a=nn.Linear(5, 4),
+        b=nn.Linear(4, 6),
+        c=nn.Linear(5, 4),
+        d=nn.Linear(4, 6),
+        h=nn.Linear(6, 2),
+    )
+    groups = ChannelGroups.trace(model, torch.randn(2, 5))
+    for seed in range(5):
+        kept = groups._select(scores_of(groups, seed), 0)
+        ways = [kept[groups.channels.slots[name, 0]].sum() for name in ("a.weight", "c.weight")]
+        assert sorted(ways) == [0, 1]
 
 
 def test_what_a_vanished_branch_alone_needs_goes_with_it():

@@ -164,6 +164,15 @@ def test_a_channel_that_a_sigmoid_hides_stays():
     assert groups.channels.locked["a.weight"] == "nothing makes what b reads zero"
 
 
+def test_pixels_that_a_mask_fills_keep_channels():
+    model = plain(lambda net, y: torch.where(net.mask, y, 1.0))
+    model.register_buffer("mask", torch.rand(8, 8) > 0.5)
+    assert locked(ChannelGroups.trace(model, images())) == {"a", "h"}
+    model = plain(lambda net, y: torch.where(net.mask, y, 0.0))
+    model.register_buffer("mask", torch.rand(8, 8) > 0.5)
+    assert locked(ChannelGroups.trace(model, images())) == {"h"}
+
+
 def test_padding_with_ones_keeps_channels():
     model = plain(lambda net, y: F.pad(y, (1, 1, 1, 1), value=1.0))
     assert locked(ChannelGroups.trace(model, images())) == {"a", "h"}
@@ -335,6 +344,12 @@ def test_a_forward_that_counts_channels_is_refused(case):
     said = refused(plain(FIXED[case]))
     assert said.startswith("without some channels of a the model does not compute what it computes with those at zero")
     check_sliced(plain(FIXED[case]), ChannelGroups.trace(plain(FIXED[case]), images(), ignore=["a"]), images())
+
+
+def test_a_forward_that_counts_channels_is_refused_though_its_outputs_are_small():
+    model = plain(lambda net, y: y / y.shape[1])
+    wrapped = Net(lambda net, x: 1e-7 * net.m(x), m=model)
+    assert "its forward depends on their number" in refused(wrapped)
 
 
 def test_models_that_cannot_be_exported_are_refused_in_a_line(capfd):

@@ -64,7 +64,6 @@ def narrowed(model: nn.Module, channels: Channels, kept: Tensor) -> nn.Module:
         padding = list(module.padding)
         padding[place : place + 2] = [int(stays[side].sum()) for side in labels]
         module.padding = tuple(padding)
-    slim.zero_grad()  # of the wider net
     return slim
 
 

@@ -26,7 +26,7 @@ _OTHERS: dict[str, Rule] = {
     "group_norm": group_norm,
     "layer_norm": layer_norm,
     "prelu": prelu,
-    **dict.fromkeys(("dropout", "feature_dropout", "hardswish"), pointwise),  # which lack torch's tag
+    **dict.fromkeys(("dropout", "feature_dropout", "hardswish", "where"), pointwise),  # which lack torch's tag
     **dict.fromkeys(MOVES, move),
     **dict.fromkeys(SPLITS, split),
     "cat": cat,
