@@ -370,8 +370,9 @@ def test_a_resumed_run_ends_in_the_same_bits(dtype):
     ("settings", "message"),
     [
         ({"lr": -0.1}, "lr must be finite and at least 0"),
-        ({"betas": (0.9, 1.0)}, r"betas must be at least 0 and below 1, not \(0\.9, 1\.0\)"),
+        ({"betas": (0.9, 1.0)}, r"betas must be at least 0 and below 1, the second above 0, not \(0\.9, 1\.0\)"),
         ({"betas": (-0.1, 0.9)}, "betas must be at least 0"),
+        ({"betas": (0.9, 0.0)}, "the second above 0"),
         ({"betas": (math.nan, 0.9)}, "betas must be at least 0"),
         ({"betas": 0.9}, "betas must be two numbers, not 0.9"),
         ({"betas": (0.9,)}, "betas must be two numbers"),
