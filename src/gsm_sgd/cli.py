@@ -176,7 +176,8 @@ def _plan(command: str, options: Namespace, device: torch.device) -> tuple[dict[
     # what is chosen for this machine stands in the run's recipe, so that no other goes on with something else
     recipe = replace(recipe, precision=fitting_precision(recipe.precision, device))
     seeds = [recipe.seed] if options.seeds is None else parse_seeds(options.seeds)
-    ratios = parse_ratios(options.compression)
+    channels = recipe.pattern == "channel"  # of which the ratio follows from the MACs
+    ratios = [recipe.compression] if channels else parse_ratios(options.compression)
     if options.get("target_size") is not None:
         ratios = [_fitting_compression(options, recipe, seeds)]
     if command == "lottery" and recipe.method != OURS:

@@ -57,7 +57,7 @@ def parse_ratios(value: float | str) -> list[float]:
 
 def dense_of(recipe: Recipe) -> Recipe:
     """Return the dense control of a recipe: the same net, data, seed and epochs, by the same SGD, and nothing cut."""
-    return by_method(replace(recipe, method=OURS, settings={}), DENSE)
+    return by_method(replace(recipe, method=OURS, settings={}, pattern="weight", macs=Recipe.macs), DENSE)
 
 
 def folder_of(out: Path, recipe: Recipe, command: str, device: torch.device, name: str | None = None) -> Path:
