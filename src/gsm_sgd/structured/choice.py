@@ -63,10 +63,9 @@ class Choice:
         by_family = best_first[self._families[best_first].argsort(stable=True)]
         block_of = _inverse(by_family, self._block_at)
 
-        protected = self._protected(block_of, _inverse(best_first))
+        protected = self._best(block_of, _inverse(best_first))
         if self._total(protected, cost) > budget:
-            cheapest_first = savings[self._firsts][self.blocks].argsort(stable=True)
-            protected = self._protected(block_of, _inverse(cheapest_first)[block_of])
+            protected = self._cheapest(block_of, savings)
 
         worth = torch.zeros(len(self.blocks), dtype=torch.float64).index_add_(0, block_of, scores)
         order = self._priority(worth, savings, cost).argsort(descending=True, stable=True)
@@ -84,10 +83,20 @@ class Choice:
                 kept[branch.useless] = False
         return kept
 
-    def _protected(self, block_of: Tensor, place: Tensor) -> Tensor:
-        """Return the blocks of those units of each axis that must stay: the first by their places in an order."""
-        first = [block_of[axis[place[axis].argsort(stable=True)[:least]]] for axis, least in self._axes]
-        return torch.cat(first).unique() if first else torch.tensor([], dtype=torch.int64)
+    def _best(self, block_of: Tensor, place: Tensor) -> Tensor:
+        """Return the blocks of the best units of each axis, as many as must stay, by their places in order of score."""
+        best = [block_of[axis[place[axis].argsort()[:least]]] for axis, least in self._axes]
+        return torch.cat(best).unique() if best else torch.tensor([], dtype=torch.int64)
+
+    def _cheapest(self, block_of: Tensor, savings: Tensor) -> Tensor:
+        """Return the blocks of the cheapest units of each axis, which may be those of another; scores do not matter."""
+        place = _inverse(savings[self._firsts][self.blocks].argsort(stable=True))[block_of]
+        stays = torch.zeros(len(self.blocks), dtype=torch.bool)
+        for axis, least in sorted(self._axes, key=lambda pair: len(pair[0])):
+            more = axis[~stays[block_of[axis]]]
+            missing = max(0, least - (len(axis) - len(more)))
+            stays[block_of[more[place[more].argsort(stable=True)[:missing]]]] = True
+        return stays.nonzero().squeeze(1)
 
     def _priority(self, worth: Tensor, savings: Tensor, cost: Cost) -> Tensor:
         """Return the score per cost of blocks, as it is in the dense net; it never rises within a family.

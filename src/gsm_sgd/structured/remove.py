@@ -201,8 +201,12 @@ def _carry(optimizer: Optimizer, model: nn.Module, slim: nn.Module, kept: Mappin
             name = names.get(param, "")
             if state is None or (param in names and name not in new):
                 continue
+            now = new.get(name, param)
             shaped = {key for key, value in state.items() if isinstance(value, Tensor) and value.shape == param.shape}
             cut = {key: sliced(state[key], kept.get(name, {})) for key in shaped}
-            optimizer.state[new.get(name, param)] = {**state, **cut}
+            for key, value in cut.items():
+                if value.shape != now.shape:  # nothing is left of a layer but a constant
+                    cut[key] = value.new_zeros(now.shape)
+            optimizer.state[now] = {**state, **cut}
     if hasattr(optimizer, "forget_parameters"):
         optimizer.forget_parameters()

@@ -55,9 +55,9 @@ def narrowed(model: nn.Module, channels: Channels, kept: Tensor) -> nn.Module:
     """
     slim = copy.deepcopy(model)
     stays = _with_stays(kept)
-    _make_constants(slim, channels, stays)
+    constants = _make_constants(slim, channels, stays)
     tensors = {**dict(slim.named_parameters()), **dict(slim.named_buffers())}
-    left = {name: dims for name, dims in indices(channels, kept).items() if name in tensors}
+    left = {name: dims for name, dims in indices(channels, kept).items() if name in tensors.keys() - constants}
     refit(slim, {id(tensors[name]): sliced(tensors[name], dims) for name, dims in left.items()})
     for module_name, place, labels in channels.paddings:
         module: Any = slim.get_submodule(module_name)
@@ -155,29 +155,29 @@ def _with_stays(kept: Tensor) -> Tensor:
     return torch.cat([kept.cpu(), torch.ones(1, dtype=torch.bool)])
 
 
-def _make_constants(slim: nn.Module, channels: Channels, stays: Tensor) -> None:
-    """Put constants in place of layers that read nothing, give nothing, or both, and of norms behind them."""
+def _make_constants(slim: nn.Module, channels: Channels, stays: Tensor) -> set[str]:
+    """Put constants in place of layers that read nothing, give nothing, or both, and of norms behind them.
+
+    Returns the names of their biases, which have only what is kept.
+    """
+    made = set[str]()
     for layer in channels.layers:
         reads = layer.inputs is None or bool(stays[layer.inputs].any())
         gives = stays[layer.outputs]
-        if reads and gives.any():
-            continue
         path, norm_path = layer.weight.rpartition(".")[0], channels.norms.get(layer.weight, "").rpartition(".")[0]
-        module: Any = slim.get_submodule(path)
-        if isinstance(module, Constant):  # it is called twice
+        if (reads and gives.any()) or f"{path}.bias" in made:
             continue
+        module: Any = slim.get_submodule(path)
         numbers = module.weight.new_zeros(len(gives)) if module.bias is None else module.bias.detach()
         if norm_path:  # the numbers are the norm's, where there are any
             norm: Any = slim.get_submodule(norm_path)
             scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
             after = (norm.bias + (numbers - norm.running_mean) * scale).detach()
-            replace(slim, norm_path, Constant(after) if gives.any() and not reads else Removed())
-            numbers = numbers[:0]
-        elif reads:
-            numbers = numbers[:0]
-        elif module.bias is None:  # what is not in the graph is not sliced later
-            numbers = numbers[gives]
-        replace(slim, path, Constant(numbers, window_of(module)))
+            replace(slim, norm_path, Removed() if reads or not gives.any() else Constant(after[gives]))
+            made.add(f"{norm_path}.bias")
+        replace(slim, path, Constant(numbers[:0] if reads or norm_path else numbers[gives], window_of(module)))
+        made.add(f"{path}.bias")
+    return made
 
 
 def window_of(module: nn.Module) -> list[tuple[int, int, int]] | None:
