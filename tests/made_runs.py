@@ -9,16 +9,17 @@ from safetensors.torch import save_file
 
 from gsm_sgd import magnitude_masks, prunable_parameters
 from gsm_sgd.experiments import models
-from gsm_sgd.experiments.recipes import find_recipe
+from gsm_sgd.experiments.recipes import by_method, find_recipe
 from gsm_sgd.masks import sparsity_rows
 
 TOP1 = {"base": 98.41, "gsm_before_cut": 98.07, "gsm_after_cut": 98.06, "pruned": 98.35}
 TICKETS = {"ticket_gsm": 97.93, "ticket_magnitude": 96.91}
 
 
-def make_run(path, name="lenet300", seed=0, preset="fast", command="lottery", epochs=5, **fields):
+def make_run(path, name="lenet300", seed=0, preset="fast", command="lottery", epochs=5, top1=None, **fields):
     """Write the folder of a finished run of a recipe, with some fields set, and return its path and result."""
-    recipe = {**find_recipe(name, preset).as_dict(), "seed": seed, **fields}
+    method = fields.get("method", "gsm")
+    recipe = {**by_method(find_recipe(name, preset), method).as_dict(), "seed": seed, **fields}
     recipe["base"]["epochs"] = recipe["gsm"]["epochs"] = epochs
     path.mkdir(parents=True)
     (path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
@@ -26,7 +27,7 @@ def make_run(path, name="lenet300", seed=0, preset="fast", command="lottery", ep
     (path / "environment.json").write_text(json.dumps({"processes": [process]}))
     lottery = command == "lottery"
     has_base = lottery or recipe["start"] == "base"
-    stages = [*(["base"] if has_base else []), "gsm", *(["ticket-gsm", "ticket-magnitude"] if lottery else [])]
+    stages = [*(["base"] if has_base else []), method, *(["ticket-gsm", "ticket-magnitude"] if lottery else [])]
     records = [record(stage, epoch, seed) for stage in stages for epoch in range(1, epochs + 1)]
     (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
@@ -38,11 +39,13 @@ def make_run(path, name="lenet300", seed=0, preset="fast", command="lottery", ep
     noise = torch.Generator().manual_seed(seed)
     moved = {key: weight.detach() + torch.randn(weight.shape, generator=noise) / 30 for key, weight in prunable.items()}
     kept = {key: mask * moved[key] for key, mask in magnitude_masks(moved, compression=recipe["compression"]).items()}
-    save({**net.state_dict(), **moved}, path / "gsm.safetensors")
+    save({**net.state_dict(), **moved}, path / f"{method}.safetensors")
     save({**net.state_dict(), **kept}, path / "pruned.safetensors")
 
     layers = sparsity_rows(kept)
-    top1 = {**TOP1, **(TICKETS if lottery else {})}
+    top1 = {**TOP1, **(TICKETS if lottery else {}), **(top1 or {})}
+    if method != "gsm":
+        top1 = {key.removeprefix("gsm_"): value for key, value in top1.items()}
     result = {
         **{key: recipe[key] for key in ("recipe", "preset", "compression", "seed")},
         "command": command,

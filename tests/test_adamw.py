@@ -105,6 +105,23 @@ def test_a_subclass_may_mask_elsewhere():
     torch.testing.assert_close(optimizer.state[weight]["exp_avg_sq"], torch.tensor([[1e-3, 0.0]]))
 
 
+def sum_of_both(weight, grad, state):
+    return weight.abs() + grad.abs()
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize("score", ["taylor", sum_of_both])
+@pytest.mark.parametrize("options", WAYS[1:], ids=str)
+def test_implementations_agree_through_a_whole_schedule(options, score):
+    nets = dense_net().double(), dense_net().double()
+    for model, its in zip(nets, ({}, options), strict=True):
+        settings = {"betas": (0.5, 0.99), "eps": 1e-4, "schedule": Schedule(20, ramp=0.2, fade=0.3, cut=0.8)}
+        optimizer = GSMAdamW(model.parameters(), 0.01, compression=6, score=score, **settings, **its)
+        train(model, optimizer, range(20))
+        assert optimizer.phase is Phase.DONE
+    assert_close(*nets, rtol=1e-9, atol=1e-12)
+
+
 def test_a_step_by_eye():
     """Both moments start at zero, so in the first step an active weight moves by lr, whatever its gradient."""
     weight = nn.Parameter(torch.tensor([[2.0, 1.0, 1.0, 4.0]]))
@@ -370,8 +387,9 @@ def test_a_resumed_run_ends_in_the_same_bits(dtype):
     ("settings", "message"),
     [
         ({"lr": -0.1}, "lr must be finite and at least 0"),
-        ({"betas": (0.9, 1.0)}, r"betas must be at least 0 and below 1, not \(0\.9, 1\.0\)"),
+        ({"betas": (0.9, 1.0)}, r"betas must be at least 0 and below 1, the second above 0, not \(0\.9, 1\.0\)"),
         ({"betas": (-0.1, 0.9)}, "betas must be at least 0"),
+        ({"betas": (0.9, 0.0)}, "the second above 0"),
         ({"betas": (math.nan, 0.9)}, "betas must be at least 0"),
         ({"betas": 0.9}, "betas must be two numbers, not 0.9"),
         ({"betas": (0.9,)}, "betas must be two numbers"),

@@ -14,9 +14,9 @@ from test_cli import fails
 
 RUN = [
     *("prune", "lenet5", "--dataset", "synthetic", "--pattern", "channel", "--macs", "0.4", "--epochs-scale", "0.2"),
-    *("--checkpoint-seconds", "0"),
+    *("--checkpoint-seconds", "0", "--name", "narrow"),
 ]
-NAME = "lenet5-prune-fast-macs0.4-s0"
+NAME = "narrow-macs0.4-s0"
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,10 @@ from torch.nn.utils import prune
 
 from gsm_sgd import cli, magnitude_masks, prunable_parameters
 from gsm_sgd.experiments import models
-from gsm_sgd.export import csr, inference, sparse_linear
-from gsm_sgd.export.csr import CsrLinear
+from gsm_sgd.export import csr, inference, sparse_layers, sparse_linear
+from gsm_sgd.export.csr import BsrLinear, CsrLinear, SparseConv1x1
+from gsm_sgd.masks import largest
+from gsm_sgd.patterns import Block
 from test_cli import SHORT, fails
 
 pytestmark = pytest.mark.slow
@@ -46,6 +48,99 @@ def test_a_sparse_layer_computes_what_the_dense_one_does(shape, density, batch, 
         assert outputs.shape == layer(inputs).shape
         torch.testing.assert_close(outputs, layer(inputs).detach(), rtol=1e-5, atol=1e-5)
     assert len(sparse.value) == int(layer.weight.count_nonzero())
+
+
+def in_blocks(layer, size, share=0.25):
+    """Keep a share of a layer's square blocks."""
+    weights = {"weight": layer.weight}
+    kept = int(layer.weight.numel() * share)
+    largest(weights, kept - kept % size**2, Block(size, size)).apply_(weights)
+    return layer
+
+
+needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="needs a torch with MKL")
+
+
+@needs_mkl
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 2)], ids=str)
+def test_a_layer_of_blocks_computes_what_the_dense_one_does(shape, dtype, bias):
+    torch.manual_seed(0)
+    layer = in_blocks(nn.Linear(24, 16, bias=bias, dtype=dtype), 4)
+    sparse = BsrLinear(layer, 4)
+    inputs = torch.randn(*shape, 24, dtype=dtype)
+    for given_inputs in (inputs, inputs.mT.contiguous().mT if inputs.ndim > 1 else inputs):
+        torch.testing.assert_close(sparse(given_inputs), layer(inputs).detach(), rtol=1e-5, atol=1e-5)
+    assert sparse.value.shape == (6, 4, 4)
+    assert "24, 16, 6 of 24 blocks of 4 x 4" in str(sparse)
+    again = BsrLinear(in_blocks(nn.Linear(24, 16, bias=bias, dtype=dtype), 4), 4)
+    again.load_state_dict(copy.deepcopy(sparse).state_dict())
+    assert torch.equal(again(inputs), sparse(inputs))
+    assert torch.equal(again.weight, layer.weight)
+    assert torch.equal(again(inputs), layer(inputs))  # and now it is dense
+    trained = inputs.clone().requires_grad_()
+    sparse(trained).sum().backward()
+    torch.testing.assert_close(trained.grad, layer.weight.detach().sum(0).expand_as(inputs))
+
+
+@needs_mkl
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (lambda: in_blocks(nn.Linear(64, 32), 16), 16),
+        (lambda: in_blocks(nn.Linear(64, 32), 8), 8),
+        (lambda: in_blocks(nn.Linear(24, 20), 4), 4),
+        (lambda: pruned(nn.Linear(64, 32), 10), None),
+        (lambda: in_blocks(nn.Linear(63, 21), 3), None),
+        (lambda: nn.utils.skip_init(nn.Linear, 8, 8).apply(lambda layer: nn.init.zeros_(layer.weight)), None),
+    ],
+)
+def test_blocks_are_found(layer, size):
+    assert csr._block_size(layer().weight) == size
+
+
+@pytest.mark.parametrize("last_is_least", [False, True])
+@needs_mkl
+def test_the_quickest_layer_is_taken(monkeypatch, last_is_least):
+    monkeypatch.setattr(csr, "seconds_of", lambda functions, inputs: [3.0, 2.0, 1.0 if last_is_least else 4.0])
+    model = sparse_linear(nn.Sequential(in_blocks(nn.Linear(16, 16), 4)))
+    assert type(model[0]) is (BsrLinear if last_is_least else CsrLinear)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("stride", [1, 2, (1, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 12, 5, 4), (3, 12, 5, 4), (12, 6, 6)], ids=str)
+def test_a_sparse_convolution_computes_what_the_dense_one_does(always, shape, stride, bias):
+    torch.manual_seed(0)
+    conv = pruned(nn.Conv2d(12, 8, 1, stride, bias=bias), 6)
+    images = torch.randn(shape)
+    for given_images in (images, images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images):
+        sparse = sparse_layers(nn.Sequential(copy.deepcopy(conv)), given_images)[0]
+        assert type(sparse) is SparseConv1x1
+        outputs = sparse(given_images)
+        torch.testing.assert_close(outputs, conv(images).detach(), rtol=1e-5, atol=1e-5)
+        assert outputs.is_contiguous()
+    assert torch.equal(sparse.weight, conv.weight)
+    assert sparse.bias is None or torch.equal(sparse.bias, conv.bias)
+
+
+def test_layers_are_measured_on_what_they_get(monkeypatch):
+    seen = []
+    monkeypatch.setattr(csr, "seconds_of", lambda functions, inputs: [seen.append(inputs.shape) or 2.0, 1.0])
+    convs = [nn.Conv2d(3, 12, 1), nn.Conv2d(12, 12, 3), nn.Conv2d(12, 12, 1, groups=2), nn.Conv2d(12, 6, 1, padding=1)]
+    model = nn.Sequential(*convs, nn.Flatten(), nn.Linear(384, 10))
+    model.unused = nn.Identity()
+    model.unused.layer = nn.Linear(4, 4)
+    model = pruned(model, 20).eval()
+    images = torch.randn(2, 3, 8, 8)
+    expected = model(images).detach()
+    assert sparse_layers(model, images) is model
+    assert seen == [(2, 3, 8, 8), (2, 384)]
+    assert [type(layer) for layer in model[:4]] == [SparseConv1x1, nn.Conv2d, nn.Conv2d, nn.Conv2d]
+    assert (type(model[5]), type(model.unused.layer)) == (CsrLinear, nn.Linear)
+    assert not any(layer._forward_pre_hooks for layer in model.modules())
+    torch.testing.assert_close(model(images).detach(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_sparse_layer_is_saved_loaded_and_copied():

@@ -70,7 +70,7 @@ def test_every_rule(make, weight_decay, momentum, nesterov):
 
 
 @pytest.mark.parametrize("make", [dense_net, channels_last_net])
-@pytest.mark.parametrize("settings", [{"weight_decay": 0.0}, {"betas": (0.0, 0.9)}, {"betas": (0.8, 0.0), "eps": 0.1}])
+@pytest.mark.parametrize("settings", [{"weight_decay": 0.0}, {"betas": (0.0, 0.9)}, {"betas": (0.8, 1e-3), "eps": 0.1}])
 def test_every_rule_of_adamw(make, settings):
     check(twins(make, kind=GSMAdamW, **settings))
 

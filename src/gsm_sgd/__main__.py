@@ -29,7 +29,7 @@ def main() -> int:
 def _say_interrupted() -> int:
     """Say so, once, and return the exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process is about to end: another one would add a traceback
-    resumable = set(sys.argv[1:2]) & {"prune", "lottery", "ticket"}
+    resumable = set(sys.argv[1:2]) & {"prune", "lottery", "compare", "ticket"}
     hint = ": give the same command again to go on where it was" if resumable else ""
     if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
         print(f"gsm: interrupted{hint}", file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from . import __version__
 from .experiments import UsageError, bench, data, suggestion
+from .experiments.compare import parse_methods
 from .experiments.lottery import TICKETS
 from .experiments.models import check_named
 from .experiments.reading import cause, read_yaml
@@ -34,7 +35,9 @@ from .methods import METHODS
 _RUNS = {
     "prune": "train, train with GSM, cut; accuracy before and after",
     "lottery": "winning tickets found by GSM and by magnitude, retrained from one initialisation",
+    "compare": "several methods at several ratios and seeds: table, figure, CSV and report",
 }
+_COMPARED = "gsm,gradual,rigl,one_shot,dense"
 _SHARED: dict[str, tuple[Any, object, str]] = {
     "--data-dir": (Path | None, None, "folder of the data; default $GSM_DATA"),
     "--device": (str, "auto", "auto, cpu, cuda, ..."),
@@ -104,7 +107,7 @@ def _parsed(argv: Sequence[str]) -> Namespace:
     recipe, methods = find_recipe("lenet300"), [OURS]
     if words and words[0] in _RUNS:
         words = [words[0], *_config_first(words[1:])]
-        methods = _methods(words)
+        methods = _methods(words)  # of a comparison all, and the defaults are GSM's
         asked = [word for word in words if not word.startswith(("-h", "--help", "--print_config"))]
         try:
             first = _parser(recipe, methods).parse_args(asked)[words[0]]
@@ -112,7 +115,8 @@ def _parsed(argv: Sequence[str]) -> Namespace:
             pass  # the parser below says what is wrong, or gives the help that was asked for
         else:
             recipe = find_recipe(first.recipe, first.preset)
-    options = _parser(by_method(recipe, methods[0]), methods).parse_args(words)
+    recipe = by_method(recipe, methods[0]) if words[:1] == ["prune"] else recipe
+    options = _parser(recipe, methods).parse_args(words)
     chosen: Namespace = options[options.command]
     chosen.command = options.command
     if chosen.command == "ticket":
@@ -150,6 +154,7 @@ def _methods(words: Sequence[str]) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", type=Path, action="append", default=[])
     parser.add_argument("--method", default=None)
+    parser.add_argument("--methods", default=_COMPARED)
     given, _ = parser.parse_known_args(words)
     named = given.method
     for path in given.config:
@@ -157,7 +162,7 @@ def _methods(words: Sequence[str]) -> list[str]:
         if others := [method for method in METHODS if method in read_yaml(path) and method != named]:
             raise UsageError(f"{path} has settings of {others[0]}: leave out --method {named}")
     find_settings(method := str(named or OURS))
-    return [method]
+    return parse_methods(given.methods) if words[:1] == ["compare"] and method == OURS else [method]
 
 
 def _is_given(option: str, words: Sequence[str]) -> bool:
@@ -249,7 +254,12 @@ def _add_run_options(parser: ArgumentParser, recipe: Recipe, command: str) -> No
         parser.add_argument("--baseline", action="store_true", help="also train the dense net, for as many epochs")
         what = "of a sparse file, like 20KB, which then is exported; in place of --compression"
         _option(parser, "--target-size", str | None, None, what)
-    else:  # a recipe.yaml has it
+    elif command == "compare":
+        _option(parser, "--methods", str, _COMPARED, f"what to compare: {', '.join((OURS, *METHODS))}")
+        _option(parser, "--jobs", int, 1, "runs at a time, each in a process of its own")
+        grid = "settings to choose on --holdout images, like gsm.lr=0.05,0.1 rigl.fraction=0.3,0.5 gsm:ramp=0.3,0.4"
+        parser.add_argument("--tune", nargs="+", type=str, default=None, help=grid)
+    if command != "prune":  # a recipe.yaml has it
         _option(parser, "--method", str, recipe.method, argparse.SUPPRESS)
     parser.add_argument("--debug", action="store_true", help="show where an error arose")
     elsewhere = {"recipe", "preset", "compression", "method", "settings"}

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from .arguments import in_options, parse
+from .comparing import compare, planned, possible_runs
 from .experiments import UsageError, bench, data, models, ranks, suggestion
 from .experiments.channels import find_channels
 from .experiments.loop import fitting_precision
@@ -94,6 +95,8 @@ def run(argv: Sequence[str]) -> int:
                 console.say(save_ticket(options.run, options.method, options.out))
             case "ticket replay":
                 _replay(options, console, log)
+            case "compare":
+                return _compare(options, console, log)
             case command:
                 with warnings.catch_warnings():
                     warnings.showwarning = lambda message, *_: log.say(f"warning: {in_options(str(message))}")
@@ -151,6 +154,28 @@ def _run(command: str, options: Namespace, console: _Console, log: _Console) -> 
             _export_small(path, parse_size(options.target_size), console)
 
 
+def _compare(options: Namespace, console: _Console, log: _Console) -> int:
+    """Compare methods, and return the exit status."""
+    _check_running(options)
+    device = _device(options.device)
+    recipe = _recipe(options).scaled(options.epochs_scale)
+    if recipe.method != OURS:
+        raise UsageError("a comparison starts from a recipe of GSM: leave out --method, name all in --methods")
+    if recipe.pattern == "channel":
+        raise UsageError("gsm compare is of single weights: compare runs of channels by gsm report")
+    recipe = replace(recipe, precision=fitting_precision(recipe.precision, device))
+    plan = planned(recipe, options, device)
+    runs = {cell.path: cell.recipe for cell in possible_runs(plan)}
+    _check_planned(runs)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    _check_net(runs, load_data(recipe, options.data_dir).classes)
+    failures = compare(plan, options, console, log, console.say)
+    for failure in failures:
+        log.say(f"failed: {failure}")
+    return 1 if failures else 0
+
+
 def _already(folder: RunFolder) -> str:
     """Return what is to be said of a run that an earlier command has begun, or ended; a stage says how far it was."""
     if folder.finished:
@@ -165,10 +190,7 @@ def _already(folder: RunFolder) -> str:
 
 def _plan(command: str, options: Namespace, device: torch.device) -> tuple[dict[Path, Recipe], dict[int, Path]]:
     """Return the folders and recipes of all runs, checked before anything is written, and dense runs' by seed."""
-    if options.threads is not None and options.threads < 1:
-        raise UsageError(f"threads must be at least 1, not {options.threads}")
-    if not (math.isfinite(options.checkpoint_seconds) and options.checkpoint_seconds >= 0):
-        raise UsageError(f"checkpoint-seconds must be at least 0, not {options.checkpoint_seconds}")
+    _check_running(options)
     recipe = _recipe(options)
     if 0 < recipe.batch_size < ranks.world_size():
         processes = f"some of {ranks.world_size()} processes"
@@ -176,7 +198,8 @@ def _plan(command: str, options: Namespace, device: torch.device) -> tuple[dict[
     # what is chosen for this machine stands in the run's recipe, so that no other goes on with something else
     recipe = replace(recipe, precision=fitting_precision(recipe.precision, device))
     seeds = [recipe.seed] if options.seeds is None else parse_seeds(options.seeds)
-    ratios = parse_ratios(options.compression)
+    channels = recipe.pattern == "channel"  # of which the ratio follows from the MACs
+    ratios = [recipe.compression] if channels else parse_ratios(options.compression)
     if options.get("target_size") is not None:
         ratios = [_fitting_compression(options, recipe, seeds)]
     if command == "lottery" and recipe.method != OURS:
@@ -184,15 +207,14 @@ def _plan(command: str, options: Namespace, device: torch.device) -> tuple[dict[
     recipes = [replace(recipe, seed=seed, compression=ratio) for ratio in ratios for seed in seeds]
     if options.get("baseline"):
         recipes = [*(dense_of(replace(recipe, seed=seed)) for seed in seeds), *recipes]
-    planned = {}
+    runs: dict[Path, Recipe] = {}
     for one in recipes:
         one.check()
         scaled = one.scaled(options.epochs_scale)
-        scaled.check()
         is_baseline = one.method == DENSE and recipe.method != DENSE
         name = None if is_baseline else options.name  # it is shared by runs of any name
-        planned[folder_of(options.out, scaled, command, device, name)] = scaled
-    dense = {one.seed: path for path, one in planned.items() if one.method == DENSE and options.get("baseline")}
+        runs[folder_of(options.out, scaled, command, device, name)] = scaled
+    dense = {one.seed: path for path, one in runs.items() if one.method == DENSE and options.get("baseline")}
     if recipe.weights is not None and command == "lottery":
         raise UsageError(
             "a lottery trains its base net from the ticket's initialisation: leave out --weights, or set it to null if "
@@ -200,14 +222,29 @@ def _plan(command: str, options: Namespace, device: torch.device) -> tuple[dict[
         )
     if recipe.pattern == "channel" and command == "lottery":
         raise UsageError("a lottery is for single weights: leave out --pattern channel")
-    for source in _base_nets_to_load(planned):
+    _check_planned(runs)
+    return runs, dense
+
+
+def _check_running(options: Namespace) -> None:
+    """Raise UsageError if how to run makes no sense."""
+    if options.threads is not None and options.threads < 1:
+        raise UsageError(f"threads must be at least 1, not {options.threads}")
+    if not (math.isfinite(options.checkpoint_seconds) and options.checkpoint_seconds >= 0):
+        raise UsageError(f"checkpoint-seconds must be at least 0, not {options.checkpoint_seconds}")
+
+
+def _check_planned(runs: Mapping[Path, Recipe]) -> None:
+    """Raise UsageError for what a run would refuse later, or if a folder was made by another recipe."""
+    for recipe in runs.values():
+        recipe.check()
+    for source in _base_nets_to_load(runs):
         if not is_torchvisions(source) and not Path(source).is_file():
             raise UsageError(f"weights {source} do not exist: give a file, or torchvision")
-    for one in {(one.method, one.compression): one for one in planned.values()}.values():
-        _check_optimizer(one)
-    for path, one in planned.items():
-        check_recipe(path, one)
-    return planned, dense
+    for recipe in {repr(replace(recipe, seed=0)): recipe for recipe in runs.values()}.values():
+        _check_optimizer(recipe)
+    for path, recipe in runs.items():
+        check_recipe(path, recipe)
 
 
 def _fitting_compression(options: Namespace, recipe: Recipe, seeds: Sequence[int]) -> float:

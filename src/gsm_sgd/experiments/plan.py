@@ -57,15 +57,15 @@ def parse_ratios(value: float | str) -> list[float]:
 
 def dense_of(recipe: Recipe) -> Recipe:
     """Return the dense control of a recipe: the same net, data, seed and epochs, by the same SGD, and nothing cut."""
-    return by_method(replace(recipe, method=OURS, settings={}), DENSE)
+    return by_method(replace(recipe, method=OURS, settings={}, pattern="weight", macs=Recipe.macs), DENSE)
 
 
 def folder_of(out: Path, recipe: Recipe, command: str, device: torch.device, name: str | None = None) -> Path:
     """Return the folder of a run: no two runs have the same.
 
     It is called `<net>-<command>-<preset>-x<C>-s<seed>`, or of channels macs<share> in place of x<C>; with the method
-    in it if that is not GSM, and where settings differ from the preset's with a hash of those. A name given takes the place of all that but ratio and seed. A run
-    that an earlier version has begun, without a hash, goes on where it is.
+    in it if that is not GSM, and where settings differ from the preset's with a hash of those. A name given takes the
+    place of all that but ratio and seed. A run that an earlier version has begun, without a hash, goes on where it is.
     """
     size = f"macs{recipe.macs:g}" if recipe.pattern == "channel" else f"x{recipe.compression:g}"
     ratio_and_seed = f"{size}-s{recipe.seed}"

@@ -23,7 +23,7 @@ _MOST_EPOCHS = 100_000  # of a stage; a recipe may be anybody's, and with more i
 _MOST_MILESTONES = 1_000
 _LARGEST_BATCH = 2**24
 _LARGEST = 1e38  # of float32's numbers
-_OF_GSM: dict[str, Any] = {
+OF_GSM: dict[str, Any] = {
     **{"ramp": 0.0, "cut": 1.0, "fade": 0.0, "passive_decay": None, "shrink_to": 1e-6, "score": "taylor"},
     "recalibrate": False,
 }
@@ -243,7 +243,7 @@ class Recipe:
             return
         if unknown := set(self.settings) - set(find_settings(self.method)):
             raise UsageError(f"{self.method} has no setting {min(unknown)!r}")
-        if other := [key for key, value in _OF_GSM.items() if getattr(self, key) != value]:
+        if other := [key for key, value in OF_GSM.items() if getattr(self, key) != value]:
             raise UsageError(f"{other[0]} is a setting of GSM, not of {self.method}: leave it out")
 
 
@@ -278,7 +278,7 @@ def by_method(recipe: Recipe, method: str) -> Recipe:
     if method == OURS:
         return recipe
     ratio = 1.0 if method == DENSE else recipe.compression
-    return replace(recipe, method=method, settings=settings, compression=ratio, **_OF_GSM)
+    return replace(recipe, method=method, settings=settings, compression=ratio, **OF_GSM)
 
 
 def check_stages(settings: object) -> None:

@@ -49,7 +49,7 @@ class GSMAdamW(SparseOptimizer):
             embeddings, positions, norms and the head, by "prunable": False; `one_phase` does.
         lr: learning rate alpha; a scheduler's highest may be what trains the dense net.
         compression, density, sparsity, num_kept: the budget, exactly one of them; see `GSM`.
-        betas: beta1 and beta2, each in [0, 1).
+        betas: beta1 in [0, 1) and beta2 in (0, 1).
         eps: above 0.
         weight_decay: eta, decoupled as in `torch.optim.AdamW`.
         schedule: None, a `Schedule`, or a function of the step; see `GSM`.
@@ -130,52 +130,24 @@ class GSMAdamW(SparseOptimizer):
         ]
 
     def _torchs_(self, part: Part, exactly: bool) -> None:
-        if not part.params:
-            return
-        group, grads = part.group, part.grads
-        (beta1, beta2), foreach, fused = group["betas"], group["foreach"], group["fused"]
-        quick = (foreach, fused) == (None, None) and not exactly and takes_fused(part.params)
-        if fused or (quick and all(param.is_cpu for param in part.params)):  # on a GPU it wants the steps there
-            fused, grads = True, laid_out_as(part.params, grads)
-        adamw(
-            part.params,
-            grads,
-            part.buffers["exp_avg"],
-            part.buffers["exp_avg_sq"],
-            [],
-            part.own_steps,
-            foreach=foreach,
-            fused=fused,
-            has_complex=any(param.is_complex() for param in part.params),
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        _adamw_(part, part.grads, part.group["weight_decay"], exactly)
 
     def _masked_(self, part: Part, active: list[Tensor]) -> None:
-        lr, (beta1, beta2) = float(part.group["lr"]), part.group["betas"]
-        first, second = part.buffers["exp_avg"], part.buffers["exp_avg_sq"]
+        lr, decay, beta2 = float(part.group["lr"]), part.group["weight_decay"], part.group["betas"][1]
         mine = [b.to(param.dtype) for b, param in zip(active, part.params, strict=True)]
         if part.extra_decay:
             passive = torch._foreach_mul(mine, part.params)
             torch._foreach_sub_(passive, part.params)  # - (1 - B) W: nothing where a weight is active
-            torch._foreach_mul_(part.params, 1 - lr * part.group["weight_decay"])
+            torch._foreach_mul_(part.params, 1 - lr * decay)
             torch._foreach_add_(part.params, passive, alpha=lr * part.extra_decay)
         else:
-            torch._foreach_mul_(part.params, 1 - lr * part.group["weight_decay"])
+            torch._foreach_mul_(part.params, 1 - lr * decay)
         torch._foreach_mul_(mine, part.grads)
-        torch._foreach_lerp_(first, mine, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, part.grads, part.grads, 1 - beta2)
-        corrections = _corrections(part)
-        root = torch._foreach_sqrt(second)
-        torch._foreach_div_(root, [math.sqrt(of_second) for _, of_second in corrections])
-        torch._foreach_add_(root, part.group["eps"])
-        torch._foreach_addcdiv_(part.params, first, root, [-lr / of_first for of_first, _ in corrections])
+        # Torch's step takes B G for both moments, so the second gets the rest of G^2 before: (1 - beta2) (1 - B) G^2
+        # over the beta2 by which the step multiplies it.
+        rest = torch._foreach_sub(part.grads, mine)
+        torch._foreach_addcmul_(part.buffers["exp_avg_sq"], rest, rest, (1 - beta2) / beta2)
+        _adamw_(part, mine, weight_decay=0.0)
 
     def _decay_(self, part: Part) -> None:
         factor = 1 - float(part.group["lr"]) * part.passive_decay
@@ -185,6 +157,36 @@ class GSMAdamW(SparseOptimizer):
                 param.copy_(dithered(param.float() * factor, param.dtype, generator))
             else:
                 param.mul_(factor)
+
+
+def _adamw_(part: Part, grads: list[Tensor], weight_decay: float, exactly: bool = False) -> None:
+    """Update parameters by torch's AdamW along these gradients; unless `exactly`, by the quickest implementation."""
+    if not part.params:
+        return
+    group, (beta1, beta2) = part.group, part.group["betas"]
+    foreach, fused = group["foreach"], group["fused"]
+    if (foreach, fused) == (None, None) and not exactly and takes_fused(part.params):
+        fused = all(param.is_cpu for param in part.params) or None  # on a GPU it wants the steps there
+    if fused:  # torch's kernel takes it for granted that tensors lie in memory alike
+        grads = laid_out_as(part.params, grads)
+    adamw(
+        part.params,
+        grads,
+        part.buffers["exp_avg"],
+        part.buffers["exp_avg_sq"],
+        [],
+        part.own_steps,
+        foreach=foreach,
+        fused=fused,
+        has_complex=any(param.is_complex() for param in part.params),
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=weight_decay,
+        eps=group["eps"],
+        maximize=False,
+    )
 
 
 def _corrections(part: Part) -> list[tuple[float, float]]:

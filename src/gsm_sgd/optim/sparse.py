@@ -161,7 +161,10 @@ class SparseOptimizer(Optimizer):
         raise NotImplementedError
 
     def _masked_(self, part: Part, active: list[Tensor]) -> None:
-        """Update parameters in full precision, given masks in bool or as 0 and 1, which may be overwritten."""
+        """Update parameters in full precision, and count their steps where they have any.
+
+        The masks are in bool, or as 0 and 1, and may be overwritten.
+        """
         raise NotImplementedError
 
     def _decay_(self, part: Part) -> None:
@@ -571,11 +574,11 @@ class SparseOptimizer(Optimizer):
             rows, kinds = self._rows(full_parts)
             weights, *others = columns(full_parts)
             self._update_masked(self._rule, weights, *others, masks, as_tensor(rows, weights), kinds)
+            _count(full_parts)
         else:
             for part in full_parts:
                 mine, kept = kept[: len(part.params)], kept[len(part.params) :]
                 self._masked_(part, mine)
-        _count(full_parts)
         return None
 
     def _update_by_threshold_(self, parts: Sequence[Part], threshold: Threshold) -> None:

@@ -74,8 +74,8 @@ def _check_moments(group: dict[str, Any]) -> None:
     if not (isinstance(betas, Sequence) and len(betas) == 2):
         raise ValueError(f"betas must be two numbers, not {betas!r}")
     group["betas"] = beta1, beta2 = tuple(real_number("each of betas", beta) for beta in betas)
-    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-        raise ValueError(f"betas must be at least 0 and below 1, not {group['betas']}")
+    if not (0 <= beta1 < 1 and 0 < beta2 < 1):
+        raise ValueError(f"betas must be at least 0 and below 1, the second above 0, not {group['betas']}")
     group["eps"] = real_number("eps", group["eps"])
     if not 0 < group["eps"] < math.inf:  # 0 / 0 is what a weight that was cut would come to
         raise ValueError(f"eps must be finite and above 0, not {group['eps']}")

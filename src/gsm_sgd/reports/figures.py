@@ -48,6 +48,8 @@ _styled = matplotlib.rc_context(_STYLE)
 _WIDTH = 560  # CSS pixels, before the page scales it
 _MANY_NETS = 12  # in a matrix: with more there is no room for numbers
 _FEW_ROWS = 12  # with more there is room for a line of small print in each only
+_MARKERS = "osD^vPX*"
+_LINES_OF = ("blue", "orange", "green", "purple", "faint")  # the colours of lines, by turns
 _LABEL, _LINES = 25, 3  # characters in a line of a label, and lines
 ElementTree.register_namespace("", "http://www.w3.org/2000/svg")
 ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
@@ -79,6 +81,15 @@ class Panel(NamedTuple):
     quantity: str
     lines: list[Line]
     cut: int | None = None
+
+
+class Points(NamedTuple):
+    """Errors in percent of one method, means and deviations over the seeds, and where they are."""
+
+    label: str
+    places: list[float]
+    errors: list[float]
+    deviations: list[float]
 
 
 @_styled
@@ -137,6 +148,32 @@ def mean_by_epoch(line: Line) -> list[tuple[int, float]]:
         for epoch, value in points:
             by_epoch.setdefault(epoch, []).append(value)
     return [(epoch, fmean(values)) for epoch, values in sorted(by_epoch.items())]
+
+
+@_styled
+def frontier(lines: Sequence[Points], dense: Points | None, unit: str = "compression ratio") -> Figure:
+    """Return top-1 errors with their deviations against compression, or size, a line for each method."""
+    figure, axes = _plot(380)
+    for index, line in enumerate(lines):
+        style: dict[str, Any] = {"color": _COLOURS[_LINES_OF[index % len(_LINES_OF)]], "marker": _MARKERS[index % 8]}
+        style |= {"linestyle": ("-", "--", ":", "-.")[index // len(_LINES_OF) % 4], "mfc": "none", "capsize": 3}
+        spread = line.deviations if any(line.deviations) else None
+        axes.errorbar(line.places, line.errors, spread, label=line.label, linewidth=1.5, ms=6, **style)
+    if dense is not None:
+        axes.axhline(fmean(dense.errors), color=_COLOURS["ink"], linewidth=1, linestyle=(0, (1, 2)), label=dense.label)
+    places = sorted({place for line in lines for place in line.places})
+    _log(axes.yaxis, [error for line in lines for error in line.errors])
+    if len(places) > 1:
+        axes.set_xscale("log")
+    if len(places) <= _FEW_ROWS and unit == "compression ratio":
+        axes.set_xticks(places, [f"{place:g}x" for place in places])
+    else:
+        _log(axes.xaxis, places)
+    axes.minorticks_off()
+    axes.set_xlabel(unit)
+    axes.set_ylabel("top-1 error, %")
+    _legend(figure, axes)
+    return figure
 
 
 @_styled
