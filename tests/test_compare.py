@@ -297,5 +297,6 @@ def test_runs_with_other_settings_are_another_line_unless_tuned(tmp_path):
     paths = [make_run(tmp_path / "a", **fields)[0], make_run(tmp_path / "b", batch_size=64, **fields)[0]]
     groups = by_recipe([read_run(Path(path)) for path in paths])
     assert [one.label for one in series_of(groups)] == ["GSM, batch_size 128", "GSM, batch_size 64"]
-    (one,) = series_of(groups, by_method=True)
-    assert (one.label, len(one.runs[20.0])) == ("GSM", 2)
+    other = read_run(make_run(tmp_path / "c", batch_size=64, **{**fields, "compression": 60.0})[0])
+    (one,) = series_of([groups[0], [other]])
+    assert (one.label, list(one.runs)) == ("GSM", [20.0, 60.0])

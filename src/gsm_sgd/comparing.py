@@ -146,7 +146,7 @@ def compare(plan: Comparison, options: Namespace, console: Console, log: Console
     if not runs:
         raise UsageError(f"every run has failed: {'; '.join(failures)}")
     _note_dense(runs, cells, options)
-    series = _in_order(series_of(by_recipe(runs), by_method=True), plan)
+    series = _in_order(series_of(by_recipe(runs)), plan)
     _write(plan, series, runs, tuning if plan.tuned else None)
     _show(plan, series, tuning, console, say)
     return failures
