@@ -89,6 +89,7 @@ def test_what_is_missing_is_run_and_all_of_it_is_written(tmp_path, capsys, monke
         assert result["top1"].get("dense") == (None if row["method"] == "dense" else float(rows[-1]["top1"]))
     record = json.loads((folder / "compare.json").read_text())
     assert record["methods"]["RigL"]["60"]["values"] == [float(rows[3]["top1"])]
+    assert record["methods"]["dense net"]["20"] == record["methods"]["dense net"]["60"]
     assert record["recipes"]["rigl"]["rigl"]["every"] == 2
     assert "tuning" not in record
 
