@@ -17,7 +17,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from frontier import over_seeds
 from gsm_sgd.experiments import data
 from gsm_sgd.experiments.environment import environment
 from gsm_sgd.experiments.observers import ProgressBars
@@ -25,6 +24,7 @@ from gsm_sgd.experiments.prune import Job, prune
 from gsm_sgd.experiments.recipes import Recipe, find_recipe
 from gsm_sgd.experiments.rundir import RunFolder
 from gsm_sgd.experiments.splits import Dataset
+from gsm_sgd.reports.runs import over_seeds
 from gsm_sgd.scores import SCORES, taylor
 
 _FLOOR = 0.002  # least density of a layer

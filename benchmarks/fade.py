@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from frontier import over_seeds
 from gsm_sgd.experiments.environment import environment
-from gsm_sgd.reports.runs import Run, read_run
+from gsm_sgd.reports.runs import Run, over_seeds, read_run
 
 
 def phases(run: Run) -> dict[str, float]:

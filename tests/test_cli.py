@@ -361,7 +361,7 @@ def test_show_does_not_write_where_a_link_leads(unfinished, tmp_path):
         (["data", "minst"], "unknown data set 'minst': did you mean 'mnist'?"),
         (["bench", "steps"], "unknown benchmark 'steps': did you mean 'step'?"),
         (["bench", "step", "resnet"], "no parameter shapes are known for 'resnet': did you mean 'resnet56'?"),
-        (["frobnicate"], "unknown command 'frobnicate': choose one of list, prune, lottery, show"),
+        (["frobnicate"], "unknown command 'frobnicate': choose one of list, prune, lottery, compare"),
         (["prun", "lenet300"], "unknown command 'prun': did you mean 'prune'?"),
         (["ticket", "rply"], "unknown action 'rply': did you mean 'replay'?"),
     ],

@@ -89,6 +89,7 @@ def test_what_is_missing_is_run_and_all_of_it_is_written(tmp_path, capsys, monke
         assert result["top1"].get("dense") == (None if row["method"] == "dense" else float(rows[-1]["top1"]))
     record = json.loads((folder / "compare.json").read_text())
     assert record["methods"]["RigL"]["60"]["values"] == [float(rows[3]["top1"])]
+    assert record["methods"]["dense net"]["20"] == record["methods"]["dense net"]["60"]
     assert record["recipes"]["rigl"]["rigl"]["every"] == 2
     assert "tuning" not in record
 
@@ -297,5 +298,6 @@ def test_runs_with_other_settings_are_another_line_unless_tuned(tmp_path):
     paths = [make_run(tmp_path / "a", **fields)[0], make_run(tmp_path / "b", batch_size=64, **fields)[0]]
     groups = by_recipe([read_run(Path(path)) for path in paths])
     assert [one.label for one in series_of(groups)] == ["GSM, batch_size 128", "GSM, batch_size 64"]
-    (one,) = series_of(groups, by_method=True)
-    assert (one.label, len(one.runs[20.0])) == ("GSM", 2)
+    other = read_run(make_run(tmp_path / "c", batch_size=64, **{**fields, "compression": 60.0})[0])
+    (one,) = series_of([groups[0], [other]])
+    assert (one.label, list(one.runs)) == ("GSM", [20.0, 60.0])

@@ -97,6 +97,7 @@ ORDER = [
     "reports/blocks",
     "reports/figures",
     "reports/frontier",
+    "reports/sweep",
     "reports/accuracy",
     "reports/structure",
     "reports/production",

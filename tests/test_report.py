@@ -1,5 +1,7 @@
 """The report's content: what it says of finished, unfinished, damaged and mixed runs."""
 
+import base64
+import hashlib
 import json
 import os
 import re
@@ -14,6 +16,7 @@ import yaml
 
 from gsm_sgd import cli
 from gsm_sgd.reports import accuracy, figures, nets, structure
+from gsm_sgd.reports import sweep as overview
 from gsm_sgd.reports.blocks import Group
 from gsm_sgd.reports.runs import read_run
 from made_runs import empty, make_run
@@ -407,3 +410,78 @@ def test_agreement_of_masks():
     assert found.chance_jaccard == pytest.approx(1.5 / (6 - 1.5))
     none = {name: torch.zeros_like(mask) for name, mask in ours.items()}
     assert nets.agreement(none, theirs) == (0, 0, 0, 0)
+
+
+# --- many runs ---
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """Runs of three methods and the dense net at two ratios, two seeds."""
+    folder, paths = tmp_path_factory.mktemp("sweep"), []
+    for method, ratio, top1 in (
+        *(("gsm", 20.0, 98.0), ("gsm", 60.0, 97.0), ("rigl", 20.0, 97.5), ("rigl", 60.0, 97.2)),
+        *(("gradual", 20.0, 97.9), ("gradual", 60.0, 95.0), ("dense", 1.0, 98.5)),
+    ):
+        for seed in (0, 1):
+            figures = {"pruned": top1, "gsm_after_cut": top1}
+            fields = {"command": "prune", "method": method, "compression": ratio, "top1": figures}
+            paths.append(make_run(folder / f"{method}-{ratio:g}-{seed}", seed=seed, **fields)[0])
+    (paths[0] / "pruned.sparse.safetensors.xz").write_bytes(bytes(1024))
+    return paths
+
+
+def test_many_runs_are_shown_together(sweep, tmp_path, capsys):
+    page, missing = report(capsys, tmp_path, *sweep, sweep[0], sweep[1] / ".." / sweep[1].name)
+    assert missing == []
+    (rows,) = page.tables["Top-1 in % by method and compression ratio, mean ± standard deviation over the seeds 0, 1"]
+    assert rows[0] == ["method", "20x", "60x"]
+    assert {row[0]: row[1] for row in rows[1:]} == {
+        "GSM": "97.98 ± 0.02", "RigL": "97.48 ± 0.02", "gradual magnitude": "97.89 ± 0.02", "dense net": "98.48 ± 0.02",
+    }  # fmt: skip
+    assert "At 20x GSM leads by 0.10, more than one deviation" in page.text
+    assert "At 60x RigL leads by 0.20, more than one deviation" in page.text
+    (sizes,) = page.tables["KiB of the sparse file, mean over the seeds"]
+    assert sizes[1:] == [["GSM", "1.0", ""], ["RigL", "", ""], ["gradual magnitude", "", ""], ["dense net", "", ""]]
+    (overview,) = page.tables["Top-1 in %"]
+    assert len(overview) == 8
+    for text in ("Top-1 error by epoch at 20x", "Top-1 error by epoch at 60x", "A report of fewer runs has the layers"):
+        assert text in page.text
+    assert not {"layers-title", "masks-title"} & set(page.ids)
+    assert len(page.source) < 300_000
+
+
+def test_methods_are_laid_over_each_other_by_epoch(sweep):
+    groups = [Group(str(number), [read_run(path) for path in sweep[number : number + 2]]) for number in (0, 4, 12)]
+    (block,) = overview.curves(groups)
+    axes = block.figure.axes[0]
+    labels = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines() if line.get_label()[0] != "_"}
+    assert list(labels) == ["GSM", "RigL", "dense net"]
+    for number, label in enumerate(labels):
+        runs = groups[number].runs
+        errors = [[100 - one["top1"] for one in run.metrics if one["stage"] == run.method] for run in runs]
+        assert labels[label] == pytest.approx([fmean(pair) for pair in zip(*errors, strict=True)])
+
+
+def test_the_one_script_is_ours_and_sorts_tables(sweep, tmp_path, capsys):
+    page, _ = report(capsys, tmp_path, *sweep)
+    assert page.tags.count("script") == 1
+    script = re.search("<script>(.*)</script>", page.source, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in page.source
+    assert page.source.count('<table class="sortable">') == 3
+    assert "unsafe-inline'; img-src" in page.source  # for styles alone
+
+
+def test_show_has_a_table_of_methods_and_ratios(sweep, capsys):
+    assert cli.run(["show", *map(str, sweep)]) == 0
+    said = capsys.readouterr().out
+    assert "lenet300 on mnist" in said
+    assert re.search("gradual magnitude │ 97.89 ± 0.02 │ 94.98 ± 0.02", said)
+    assert "At 60x RigL leads by 0.20" in said
+    assert "fc1.weight" not in said
+    assert "7 groups of runs: gsm show of up to 6" in said
+    assert cli.run(["show", *map(str, sweep[:4])]) == 0
+    said = capsys.readouterr().out
+    assert said.count("fc1.weight") == 2
+    assert re.search("GSM    │ 97.98 ± 0.02 │ 96.98 ± 0.02", said)

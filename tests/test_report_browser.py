@@ -139,3 +139,17 @@ def test_accessibility(visit, scheme):
     assert page.locator("svg").count() == page.locator("svg[role=img][aria-label]").count() > 0
     found = axe.Axe().run(page).response["violations"]
     assert [(one["id"], one["nodes"][0]["html"][:200]) for one in found] == []
+
+
+def test_a_click_sorts_a_table(visit):
+    page = visit()
+    table = page.locator("table.sortable").first
+    cells = lambda: table.locator("tbody tr > :nth-child(6)").all_text_contents()  # noqa: E731
+    head = table.locator("thead th").nth(5)
+    head.locator("button").click()
+    assert head.get_attribute("aria-sort") == "descending"
+    falling = cells()
+    head.locator("button").press("Enter")
+    assert head.get_attribute("aria-sort") == "ascending"
+    assert cells() == falling[::-1] != falling
+    assert falling == sorted(falling, reverse=True)

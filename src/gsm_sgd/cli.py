@@ -43,11 +43,13 @@ from .export.target import compression_for, parse_size
 from .export.ticket import check_fits, read_ticket, replay, save_ticket
 from .masks import LayerSparsity, sparsity_rows
 from .names import is_prunable
-from .reports import accuracy, figures, html, structure, tables
+from .reports import accuracy, figures, html, structure, sweep, tables
 from .reports.blocks import Group, tried
+from .reports.frontier import frontier_table, ratios_of, series_of, verdicts
 from .reports.runs import WEIGHTS, Run, by_recipe, comparable, read_run, summary
 
 _COMMANDS = {"prune": prune, "lottery": lottery}
+_MANY = 6  # groups of runs, of which more are shown together alone
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, of a user's share of it, of what a file may have
 
 
@@ -148,8 +150,7 @@ def _run(command: str, options: Namespace, console: _Console, log: _Console) -> 
                 if folder.writes:
                     _save_figures(read_run(path), folder)
     if folder.writes:
-        for group in by_recipe([read_run(path) for path in planned]):
-            _print_results(group, console)
+        _print_groups(by_recipe([read_run(path) for path in planned]), console)
         for path in planned if options.get("target_size") is not None else ():
             _export_small(path, parse_size(options.target_size), console)
 
@@ -358,8 +359,7 @@ def _show(paths: Sequence[Path], json_path: Path | None, console: _Console, log:
         _print_layers(rows, path, console)
     for one in (one for one in runs if one.result is None):
         console.print(tables.progress_table(one))
-    for group in groups:
-        _print_results(group, console)
+    _print_groups(groups, console)
 
 
 def _print_layers(layers: Sequence[LayerSparsity], path: Path, console: _Console) -> None:
@@ -367,6 +367,20 @@ def _print_layers(layers: Sequence[LayerSparsity], path: Path, console: _Console
     console.print(tables.layers_table(layers, str(path)))
     if text := tables.empty_layers((row.name, row.params, row.nonzeros) for row in layers):
         console.say(text)
+
+
+def _print_groups(groups: Sequence[list[Run]], console: _Console) -> None:
+    """Print runs of each recipe, if there are few, and what they have in common: net, data and a range of ratios."""
+    for group in groups if len(groups) <= _MANY else ():
+        _print_results(group, console)
+    for title, family in sweep.families([Group("", group) for group in groups]).items():
+        series = series_of([group.runs for group in family])
+        if ratios_of(series):
+            console.print(frontier_table(series, title, "top-1 % of the pruned net, mean ± deviation over the seeds"))
+            for text in verdicts(series):
+                console.say(text)
+    if len(groups) > _MANY:
+        console.say(f"{len(groups)} groups of runs: gsm show of up to {_MANY} has layers and stages of each")
 
 
 def _print_results(runs: Sequence[Run], console: _Console) -> None:

@@ -40,8 +40,17 @@ from .export.rebuild import load_data
 from .export.run import export
 from .optim.checks import CutWarning
 from .reports import figures, html
-from .reports.frontier import Series, frontier_csv, frontier_figure, frontier_table, series_of, sparse_bytes, verdicts
-from .reports.runs import Run, by_recipe, read_run
+from .reports.frontier import (
+    Series,
+    frontier_csv,
+    frontier_figure,
+    frontier_table,
+    ratios_of,
+    series_of,
+    sparse_bytes,
+    verdicts,
+)
+from .reports.runs import Run, by_recipe, over_seeds, read_run
 
 _TUNING = "tuning"  # the folder of trials, in the one of the runs
 _DIGITS = 6
@@ -146,7 +155,7 @@ def compare(plan: Comparison, options: Namespace, console: Console, log: Console
     if not runs:
         raise UsageError(f"every run has failed: {'; '.join(failures)}")
     _note_dense(runs, cells, options)
-    series = _in_order(series_of(by_recipe(runs), by_method=True), plan)
+    series = _in_order(series_of(by_recipe(runs)), plan)
     _write(plan, series, runs, tuning if plan.tuned else None)
     _show(plan, series, tuning, console, say)
     return failures
@@ -268,12 +277,8 @@ def _title(plan: Comparison) -> str:
 def _record(plan: Comparison, series: Sequence[Series], tuning: Record | None) -> Record:
     cells: Record = {}
     for one in series:
-        for ratio in one.runs:
-            found = one.at(ratio)
-            assert found is not None
-            std = None if found.std is None else round(found.std, 4)
-            shown = {"mean": round(found.mean, 4), "std": std, "values": found.values}
-            cells.setdefault(one.label, {})[f"{ratio:g}"] = shown
+        found = {ratio: one.at(ratio) for ratio in ratios_of(series)}
+        cells[one.label] = {f"{ratio:g}": over_seeds(cell.values) for ratio, cell in found.items() if cell is not None}
     holdout = plan.recipe.holdout
     return {
         "benchmark": "compare",

@@ -12,6 +12,7 @@ from .figures import Line, Panel, Row
 from .runs import Outcome, outcomes
 from .tables import cut_line, empty_layers_of
 
+_MANY = 6  # groups of runs
 _DRAWN = 500  # epochs of a stage; a screen shows no more
 _COLOURS = {"base": "ink", "ticket_gsm": "green", "ticket_magnitude": "orange"}  # blue: of GSM training
 _STAGES = {
@@ -41,7 +42,15 @@ def comparison(groups: Sequence[Group]) -> Block:
         )
         marks.append(_errors_of(last, group.title))
     columns = ["runs", "seeds", "weights kept", "base net", "before the cut", "after the cut", "pruned net"]
-    table = Table("Top-1 in %", [*columns, "dense net", "the paper", "difference", "epochs", "seconds"], rows, texts=2)
+    table = Table(
+        "Top-1 in %",
+        [*columns, "dense net", "the paper", "difference", "epochs", "seconds"],
+        rows,
+        texts=2,
+        sortable=True,
+    )
+    if len(groups) > _MANY:  # the figure would be as long as the table
+        return Block(tables=[table])
     return _top1(marks, "Top-1 error of the pruned nets of all runs, beside the paper's.", table)
 
 

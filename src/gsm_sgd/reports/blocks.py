@@ -16,13 +16,14 @@ _P = ParamSpec("_P")
 
 
 class Table(NamedTuple):
-    """A table; the first cell of a row names it, and numbers begin after `texts` cells."""
+    """A table; the first cell of a row names it, and numbers begin after `texts` cells; a click may sort it."""
 
     caption: str
     columns: list[str]
     rows: list[list[str]]
     texts: int = 1
     folded: bool = False
+    sortable: bool = False
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,9 @@ _styled = matplotlib.rc_context(_STYLE)
 _WIDTH = 560  # CSS pixels, before the page scales it
 _MANY_NETS = 12  # in a matrix: with more there is no room for numbers
 _FEW_ROWS = 12  # with more there is room for a line of small print in each only
-_MARKERS = "osD^vPX*"
+_MARKERS, _DASHES = "osD^vPX*", ("-", "--", ":", "-.")
 _LINES_OF = ("blue", "orange", "green", "purple", "faint")  # the colours of lines, by turns
+_LEGEND = 78  # characters in a line of a legend
 _LABEL, _LINES = 25, 3  # characters in a line of a label, and lines
 ElementTree.register_namespace("", "http://www.w3.org/2000/svg")
 ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
@@ -155,14 +156,15 @@ def frontier(lines: Sequence[Points], dense: Points | None, unit: str = "compres
     """Return top-1 errors with their deviations against compression, or size, a line for each method."""
     figure, axes = _plot(380)
     for index, line in enumerate(lines):
-        style: dict[str, Any] = {"color": _COLOURS[_LINES_OF[index % len(_LINES_OF)]], "marker": _MARKERS[index % 8]}
-        style |= {"linestyle": ("-", "--", ":", "-.")[index // len(_LINES_OF) % 4], "mfc": "none", "capsize": 3}
+        colour, dash = line_style(index)
+        style: dict[str, Any] = {"color": _COLOURS[colour], "linestyle": dash, "marker": _MARKERS[index % 8]}
+        style |= {"mfc": "none", "capsize": 3}
         spread = line.deviations if any(line.deviations) else None
         axes.errorbar(line.places, line.errors, spread, label=line.label, linewidth=1.5, ms=6, **style)
     if dense is not None:
         axes.axhline(fmean(dense.errors), color=_COLOURS["ink"], linewidth=1, linestyle=(0, (1, 2)), label=dense.label)
     places = sorted({place for line in lines for place in line.places})
-    _log(axes.yaxis, [error for line in lines for error in line.errors])
+    _log(axes.yaxis, [error for line in (*lines, *([dense] if dense else [])) for error in line.errors])
     if len(places) > 1:
         axes.set_xscale("log")
     if len(places) <= _FEW_ROWS and unit == "compression ratio":
@@ -174,6 +176,11 @@ def frontier(lines: Sequence[Points], dense: Points | None, unit: str = "compres
     axes.set_ylabel("top-1 error, %")
     _legend(figure, axes)
     return figure
+
+
+def line_style(index: int) -> tuple[str, str]:
+    """Return the colour and the dash of a line, which tell it from 19 others."""
+    return _LINES_OF[index % len(_LINES_OF)], _DASHES[index // len(_LINES_OF) % len(_DASHES)]
 
 
 @_styled
@@ -261,7 +268,8 @@ def _legend(figure: Figure, *axes: Axes) -> None:
         for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     if len(entries) > 1:
-        figure.legend(entries.values(), entries.keys(), loc="outside upper left", ncols=3)
+        columns = max(1, min(3, _LEGEND // max(map(len, entries))))
+        figure.legend(entries.values(), entries.keys(), loc="outside upper left", ncols=columns)
 
 
 def _wrapped(text: str) -> str:

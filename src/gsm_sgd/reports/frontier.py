@@ -42,18 +42,18 @@ def sparse_bytes(folder: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def series_of(groups: Sequence[Sequence[Run]], by_method: bool = False) -> list[Series]:
-    """Return groups of runs that differ in the seed alone as series: of one ratio after the other, else the same.
+def series_of(groups: Sequence[Sequence[Run]]) -> list[Series]:
+    """Return groups of finished runs that differ in the seed alone as series: one ratio after the other, else the same.
 
-    Args:
-        groups: finished runs.
-        by_method: take all runs of a method for one series, though their settings may be other ones at each ratio.
+    Where there is one group for each method and ratio, all of a method are one series: tuned settings may be other ones
+    at each ratio.
     """
+    groups = [runs for runs in groups if "pruned" in runs[0].finished()["top1"]]  # others only trained a ticket again
+    places = [(runs[0].method, runs[0].recipe["compression"]) for runs in groups]
+    by_method = len(set(places)) == len(places)
     found: dict[str, dict[float, list[Run]]] = {}
     settings = {}
     for runs in groups:
-        if "pruned" not in runs[0].finished()["top1"]:
-            continue  # a ticket that was trained again
         own = {**runs[0].settings, "compression": None}
         key = runs[0].method if by_method else repr(sorted(own.items()))
         settings[key] = own

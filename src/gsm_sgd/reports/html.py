@@ -1,5 +1,7 @@
 """The report: one page of HTML that has everything in it, and asks no network for anything."""
 
+import base64
+import hashlib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +13,7 @@ from .. import __version__
 from ..experiments import UsageError
 from ..experiments.rundir import Record
 from ..experiments.whole_files import write_output
-from . import accuracy, figures, production, structure
+from . import accuracy, figures, production, structure, sweep
 from .blocks import Block, Group, Table, tried
 from .runs import PROGRESS, Run, by_recipe, comparable, read_run
 
@@ -24,6 +26,7 @@ _PANELS = {
     "recipe": "Recipe and environment",
 }
 _SETTING = 60  # characters of a setting in a title
+_MANY = 6  # groups of runs: with more each has no parts of its own
 
 
 def write_report(paths: Sequence[Path], output: Path) -> list[str]:
@@ -72,7 +75,11 @@ def _page(groups: Sequence[Group], missing: list[str]) -> str:
     finished = [group for group in groups if group.results]
     if len(finished) > 1:
         panels["results"].append(("All runs side by side", [accuracy.comparison(finished)]))
-    for group in groups:
+    for title, family in sweep.families(finished).items():
+        panels["results"] += [(title, blocks)] if (blocks := sweep.frontier(family)) else []
+        panels["curves"] += [(title, blocks)] if (blocks := sweep.curves(family)) else []
+    many = len(groups) > _MANY
+    for group in () if many else groups:
         said = {"curves": accuracy.curves(group), "recipe": production.recipe_and_environment(group)}
         if group.results:
             masks = structure.read_masks(group, missing)
@@ -96,5 +103,19 @@ def _page(groups: Sequence[Group], missing: list[str]) -> str:
     loader = jinja2.PackageLoader("gsm_sgd.reports", "page")
     options: Record = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options)
-    content = {"titles": _PANELS, "panels": panels, "missing": missing, "progress": progress, "drawn": drawn}
+    titles = {key: title for key, title in _PANELS.items() if panels[key] or not many}
+    script = Markup(loader.get_source(environment, "sort.js")[0].strip())
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    sorts = any(table.sortable for of in panels.values() for _, blocks in of for one in blocks for table in one.tables)
+    content = {
+        "script": script,
+        "digest": digest,
+        "sorts": sorts,
+        "many": many,
+        "titles": titles,
+        "panels": panels,
+        "missing": missing,
+        "progress": progress,
+        "drawn": drawn,
+    }
     return environment.get_template("report.html").render(version=__version__, groups=groups, runs=len(runs), **content)

@@ -302,6 +302,12 @@ class Outcome(NamedTuple):
         return f"{self.mean:.2f}" + ("" if self.std is None else f" ± {self.std:.2f}")
 
 
+def over_seeds(values: Sequence[float]) -> Record:
+    """Return mean, sample deviation if there are several, and the values, rounded for results/."""
+    std = round(stdev(values), 4) if len(values) > 1 else None
+    return {"mean": round(fmean(values), 4), "std": std, "values": list(values)}
+
+
 def outcome(runs: Sequence[Run], key: str, paper: float | None = None) -> Outcome:
     """Return an accuracy of finished runs; no last ten of what is no stage's."""
     last_ten = [value for run in runs if (value := run.last_ten(key)) is not None]
