@@ -43,6 +43,7 @@ class ChannelGroups(Pattern):
 
     signed = True
     spares_layers = True
+    _per_cost = True
 
     @classmethod
     def trace(
@@ -165,7 +166,8 @@ class ChannelGroups(Pattern):
 
     def _set_cost(self, kind: str) -> None:
         self._cost = self._costs[kind]
-        self._savings = self._cost.savings(self._sizes, self._blocks, self._block_sizes)
+        savings = self._cost.savings(self._sizes, self._blocks, self._block_sizes)
+        self._savings = savings if self._per_cost else self._block_sizes.double()
 
     def cost_of(self, kept: Tensor) -> float:
         """Return the cost of a net with these units, in the unit of the budget."""
@@ -225,6 +227,12 @@ class ChannelGroups(Pattern):
             raise ValueError(f"a pattern of channels takes one of {', '.join(KINDS)}, not {kind}")
         bound = copy.copy(self)
         bound._set_cost(kind)
+        return bound
+
+    def by_score(self) -> Self:
+        """Return the pattern that drops the channels of the lowest scores, whatever they cost."""
+        bound = copy.copy(self)
+        bound._per_cost, bound._savings = False, self._block_sizes.double()
         return bound
 
     def over(self, names: Sequence[str]) -> Self:
