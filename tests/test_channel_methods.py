@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gsm_sgd import Schedule
+from gsm_sgd import keep_masked
 from gsm_sgd.experiments.models.resnet_cifar import resnet_a
 from gsm_sgd.selection.stored import select_top
 from gsm_sgd.structured import ChannelGroups, remove_channels
@@ -86,7 +86,7 @@ def assert_lockstep(groups, method, penalty, scores):
     model = Residual().double()
     twin = copy.deepcopy(model)
     optimizer, reference = sgd(model), sgd(twin)
-    mine = method(optimizer, model, groups, macs=0.5, strength=0.02)
+    mine = method(optimizer, 100, model, groups, macs=0.5, strength=0.02)
     for seed in range(5):
         step(model, optimizer, seed)
         step(twin, reference, seed, lambda: 0.02 * penalty(twin))
@@ -118,14 +118,14 @@ def test_a_group_of_zeros_stays_as_it_is(groups):
         for part in model.members()[0][3]:
             part.zero_()
     optimizer = sgd(model)
-    GroupL1(optimizer, model, groups, macs=0.5)
+    GroupL1(optimizer, 100, model, groups, macs=0.5)
     step(model, optimizer, 0)
     assert all(param.isfinite().all() for param in model.parameters())
 
 
 def test_slimming_cuts_the_smallest_scales_of_all(groups):
     model = Residual()
-    masks = Slimming(sgd(model), model, groups, channels=0.5).finalize()
+    masks = Slimming(sgd(model), 100, model, groups, channels=0.5).finalize()
     kept = groups.kept_by(masks)
     assert kept.sum() == 10
     fresh = Residual()
@@ -139,7 +139,7 @@ def test_costs_do_not_count_in_the_order(groups):
     with torch.no_grad():
         for norm, scale in ((model.bn1, 0.9), (model.bn0, 0.5), (model.bn2, 0.5)):
             norm.weight.fill_(scale)
-    method = Slimming(sgd(model), model, groups, parameters=0.7)
+    method = Slimming(sgd(model), 100, model, groups, parameters=0.7)
     scores, bound = method.scores(), groups.for_budget("parameters")
     inner, added = widths(method.finalize())
     assert inner < 12
@@ -150,7 +150,7 @@ def test_costs_do_not_count_in_the_order(groups):
 
 def test_uniform_keeps_the_largest_filters_of_each_layer(groups):
     model = Residual()
-    masks = Uniform(sgd(model), model, groups, macs=0.5).finalize()
+    masks = Uniform(sgd(model), 100, model, groups, macs=0.5).finalize()
     inner, added = widths(masks)
     assert abs(inner / 12 - added / 8) <= 1 / 8
     fresh = Residual()
@@ -162,7 +162,7 @@ def test_uniform_keeps_the_largest_filters_of_each_layer(groups):
 
 @pytest.mark.parametrize("share", [0.9, 0.5, 0.2, 0.05])
 def test_uniform_takes_the_largest_share_that_fits(groups, share):
-    kept = groups.kept_by(Uniform(sgd(model := Residual()), model, groups, macs=share).finalize())
+    kept = groups.kept_by(Uniform(sgd(model := Residual()), 100, model, groups, macs=share).finalize())
     bound = groups.for_budget("macs")
     most = share * bound.total([IMAGES])
     assert bound.cost_of(kept) <= most
@@ -182,7 +182,7 @@ def test_uniform_takes_the_largest_share_that_fits(groups, share):
 @pytest.mark.parametrize("budget", [{"macs": 0.5}, {"parameters": 0.4}, {"channels": 0.3}])
 def test_the_budget_is_met_and_used(groups, name, budget):
     model = Residual()
-    masks = METHODS[name](sgd(model), model, groups, **budget).finalize()
+    masks = METHODS[name](sgd(model), 100, model, groups, **budget).finalize()
     ((kind, share),) = budget.items()
     bound = groups.for_budget(kind)
     used = bound.cost_of(groups.kept_by(masks)) / bound.total([IMAGES])
@@ -197,7 +197,7 @@ def test_the_budget_is_met_and_used(groups, name, budget):
 def test_the_schedule_cuts_and_the_rest_trains_on(groups, name):
     model = Residual()
     optimizer = sgd(model)
-    method = METHODS[name](optimizer, model, groups, Schedule(10, ramp=0, fade=0, cut=0.4), macs=0.5)
+    method = METHODS[name](optimizer, 10, model, groups, cut=0.4, macs=0.5)
     for seed in range(4):
         step(model, optimizer, seed)
         assert model.bn1.weight.all()
@@ -215,13 +215,12 @@ def test_the_schedule_cuts_and_the_rest_trains_on(groups, name):
     assert all(torch.equal(masks[key], mask) for key, mask in method.finalize().items())
 
 
-def test_nothing_is_penalized_after_the_cut(groups):
-    """From then on it is plain training of the model with these channels at zero."""
+@pytest.mark.parametrize("name", METHODS)
+def test_after_the_cut_it_is_keep_masked(groups, name):
     model, twin = Residual(), Residual()
-    Slimming(optimizer := sgd(model), model, groups, macs=0.5, strength=0.5).finalize()
-    GroupL1(reference := sgd(twin), twin, groups, macs=0.5, strength=0.5).load_state_dict(
-        {"step": 0, "kept": groups.kept_by({k: p != 0 for k, p in model.named_parameters()}), "cut": True}
-    )
+    optimizer, reference = sgd(model), sgd(twin)
+    masks = METHODS[name](optimizer, 100, model, groups, macs=0.5).finalize()
+    keep_masked(reference, masks, twin)
     for seed in range(3):
         step(model, optimizer, seed)
         step(twin, reference, seed)
@@ -230,7 +229,7 @@ def test_nothing_is_penalized_after_the_cut(groups):
 
 def test_uniform_cuts_before_the_first_step(groups):
     model = Residual()
-    Uniform(sgd(model), model, groups, macs=0.5)
+    Uniform(sgd(model), 100, model, groups, macs=0.5)
     assert not model.bn1.weight.all()
 
 
@@ -245,7 +244,7 @@ def pushed(model, optimizer):
 def test_remove_lets_the_weights_move(groups):
     model = Residual()
     optimizer = sgd(model)
-    method = Uniform(optimizer, model, groups, macs=0.5)
+    method = Uniform(optimizer, 100, model, groups, macs=0.5)
     assert not pushed(model, optimizer)
     method.remove()
     assert pushed(model, optimizer)
@@ -258,7 +257,7 @@ def test_resume_to_the_same_bits(groups, name, make, stop):
     def begin():
         model = Residual()
         optimizer = make(model)
-        return model, optimizer, METHODS[name](optimizer, model, groups, Schedule(8, ramp=0, fade=0, cut=0.5), macs=0.5)
+        return model, optimizer, METHODS[name](optimizer, 8, model, groups, cut=0.5, macs=0.5)
 
     model, optimizer, method = begin()
     for seed in range(8):
@@ -277,7 +276,7 @@ def test_resume_to_the_same_bits(groups, name, make, stop):
 def test_a_state_from_before_the_cut_undoes_it(groups):
     model = Residual()
     optimizer = sgd(model)
-    method = Slimming(optimizer, model, groups, macs=0.5)
+    method = Slimming(optimizer, 100, model, groups, macs=0.5)
     state = method.state_dict()
     method.finalize()
     assert not pushed(model, optimizer)
@@ -291,7 +290,7 @@ def test_a_deep_net_without_weights_in_its_shortcuts():
     groups = ChannelGroups.trace(model, images)
     for name, method in METHODS.items():
         net = copy.deepcopy(model)
-        masks = method(sgd(net), net, groups, macs=0.5).finalize()
+        masks = method(sgd(net), 100, net, groups, macs=0.5).finalize()
         bound = groups.for_budget("macs")
         used = bound.cost_of(groups.kept_by(masks)) / bound.total([images])
         assert 0.45 < used <= 0.5, name
@@ -303,7 +302,7 @@ def test_channels_of_transposed_convolutions_are_filters_too():
     model = nn.Sequential(nn.ConvTranspose2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3))
     groups = ChannelGroups.trace(model, torch.rand(1, 3, 8, 8))
     lengths = model[0].weight.detach().abs().sum((0, 2, 3))
-    kept = Uniform(sgd(model), model, groups, channels=0.5).finalize()["1.weight"]
+    kept = Uniform(sgd(model), 100, model, groups, channels=0.5).finalize()["1.weight"]
     assert kept.sum() == 3
     assert lengths[kept].min() > lengths[~kept].max()
 
@@ -316,15 +315,19 @@ def test_bad_input(groups):
     optimizer = sgd(model)
     for budget in ({}, {"macs": 0.5, "channels": 0.5}, {"sparsity": 0.5}):
         with pytest.raises(ValueError, match="give one of macs, parameters, channels, latency, not"):
-            Slimming(optimizer, model, groups, **budget)
+            Slimming(optimizer, 100, model, groups, **budget)
     with pytest.raises(ValueError, match="below the smallest possible"):
-        Slimming(optimizer, model, groups, macs=0.01)
+        Slimming(optimizer, 100, model, groups, macs=0.01)
+    with pytest.raises(ValueError, match="total_steps must be at least 1, not 0"):
+        Slimming(optimizer, 0, model, groups, macs=0.5)
+    with pytest.raises(ValueError, match="cut is a share, from 0 to 1, not 2"):
+        Uniform(optimizer, 100, model, groups, cut=2, macs=0.5)
     with pytest.raises(ValueError, match="strength must be finite"):
-        GroupL1(optimizer, model, groups, macs=0.5, strength=-1)
+        GroupL1(optimizer, 100, model, groups, macs=0.5, strength=-1)
     with pytest.raises(ValueError, match="trace it again"):
-        Slimming(optimizer, nn.Linear(3, 3), groups, macs=0.5)
+        Slimming(optimizer, 100, nn.Linear(3, 3), groups, macs=0.5)
     with pytest.raises(ValueError, match=r"'bn0\.bias' silences channels, but the optimizer does not train it"):
-        Slimming(torch.optim.SGD([model.bn0.weight], lr=0.1), model, groups, macs=0.5)
+        Slimming(torch.optim.SGD([model.bn0.weight], lr=0.1), 100, model, groups, macs=0.5)
     assert not optimizer._optimizer_step_pre_hooks
 
 
@@ -332,19 +335,34 @@ def test_slimming_needs_norms():
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3))
     groups = ChannelGroups.trace(model, torch.rand(1, 3, 8, 8))
     with pytest.raises(ValueError, match=r"no norm scales the channels of '0\.weight': leave its"):
-        Slimming(sgd(model), model, groups, macs=0.5)
+        Slimming(sgd(model), 100, model, groups, macs=0.5)
 
 
 def test_a_closure_is_refused(groups):
     model = Residual()
     optimizer = sgd(model)
-    Slimming(optimizer, model, groups, macs=0.5)
+    Slimming(optimizer, 100, model, groups, macs=0.5)
     with pytest.raises(ValueError, match="take steps without a closure"):
         optimizer.step(lambda: 0.0)
 
 
-def test_a_state_of_another_model_is_refused(groups):
+def test_a_state_of_something_else_is_refused(groups):
     model = Residual()
-    method = Slimming(sgd(model), model, groups, macs=0.5)
-    with pytest.raises(ValueError, match="the state is of a model of 3 units, not 20"):
-        method.load_state_dict({"step": 1, "kept": torch.ones(3, dtype=torch.bool), "cut": True})
+    method = Slimming(sgd(model), 100, model, groups, macs=0.5)
+    state = method.state_dict()
+    for other, said in (
+        ({"kept": torch.ones(3, dtype=torch.bool)}, "the state is of a model of 3 units, not 20"),
+        ({"method": "group_l1"}, "saved with method group_l1, which is slimming here"),
+        ({"strength": 0.5}, "saved with strength 0.5, which is 0.0001 here"),
+        ({"macs": 0.25}, "saved with macs 0.25, which is 0.5 here"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            method.load_state_dict({**state, **other})
+
+
+def test_settings_of_the_methods():
+    assert {name: method.settings() for name, method in METHODS.items()} == {
+        "slimming": {"cut": 0.7, "strength": 1e-4},
+        "group_l1": {"cut": 0.7, "strength": 1e-4},
+        "uniform": {"cut": 0.0},
+    }

@@ -41,6 +41,7 @@ ORDER = [
     "structured/channels",
     "structured/remove",
     "structured/methods",
+    "structured/compactor",
     "structured/__init__",
     "__init__",
     "experiments/__init__",

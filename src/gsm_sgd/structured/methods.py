@@ -3,7 +3,8 @@
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
-from typing import Any
+from inspect import signature
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 from ..budget import SHARES, Budget
 from ..masks import Masks, mask_gradients
 from ..names import bare_names
-from ..schedules import Schedule
+from ..schedules import real_number, whole_number
 from ..selection.stored import select_top
 from .channels import ChannelGroups
 from .graph import STAYS
@@ -22,70 +23,103 @@ from .graph import STAYS
 class ChannelMethod:
     """Train with a penalty, silence channels once, and train the rest: what these methods share.
 
-    A method works through hooks on an optimizer: its penalty is added to the gradients right before each step, and
-    silent channels are at zero after each step. A subclass defines `scores` and, unless it has none, `_penalize`.
+    A method works inside `optimizer.step()`: its penalty is added to the gradients right before each step, and silent
+    channels are zero after each step. A subclass defines `name`, `scores` and, unless it has no penalty, `_penalize`.
 
     Args:
         optimizer: any of torch's kind that trains all parameters that silence channels.
+        total_steps: optimizer steps of the whole training.
         model: what has been traced.
         groups: its channels.
-        schedule: its `cut_step` says before which step channels are silenced; None leaves that to `finalize()`.
-        budget: one of `macs`, `parameters`, `channels` and `latency`, a share of what the dense net costs.
+        cut: share of the steps after which channels are silenced; 0 does so at once, and 1 leaves it to `finalize()`.
+        budget: one of `macs`, `parameters`, `channels` and `latency`: a share of what the dense net costs.
 
     Attributes:
         step: how many steps have been taken.
-        kept: bool, which units are kept, once this is known.
+        kept: bool, which units are kept; None before this is known.
 
     Raises:
-        ValueError: the budget cannot be met, the model is not what was traced, or the optimizer does not train a
-            parameter that silences channels.
+        ValueError: an argument is out of range, the budget cannot be met, the model is not what was traced, or the
+            optimizer does not train a parameter that silences channels. Nothing has changed.
 
     Example:
         >>> groups = ChannelGroups.trace(model, images)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        >>> method = Slimming(optimizer, model, groups, Schedule(total_steps), macs=0.5)
+        >>> method = Slimming(optimizer, total_steps, model, groups, macs=0.5)
         >>> ...the usual loop...
         >>> slim = remove_channels(model, groups, method.finalize(), optimizer)
     """
 
+    name: ClassVar[str]
+    title: ClassVar[str] = ""  # in words, if those are others
+
     def __init__(
         self,
         optimizer: Optimizer,
+        total_steps: int,
         model: nn.Module,
         groups: ChannelGroups,
-        schedule: Schedule | None = None,
+        *,
+        cut: float = 0.7,
         **budget: float,
     ) -> None:
+        self.total_steps, self.cut = whole_number("total_steps", total_steps), real_number("cut", cut)
+        if self.total_steps < 1:
+            raise ValueError(f"total_steps must be at least 1, not {self.total_steps}")
+        if not 0 <= self.cut <= 1:
+            raise ValueError(f"cut is a share, from 0 to 1, not {self.cut:g}")
         if len(budget) != 1 or not set(budget) <= set(SHARES):
             raise ValueError(f"give one of {', '.join(SHARES)}, not {' and '.join(budget) or 'none'}")
-        share = Budget.of(**budget)  # type: ignore[arg-type]
-        self.groups = groups.for_budget(share.kind).by_score().over(list(groups.channels.rows))
+        self.budget = Budget.of(**budget)  # type: ignore[arg-type]
+        self.groups = groups.for_budget(self.budget.kind).by_score().over(list(groups.channels.rows))
         self.parameters = self._find(model, optimizer)
         self._silencing = [self.parameters[name] for name in groups.channels.rows]
-        self._budget = share.num_kept(self.groups.total(self._silencing))
-        self.groups.check_budget(self._budget)
-        self.schedule, self.step = schedule, 0
+        self._most = self.budget.num_kept(self.groups.total(self._silencing))
+        self.groups.check_budget(self._most)
+        self.step = 0
         self.kept: Tensor | None = None
         self._gone: list[tuple[Tensor, Tensor]] = []
-        self._prepare(model)
+        self._prepare(model, optimizer)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        if self.restart == 0:
+            self.finalize()
+
+    @classmethod
+    def settings(cls) -> dict[str, Any]:
+        """Return the settings of this method, with their defaults."""
+        arguments = signature(cls).parameters.values()
+        return {argument.name: argument.default for argument in arguments if argument.kind is argument.KEYWORD_ONLY}
+
+    @property
+    def restart(self) -> int | None:
+        """The step of the cut, at which a learning rate schedule may start again; None if the cut ends the training."""
+        step = round(self.cut * self.total_steps)
+        return step if step < self.total_steps else None
 
     def _find(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
         """Return the model's parameters by the names that were traced."""
-        names = bare_names(dict(model.named_parameters()))
-        parameters: dict[str, Tensor] = {names[name]: param for name, param in model.named_parameters()}
+        parameters = self._parameters_of(model)
         if {name: tuple(param.shape) for name, param in parameters.items()} != self.groups.shapes:
             raise ValueError("the model is not what it was when its channels were traced: trace it again")
-        trained = {param for group in optimizer.param_groups for param in group["params"] if param.requires_grad}
-        for name in self.groups.channels.rows:
-            if parameters[name] not in trained:
-                raise ValueError(f"{name!r} silences channels, but the optimizer does not train it")
+        self._check_trained({name: parameters[name] for name in self.groups.channels.rows}, optimizer)
         return parameters
 
-    def _prepare(self, model: nn.Module) -> None:
+    @staticmethod
+    def _parameters_of(model: nn.Module) -> dict[str, Tensor]:
+        names = bare_names(dict(model.named_parameters()))
+        return {names[name]: param for name, param in model.named_parameters()}
+
+    @staticmethod
+    def _check_trained(silencing: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+        trained = {param for group in optimizer.param_groups for param in group["params"] if param.requires_grad}
+        for name, param in silencing.items():
+            if param not in trained:
+                raise ValueError(f"{name!r} silences channels, but the optimizer does not train it")
+
+    def _prepare(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Find what the method works on, or raise ValueError before it has touched anything."""
 
     def scores(self) -> Tensor:
@@ -97,7 +131,7 @@ class ChannelMethod:
 
     def _choose(self) -> Tensor:
         """Return which units to keep."""
-        return self._best(self.scores(), self._budget)
+        return self._best(self.scores(), self._most)
 
     def _best(self, scores: Tensor, budget: int) -> Tensor:
         (kept,) = self.groups.select([scores], budget, select_top)
@@ -132,7 +166,7 @@ class ChannelMethod:
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get("closure", *args[1:2]) is not None:
             raise ValueError(f"{type(self).__name__} needs gradients before the step: take steps without a closure")
-        if self.schedule is not None and self.step == self.schedule.cut_step:
+        if self.step == self.restart:
             self.finalize()
         if not self._gone:
             self._penalize()
@@ -141,30 +175,37 @@ class ChannelMethod:
     @torch.no_grad()
     def _after_step(self, *_: object) -> None:
         for param, gone in self._gone:
-            param.masked_fill_(gone, 0)
+            param.masked_fill_(gone.to(param.device), 0)
 
     def remove(self) -> None:
         """Leave the optimizer alone from now on."""
         for handle in self._handles:
             handle.remove()
 
+    def _identity(self) -> dict[str, Any]:
+        settings = {key: getattr(self, key) for key in self.settings()}
+        return {"method": self.name, **settings, "total_steps": self.total_steps, self.budget.kind: self.budget.value}
+
     def state_dict(self) -> dict[str, Any]:
-        """Return what the rest of the training depends on, as plain tensors and numbers."""
-        return {"step": self.step, "kept": self.kept, "cut": bool(self._gone)}
+        """Return what the rest of the training depends on besides the model and the optimizer."""
+        return {**self._identity(), "step": self.step, "kept": self.kept, "is_final": bool(self._gone)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, after the model's and the optimizer's have been loaded.
+        """Go on from a state; those of the model and the optimizer are to be loaded before.
 
         Raises:
-            ValueError: it is of another model.
+            ValueError: it is of another method, another model, or has other settings.
         """
+        for key, ours in self._identity().items():
+            if state.get(key) != ours:
+                raise ValueError(f"the state was saved with {key} {state.get(key)}, which is {ours} here")
         kept = state["kept"]
         if kept is not None and len(kept) != self.groups.channels.count:
             raise ValueError(f"the state is of a model of {len(kept)} units, not {self.groups.channels.count}")
         if self._gone:  # let these move again
             self._handles.pop().remove()
         self.step, self.kept, self._gone = state["step"], kept, []
-        if state["cut"]:
+        if state["is_final"]:
             self._silence(kept)
 
     def _totals(self, parts: Iterable[tuple[Tensor, int, Tensor]]) -> Tensor:
@@ -172,7 +213,7 @@ class ChannelMethod:
         count = self.groups.channels.count
         totals = torch.zeros(count + 1, dtype=torch.float64, device=self._silencing[0].device)
         for values, dim, units in parts:
-            rows = values.double().movedim(dim, 0).reshape(len(units), -1).sum(1)
+            rows = values.detach().double().movedim(dim, 0).reshape(len(units), -1).sum(1)
             totals.index_add_(0, units.to(totals.device) % len(totals), rows)  # STAYS goes to the last place
         return totals[:-1]
 
@@ -183,17 +224,18 @@ class _Penalty(ChannelMethod):
     def __init__(
         self,
         optimizer: Optimizer,
+        total_steps: int,
         model: nn.Module,
         groups: ChannelGroups,
-        schedule: Schedule | None = None,
         *,
+        cut: float = 0.7,
         strength: float = 1e-4,
         **budget: float,
     ) -> None:
-        if not 0 <= strength < math.inf:
+        self.strength = real_number("strength", strength)
+        if not 0 <= self.strength < math.inf:
             raise ValueError(f"strength must be finite and at least 0, not {strength}")
-        self.strength = strength
-        super().__init__(optimizer, model, groups, schedule, **budget)
+        super().__init__(optimizer, total_steps, model, groups, cut=cut, **budget)
 
 
 class Slimming(_Penalty):
@@ -203,14 +245,17 @@ class Slimming(_Penalty):
     the sum of their |gamma| counts.
 
     Args:
-        optimizer, model, groups, schedule, budget: as of `ChannelMethod`.
+        optimizer, total_steps, model, groups, cut, budget: as of `ChannelMethod`.
         strength: lambda; the paper takes 1e-4 or 1e-5.
 
     Raises:
         ValueError: as `ChannelMethod`, or channels have no such scale.
     """
 
-    def _prepare(self, model: nn.Module) -> None:
+    name: ClassVar[str] = "slimming"
+    title: ClassVar[str] = "network slimming"
+
+    def _prepare(self, model: nn.Module, optimizer: Optimizer) -> None:
         scales = {module.weight for module in model.modules() if isinstance(module, _NormBase | nn.GroupNorm)}
         rows = [(name, self.parameters[name], *row) for name, row in self.groups.channels.rows.items()]
         self._rows = [(param, dim, units) for _, param, dim, units in rows if param in scales]
@@ -236,14 +281,17 @@ class GroupL1(_Penalty):
     Any Structural Pruning", 2023). The gradient of a weight w gets lambda w / ||group|| for each group that w is in.
 
     Args:
-        optimizer, model, groups, schedule, budget: as of `ChannelMethod`.
+        optimizer, total_steps, model, groups, cut, budget: as of `ChannelMethod`.
         strength: lambda.
 
     Raises:
         ValueError: as `ChannelMethod`.
     """
 
-    def _prepare(self, model: nn.Module) -> None:
+    name: ClassVar[str] = "group_l1"
+    title: ClassVar[str] = "group lasso"
+
+    def _prepare(self, model: nn.Module, optimizer: Optimizer) -> None:
         slots = self.groups.channels.slots.items()
         parameters = self.parameters  # the slots of buffers do not count
         self._slots = [(parameters[name], dim, units) for (name, dim), units in slots if name in parameters]
@@ -266,20 +314,29 @@ class Uniform(ChannelMethod):
     """The same share of every layer, of the filters with the largest L1 norm, chosen once.
 
     Li et al., "Pruning Filters for Efficient ConvNets", 2017. Where channels are added, the sum of their filters' norms
-    counts. Without a schedule channels are silenced at once; what follows retrains the others.
+    counts. By default channels are silenced at once, for a net that is trained already; what follows retrains the rest.
+
+    Args:
+        optimizer, total_steps, model, groups, cut, budget: as of `ChannelMethod`.
+
+    Raises:
+        ValueError: as `ChannelMethod`.
     """
+
+    name: ClassVar[str] = "uniform"
+    title: ClassVar[str] = "uniform magnitude of filters"
 
     def __init__(
         self,
         optimizer: Optimizer,
+        total_steps: int,
         model: nn.Module,
         groups: ChannelGroups,
-        schedule: Schedule | None = None,
+        *,
+        cut: float = 0.0,
         **budget: float,
     ) -> None:
-        super().__init__(optimizer, model, groups, schedule, **budget)
-        if schedule is None:
-            self.finalize()
+        super().__init__(optimizer, total_steps, model, groups, cut=cut, **budget)
 
     def scores(self) -> Tensor:
         """Return how many of its family are not better than a unit, as a share."""
@@ -305,11 +362,11 @@ class Uniform(ChannelMethod):
         levels = scores.unique()
 
         def fits(level: Tensor) -> bool:
-            return self.groups.cost_of(scores >= level) <= self._budget
+            return self.groups.cost_of(scores >= level) <= self._most
 
         lowest = levels[bisect_left(range(len(levels) - 1), True, key=lambda i: fits(levels[i]))]
-        return self._best(scores, min(self._budget, math.ceil(self.groups.cost_of(scores >= lowest))))
+        return self._best(scores, min(self._most, math.ceil(self.groups.cost_of(scores >= lowest))))
 
 
-METHODS: dict[str, type[ChannelMethod]] = {"slimming": Slimming, "group_l1": GroupL1, "uniform": Uniform}
+METHODS: dict[str, type[ChannelMethod]] = {method.name: method for method in (Slimming, GroupL1, Uniform)}
 """The methods by name."""
