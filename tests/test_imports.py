@@ -38,6 +38,7 @@ ORDER = [
     "structured/graph",
     "structured/surgery",
     "structured/cost",
+    "structured/latency",
     "structured/channels",
     "structured/remove",
     "structured/methods",

@@ -14,6 +14,7 @@ from ..names import bare_name
 from ..patterns import Pattern, Top
 from .cost import KINDS, Cost, Products, Term
 from .graph import STAYS, Channels, Graph
+from .latency import measured
 from .surgery import TOLERANCE, difference, narrowed, silenced
 
 
@@ -168,6 +169,32 @@ class ChannelGroups(Pattern):
         self._cost = self._costs[kind]
         savings = self._cost.savings(self._sizes, self._blocks, self._block_sizes)
         self._savings = savings if self._per_cost else self._block_sizes.double()
+
+    def measure_latency(
+        self, model: nn.Module, inputs: Tensor | tuple[Any, ...] | None = None, times: Mapping[str, int] | None = None
+    ) -> dict[str, int]:
+        """Measure on this machine how long layers of several widths take, for a budget of `latency`.
+
+        Call it with as many threads, and the batch, that the narrow net is for; the layout of the inputs, such as
+        channels-last, is that of the layers. It takes some seconds, and the machine should do nothing else.
+
+        Args:
+            model: what was traced, on the device that it is for.
+            inputs: positional arguments, or the only one; None takes those it was traced with.
+            times: what an earlier call returned: so a run that goes on has the same budget, and nothing is measured.
+
+        Returns:
+            Nanoseconds by a description of what was measured, as JSON can hold it.
+
+        Raises:
+            ValueError: the model is not what was traced, or a layer with channels is none of torch's.
+        """
+        if {name: tuple(param.shape) for name, param in model.named_parameters()} != self.shapes:
+            raise ValueError("the model is not what it was when its channels were traced: trace it again")
+        given = self.example_inputs if inputs is None else inputs if isinstance(inputs, tuple) else (inputs,)
+        found = dict(times or {})
+        self._costs["latency"] = measured(model, self.channels, self.families, self._side, given, found)
+        return found
 
     def cost_of(self, kept: Tensor) -> float:
         """Return the cost of a net with these units, in the unit of the budget."""
