@@ -1,4 +1,4 @@
-"""GSM in a Lightning module: configure_optimizers returns it, and the cut comes on the way.
+"""GSM in a Lightning module: configure_optimizers returns it, and a callback takes it through the training.
 
 pip install lightning
 python examples/lightning_loop.py [mnist|synthetic] [EPOCHS]
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from gsm_sgd import GSM, Schedule, sparsity_table
+from gsm_sgd import GSM, sparsity_table
+from gsm_sgd.callbacks import LightningCallback
 from gsm_sgd.experiments import data, models
 
 
@@ -28,9 +29,8 @@ class Pruned(lightning.LightningModule):
         return nn.functional.cross_entropy(self.net(images), labels)
 
     def configure_optimizers(self) -> GSM:
-        """Return GSM: the density falls, what is kept is fixed, the rest fades and is cut, training goes on."""
-        schedule = Schedule(int(self.trainer.estimated_stepping_batches))
-        return GSM(self.named_parameters(), 0.05, compression=60, weight_decay=5e-4, schedule=schedule)
+        """Return GSM; the callback gives it the trainer's steps."""
+        return GSM(self.named_parameters(), 0.05, compression=60, weight_decay=5e-4)
 
 
 def main(dataset: str = "mnist", epochs: str = "10") -> None:
@@ -39,9 +39,10 @@ def main(dataset: str = "mnist", epochs: str = "10") -> None:
     loader = DataLoader(TensorDataset(images.train.images, images.train.labels), batch_size=128, shuffle=True)
     model = Pruned()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    trainer = lightning.Trainer(max_epochs=int(epochs), accelerator="cpu", devices=1, **quiet)
+    callback = LightningCallback(masks=None)  # or the file to save them in
+    trainer = lightning.Trainer(max_epochs=int(epochs), accelerator="cpu", devices=1, callbacks=[callback], **quiet)
     trainer.fit(model, loader)
-    masks = trainer.optimizers[0].finalize()  # it has cut already: these are its masks
+    masks = callback.masks
     print(f"masks: {masks.num_kept:,} of {sum(row.params for row in masks.table()):,} weights")
 
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""GSM in the Transformers Trainer, then its own AdamW with the masks: a small GPT-2 on the bytes of Python's manual.
+"""GSMAdamW in the Transformers Trainer, then its own AdamW with the masks: a small GPT-2 on Python's manual.
 
 pip install transformers accelerate
 python examples/transformers_trainer.py [STEPS]
@@ -11,8 +11,8 @@ import tempfile
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from gsm_sgd import GSM, Schedule, keep_masked
-from gsm_sgd.masks import sparsity_rows
+from gsm_sgd import GSMAdamW, keep_masked, parameter_groups, sparsity_table
+from gsm_sgd.callbacks import TransformersCallback
 
 LENGTH = 64
 
@@ -25,25 +25,21 @@ def main(steps: str = "500") -> None:
     sizes = {"vocab_size": 256, "n_positions": LENGTH, "n_embd": 64, "n_layer": 2, "n_head": 4}
     model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None))
 
-    # the embedding, which is the head as well, is left out
-    blocks = [(name, p) for name, p in model.named_parameters() if ".h." in name and p.ndim == 2]
-    others = [(name, p) for name, p in model.named_parameters() if not (".h." in name and p.ndim == 2)]
-    total = int(steps)
-    groups = [{"params": blocks}, {"params": others, "prunable": False, "weight_decay": 0.0}]
-    optimizer = GSM(groups, 0.05, compression=10, weight_decay=5e-4, schedule=Schedule(total, fade=0.2))
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    groups = parameter_groups(model, weight_decay=0.01, dense=["embeddings"])  # one of them is the head as well
+    optimizer = GSMAdamW(groups, lr=2e-3, compression=10)
+    print(optimizer.summary)
+    callback = TransformersCallback(fade=0.2)  # of the steps, which the Trainer counts
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, max_steps=total, per_device_train_batch_size=16, use_cpu=True, report_to="none",
-            save_strategy="no", logging_steps=max(1, total // 10),
+            folder, max_steps=int(steps), per_device_train_batch_size=16, use_cpu=True, report_to="none",
+            save_strategy="no", logging_steps=max(1, int(steps) // 10),
         )  # fmt: skip
-        Trainer(model, arguments, train_dataset=pieces, optimizers=(optimizer, schedule)).train()
-        masks = optimizer.finalize()  # it has cut already: these are its masks; callbacks get it in a wrapper
+        Trainer(model, arguments, train_dataset=pieces, optimizers=(optimizer, None), callbacks=[callback]).train()
         finetuning = Trainer(model, arguments, train_dataset=pieces)
-        keep_masked(finetuning.create_optimizer(), masks, model)
+        keep_masked(finetuning.create_optimizer(), callback.masks, model)
         finetuning.train()
 
-    rows = sparsity_rows(dict(blocks))
+    rows = [row for row in sparsity_table(model) if row.name in callback.masks]
     print(f"{sum(row.nonzeros for row in rows):,} of {sum(row.params for row in rows):,} of the blocks' weights")
 
 

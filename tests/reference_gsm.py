@@ -49,3 +49,39 @@ class NaiveGSM:
             push = b * w.grad + eta * w
             z.copy_(self.beta * z + push)
             w.sub_(self.lr * (push + self.beta * z if self.nesterov else z))
+
+
+class NaiveAdamW:
+    """M <- b1 M + (1 - b1) B g; V <- b2 V + (1 - b2) g^2; W <- (1 - alpha eta) W - alpha M' / (sqrt(V') + eps)."""
+
+    def __init__(self, params, lr, kept, passive_decay, weight_decay=1e-2, betas=(0.9, 0.999), eps=1e-8):
+        self.params, self.lr, self.kept, self.eta, self.betas, self.eps = (
+            list(params),
+            lr,
+            kept,
+            weight_decay,
+            betas,
+            eps,
+        )
+        self.passive_eta = passive_decay
+        self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.params]
+        self.taken = [0] * len(self.params)
+
+    def choose(self, scores):
+        return naive_active(scores, self.kept)
+
+    @torch.no_grad()
+    def step(self):
+        prunable = [p for p in self.params if p.ndim >= 2]
+        masks = iter(self.choose([torch.zeros_like(p) if p.grad is None else (p * p.grad).abs() for p in prunable]))
+        for number, (w, (first, second)) in enumerate(zip(self.params, self.moments, strict=True)):
+            b = next(masks).to(w.dtype) if w.ndim >= 2 else torch.ones_like(w)
+            if w.grad is None:
+                w.mul_(1 - self.lr * self.passive_eta if w.ndim >= 2 else 1)
+                continue
+            self.taken[number] += 1
+            first.copy_(self.betas[0] * first + (1 - self.betas[0]) * b * w.grad)
+            second.copy_(self.betas[1] * second + (1 - self.betas[1]) * w.grad**2)
+            m, v = (z / (1 - beta ** self.taken[number]) for z, beta in zip((first, second), self.betas, strict=True))
+            decay = b * self.eta + (1 - b) * self.passive_eta
+            w.copy_((1 - self.lr * decay) * w - self.lr * m / (v.sqrt() + self.eps))

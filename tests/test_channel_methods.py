@@ -227,6 +227,39 @@ def test_after_the_cut_it_is_keep_masked(groups, name):
     assert_same_bits(model, twin)
 
 
+def test_clipping_does_not_count_what_was_cut(groups):
+    model = Residual()
+    masks = Uniform(sgd(model), 100, model, groups, macs=0.5).finalize()
+    F.cross_entropy(model(IMAGES), torch.arange(4)).backward()
+    before = [(name, param.grad) for name, param in model.named_parameters() if name in masks]
+    model.bn2.weight.sum().backward()  # also where nothing passes
+    assert not any(grad[~masks[name]].any() for name, grad in before)
+
+
+class Dense(nn.Module):
+    """A norm over the image's own channels, which must stay, and those of a layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.bn = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(9)
+        self.last = nn.Conv2d(9, 4, 3)
+
+    def forward(self, images):
+        return self.last(F.relu(self.bn(torch.cat([images, self.conv(images)], 1))))
+
+
+def test_scales_of_channels_that_must_stay_are_not_penalized():
+    model = Dense()
+    groups = ChannelGroups.trace(model, IMAGES)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    Slimming(optimizer, 100, model, groups, macs=0.5, strength=0.25)
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert model.bn.weight.tolist() == [1.0] * 3 + [0.75] * 6
+
+
 def test_uniform_cuts_before_the_first_step(groups):
     model = Residual()
     Uniform(sgd(model), 100, model, groups, macs=0.5)
@@ -336,6 +369,17 @@ def test_slimming_needs_norms():
     groups = ChannelGroups.trace(model, torch.rand(1, 3, 8, 8))
     with pytest.raises(ValueError, match=r"no norm scales the channels of '0\.weight': leave its"):
         Slimming(sgd(model), 100, model, groups, macs=0.5)
+
+
+@pytest.mark.parametrize("name", ["slimming", "group_l1"])
+def test_weights_that_are_not_finite_cannot_be_ranked(groups, name):
+    model = Residual()
+    method = METHODS[name](sgd(model), 100, model, groups, macs=0.5)
+    with torch.no_grad():
+        model.bn1.weight[3] = torch.nan
+    with pytest.raises(ValueError, match="training has diverged"):
+        method.finalize()
+    assert model.bn0.weight.all()
 
 
 def test_a_closure_is_refused(groups):

@@ -58,7 +58,9 @@ def test_list(capsys):
 
 
 def test_folders_and_pictures(runs):
-    assert [run.name for run in runs] == ["lenet300-lottery-fast-x20-s0", "lenet300-lottery-fast-x20-s1"]
+    first, second = (run.name for run in runs)
+    assert re.fullmatch("lenet300-lottery-fast-[0-9a-f]{6}-x20-s0", first)
+    assert second == first.replace("s0", "s1")
     for run in runs:
         for name in ("density.png", "density.svg", "curves.png", "curves.svg"):
             head = (run / name).read_bytes()[:200]
@@ -100,7 +102,7 @@ def test_recipe_from_a_yaml_file(runs, tmp_path):
     """The recipe.yaml of one run is the --config of another, which then has the same bits."""
     assert cli.run(["prune", "lenet300", "--config", str(runs[1] / "recipe.yaml"), "--out", str(tmp_path)]) == 0
     (again,) = tmp_path.iterdir()
-    assert again.name == "lenet300-prune-fast-x20-s1"
+    assert again.name == runs[1].name.replace("lottery", "prune")
     ours, theirs = (read_weights(run / "pruned.safetensors") for run in (again, runs[1]))
     assert all((ours[key] == value).all() for key, value in theirs.items())
 
@@ -109,14 +111,16 @@ def test_options_beside_a_yaml_file_have_the_last_word(runs, tmp_path, capsys):
     config = str(runs[1] / "recipe.yaml")
     words = ["prune", "lenet300", "--gsm.lr", "0.02", "--config", config, "--seed=3", "--out", str(tmp_path)]
     assert cli.run(words) == 0
-    recipe = yaml.safe_load((tmp_path / "lenet300-prune-fast-x20-s3" / "recipe.yaml").read_text())
+    (run,) = tmp_path.iterdir()
+    assert run.name.endswith("-x20-s3")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     assert (recipe["gsm"]["lr"], recipe["batch_size"]) == (0.02, 512)
     capsys.readouterr()
     assert "recipe.yaml is for the recipe lenet300, not lenet5" in fails(capsys, "prune", "lenet5", "--config", config)
 
 
 def test_all_seeds_are_checked_before_the_first_is_trained(runs, tmp_path, capsys):
-    other = tmp_path / "lenet300-lottery-fast-x20-s7"
+    other = tmp_path / runs[0].name.replace("-s0", "-s7")
     other.mkdir()
     (other / "recipe.yaml").write_bytes((runs[0] / "recipe.yaml").read_bytes())
     said = fails(capsys, "lottery", "lenet300", *SHORT, "--seeds", "6,7", "--out", tmp_path)
@@ -145,8 +149,8 @@ def test_a_resumed_run_says_where_it_goes_on(tmp_path, monkeypatch, capsys):
 
         return raising
 
-    words = ["prune", "lenet300", *SHORT, "--checkpoint-seconds", "0", "--out", str(tmp_path)]
-    path = tmp_path / "lenet300-prune-fast-x20-s0"
+    words = ["prune", "lenet300", *SHORT, "--checkpoint-seconds", "0", "--out", str(tmp_path), "--name", "mine"]
+    path = tmp_path / "mine-x20-s0"
     for stage, said in (("base", str(path)), ("gsm", f"{path}: resumes\nbase: goes on in epoch 1 of 2\n")):
         with monkeypatch.context() as patch:
             patch.setattr(observers.ProgressBars, "epoch", interrupted(stage, 1))
@@ -378,7 +382,9 @@ def test_without_arguments_the_help_is_shown(capsys):
 
 
 def test_other_recipe_in_the_folder(runs, capsys):
-    said = fails(capsys, "lottery", "lenet300", *SHORT, "--gsm.lr", "0.5", "--out", runs[0].parent)
+    name = runs[0].name.removesuffix("-x20-s0")
+    words = ("--gsm.lr", "0.5", "--out", runs[0].parent, "--name", name)
+    said = fails(capsys, "lottery", "lenet300", *SHORT, *words)
     assert "was made by another recipe (gsm.lr 0.1 there, 0.5 here): choose another --out" in said
 
 
@@ -493,8 +499,9 @@ def test_divergence_is_a_failure(capsys, tmp_path):
 @pytest.mark.parametrize(("size", "name"), [(500_000, "init.safetensors"), (1_500_000, "gsm.checkpoint")])
 def test_a_full_disk_is_told_with_path_and_cause_and_the_run_goes_on_later(size, name, tmp_path, capsys):
     """A limit on the size of files, which the disk reports in the same way."""
-    words = ["prune", "lenet300", *SHORT, "--start", "init", "--checkpoint-seconds", "0", "--out", str(tmp_path)]
-    run = tmp_path / "lenet300-prune-fast-x20-s0"
+    words = ["prune", "lenet300", *SHORT, "--start", "init", "--checkpoint-seconds", "0"]
+    words += ["--out", str(tmp_path), "--name", "mine"]
+    run = tmp_path / "mine-x20-s0"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -529,7 +536,8 @@ def test_a_cut_on_the_way_is_told(tmp_path, capsys):
     assert "base net" not in said.out
     assert "The cut after epoch 4 of GSM training " in said.out
     assert "if cut now" in said.err
-    record = json.loads((tmp_path / "lenet300-prune-fast-x60-s0" / "metrics.jsonl").read_text().splitlines()[-1])
+    (run,) = tmp_path.iterdir()
+    record = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert record["cut_top1"] == record["top1"]
 
 
@@ -547,7 +555,8 @@ def test_a_warning_is_one_line(tmp_path, capsys):
 def test_the_precision_chosen_for_this_machine_stands_in_the_recipe(tmp_path, monkeypatch, capsys):
     short = [word for word in SHORT if word not in ("--gsm.milestones", "[]")]
     words = ["prune", "lenet300", *short, "--base.epochs", "1", "--precision", "auto", "--out", str(tmp_path)]
-    path = tmp_path / "lenet300-prune-fast-x20-s0"
+    words += ["--name", "mine"]
+    path = tmp_path / "mine-x20-s0"
     for flags, precision in (({}, "float32"), ({"avx512_bf16": True}, "bfloat16")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags, raising=False)
         assert cli.run(words) == 0
@@ -614,7 +623,7 @@ def test_a_net_of_other_make_is_trained_on_images_that_fit_it_and_called_by_its_
     model = f"{tmp_path / 'mynet.py'}:make"
     assert cli.run(["prune", "resnet20", *SHORT, "--model", model, "--out", str(tmp_path / "out")]) == 0
     (run,) = (tmp_path / "out").iterdir()
-    assert run.name == "mynet-make-prune-fast-x20-s0"
+    assert re.fullmatch("mynet-make-prune-fast-[0-9a-f]{6}-x20-s0", run.name)
     result = json.loads((run / "result.json").read_text())
     assert (result["recipe"], [layer["shape"] for layer in result["layers"]]) == ("resnet20", [[4, 3, 8, 8], [7, 64]])
     assert "mynet-make at 20x, preset fast of resnet20, seed 0: 60" in " ".join(capsys.readouterr().out.split())

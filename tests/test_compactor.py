@@ -92,6 +92,26 @@ def test_depthwise_convolutions_take_none():
         insert_compactors(model, groups)
 
 
+class Gated(nn.Module):
+    """A layer of which one half multiplies the other, so that two rows are one channel."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.bn, self.last = nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.Conv2d(6, 4, 3)
+
+    def forward(self, images):
+        one, other = self.bn(self.conv(images)).chunk(2, 1)
+        return self.last(one * other.sigmoid())
+
+
+def test_layers_in_which_two_rows_are_one_channel_take_none():
+    groups = ChannelGroups.trace(Gated(), IMAGES)
+    assert groups.channels.count == 6
+    with pytest.raises(ValueError, match="so no compactor fits"):
+        insert_compactors(Gated(), groups)
+
+
 def test_the_compactors_are_a_group_of_their_own(groups):
     model, optimizer, _ = begin(groups)
     rest, own = optimizer.param_groups

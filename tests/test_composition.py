@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from gsm_sgd import GSM, Phase, Schedule, sparsity_table
+from gsm_sgd import GSM, GSMAdamW, Phase, Schedule, sparsity_table
 from gsm_sgd.distributed import to_local
 from ranks import full
 
@@ -34,6 +34,7 @@ NEUTRAL = [
 CHANGING = ["bfloat16 autocast", "gradient clipping", "tied weights", "LR scheduler"]
 FEATURES = [*NEUTRAL, *CHANGING]
 STEPS = 24
+SETTINGS = {GSM: {"lr": 0.2, "momentum": 0.9}, GSMAdamW: {"lr": 0.01, "betas": (0.5, 0.9)}}
 SCHEDULE = Schedule(STEPS, ramp=8 / STEPS, fade=4 / STEPS, cut=18 / STEPS)
 
 
@@ -57,7 +58,7 @@ class Net(nn.Module):
 class Training:
     """All that a training loop has, wrapped for one or for several processes."""
 
-    def __init__(self, features, wrapping):
+    def __init__(self, features, wrapping, kind):
         self.features = features
         self.model = Net(features)
         self.averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
@@ -71,7 +72,7 @@ class Training:
         named = list(self.model.named_parameters())
         if "parameter groups" in features:
             named = [{"params": named[:2]}, {"params": named[2:]}]
-        self.optimizer = GSM(named, lr=0.2, momentum=0.9, weight_decay=1e-2, compression=6, schedule=SCHEDULE)
+        self.optimizer = kind(named, **SETTINGS[kind], weight_decay=1e-2, compression=6, schedule=SCHEDULE)
         factor = (lambda step: 1 / (1 + step)) if "LR scheduler" in features else (lambda _: 1.0)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled="GradScaler" in features)
@@ -112,14 +113,14 @@ class Training:
             self.averaged.update_parameters(self.model)
 
 
-def train(features, wrapping=None):
+def train(features, wrapping=None, kind=GSM):
     """Return the weights that training with these features ends with."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if wrapping else (0, 1)
-    training = Training(features, wrapping)
+    training = Training(features, wrapping, kind)
     for number in range(STEPS):
         if "resumed in the middle" in features and number in (5, 11, 20):  # in the ramp, before the fade, after the cut
             states = [copy.deepcopy(part.state_dict()) for part in training.parts()]
-            training = Training(features, wrapping)
+            training = Training(features, wrapping, kind)
             for part, state in zip(training.parts(), states, strict=True):
                 part.load_state_dict(state)
         generator = torch.Generator().manual_seed(number)
@@ -139,20 +140,32 @@ def train(features, wrapping=None):
 _EXPECTED = {}
 
 
-def check(features, weights):
+def check(features, weights, kind=GSM):
     """Hold weights against those of training without what must not matter; autocast rounds, so it is left out."""
     assert all(weight.isfinite().all() for weight in weights.values())
     changing = frozenset(features) - set(NEUTRAL)
     if "bfloat16 autocast" not in features:
-        if changing not in _EXPECTED:
-            _EXPECTED[changing] = train(changing)
-        for name, weight in _EXPECTED[changing].items():
+        if (changing, kind) not in _EXPECTED:
+            _EXPECTED[changing, kind] = train(changing, kind=kind)
+        for name, weight in _EXPECTED[changing, kind].items():
             torch.testing.assert_close(weights[name], weight, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("pair", list(itertools.combinations(FEATURES, 2)), ids=" and ".join)
 def test_each_pair_of_features(pair):
     check(pair, train(frozenset(pair)))
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_each_feature_with_adamw(feature):
+    check([feature], train(frozenset([feature]), kind=GSMAdamW), GSMAdamW)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("wrapping", ["DDP", "FSDP2"])
+def test_each_feature_with_adamw_on_two_processes(ranks, wrapping, feature):
+    for weights in ranks(2).run(train, frozenset([feature]), wrapping, GSMAdamW):
+        check([feature], weights, GSMAdamW)
 
 
 @pytest.mark.parametrize("feature", FEATURES)

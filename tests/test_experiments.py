@@ -104,7 +104,7 @@ def straight(synthetic, tmp_path_factory):
 def test_result_has_the_documented_form(straight):
     result = json.loads((straight / "result.json").read_text())
     assert list(result) == [
-        "recipe", "command", "preset", "compression", "seed", "prunable", "nonzeros", "epochs", "seconds",
+        "recipe", "command", "preset", "method", "compression", "seed", "prunable", "nonzeros", "epochs", "seconds",
         "top1", "layers", "paper", "version", "torch", "device",
     ]  # fmt: skip
     assert (result["prunable"], result["nonzeros"]) == (266_200, 13_310)

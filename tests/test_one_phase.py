@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gsm_sgd import Phase, Schedule, one_phase
+from gsm_sgd import GSM, NM, GSMAdamW, Phase, Schedule, one_phase
 from gsm_sgd.optim.one_phase import lr_factor, parameter_groups
 
 
@@ -93,6 +93,10 @@ def test_frozen_parameters_are_left_out():
         ({"weight_decay": -1}, r"weight_decay must be finite and at least 0, not -1\.0"),
         ({"sparsity": None}, "give exactly one of compression, density, sparsity and num_kept, not none"),
         ({"density": 0.1}, "give exactly one of .* not density and sparsity"),
+        ({"optimizer": "adam"}, "optimizer must be 'sgd' or 'adamw', not 'adam'"),
+        ({"optimizer": "adamw", "momentum": 0.9}, "momentum does not go with optimizer='adamw', which takes betas"),
+        ({"betas": (0.9, 0.99)}, "betas does not go with optimizer='sgd', which takes momentum"),
+        ({"optimizer": "adamw", "betas": (0.9, 1.0)}, "betas must be at least 0 and below 1"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -108,6 +112,52 @@ def test_the_optimizer_gets_what_was_asked_for(budget):
     for group in optimizer.param_groups:
         assert (group["momentum"], group["passive_decay"], group["first_lr"]) == (0.8, "auto", 0.25)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.01, 0.0]
+
+
+def test_what_there_is_by_default():
+    sgd, adamw = (one_phase(Net(), 10_000, 0.1, sparsity=0.9, optimizer=kind)[0] for kind in ("sgd", "adamw"))
+    assert (type(sgd), type(adamw)) == (GSM, GSMAdamW)
+    assert (sgd.param_groups[0]["momentum"], adamw.param_groups[0]["betas"]) == (0.9, (0.9, 0.999))
+    assert [[group["weight_decay"] for group in one.param_groups] for one in (sgd, adamw)] == [
+        [5e-4, 5e-4, 0.0],
+        [1e-2, 1e-2, 0.0],
+    ]
+    assert (sgd.num_prunable, adamw.num_prunable) == (504, 504 - 16)  # with AdamW the head stays dense
+    everything = one_phase(Net(), 10_000, 0.1, sparsity=0.9, optimizer="adamw", betas=(0.8, 0.95), dense=())[0]
+    assert everything.num_prunable == sum(param.numel() for param in Net().parameters() if param.ndim > 1)
+    assert everything.param_groups[0]["betas"] == (0.8, 0.95)
+
+
+class Transformer(nn.Module):
+    """Layers by the names of timm's, and a head tied to an embedding that is named after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.lm_head = nn.Linear(8, 11, bias=False)
+        self.pos_embed = nn.Parameter(torch.zeros(1, 5, 8))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 8))
+        self.block = nn.TransformerEncoderLayer(8, 2, 16)
+        self.words = nn.Embedding(11, 8)
+        self.lm_head.weight = self.words.weight
+
+
+def test_a_transformer_is_pruned_in_its_blocks_alone():
+    optimizer, _ = one_phase(Transformer(), 10_000, 1e-3, optimizer="adamw", sparsity=0.75)
+    blocks = 3 * 8 * 8 + 8 * 8 + 2 * 8 * 16
+    assert optimizer.num_prunable == blocks
+    assert optimizer.summary == (
+        f"keeps {blocks // 4} of {blocks} weights in 4 tensors; dense: pos_embed, cls_token, lm_head.weight, "
+        "8 biases and other vectors"
+    )
+    names = {"block.self_attn.in_proj_weight", "block.self_attn.out_proj.weight", "block.linear1.weight"}
+    assert set(optimizer.param_groups[0]["param_names"]) == names | {"block.linear2.weight"}
+
+
+def test_a_pattern_takes_the_place_of_the_budget():
+    optimizer, _ = one_phase(Transformer(), 10_000, 1e-3, optimizer="adamw", pattern=NM(2, 4))
+    assert optimizer.num_kept * 2 == optimizer.num_prunable
+    only, _ = one_phase(nn.Linear(8, 8, bias=False), 10_000, 0.1, sparsity=0.5)
+    assert only.summary == "keeps 32 of 64 weights in 1 tensor; dense: nothing"
 
 
 def test_the_learning_rate_rises_stays_and_falls():

@@ -1,52 +1,25 @@
-"""A new pattern and a new optimizer take nothing but a class: here are throw-away ones, and their naive twins."""
+"""Patterns in both optimizers, against naive twins that look at one group or block at a time."""
 
 import copy
+import itertools
 import math
+import re
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.adamw import adamw
 
-from gsm_sgd import GSM, NonFiniteGradientError, Phase, Schedule
-from gsm_sgd.budget import Budget
-from gsm_sgd.decay import Motion
-from gsm_sgd.optim.sparse import SparseOptimizer
-from gsm_sgd.patterns import Pattern
-from reference_gsm import NaiveGSM, naive_active
+from gsm_sgd import GSM, NM, Block, GSMAdamW, NonFiniteGradientError, Phase, Schedule
+from gsm_sgd.patterns import Pattern, Unstructured
+from reference_gsm import NaiveAdamW, NaiveGSM, naive_active
 
 
-class NM(Pattern):
-    """At most n of each m weights in a row; more in a ramp, as many in each group."""
-
-    def __init__(self, n, m):
-        self.n, self.m, self.density = n, m, n / m
-
-    def check(self, name, weight):
-        if weight.shape[-1] % self.m:
-            raise ValueError(f"parameter {name!r} has rows of {weight.shape[-1]}, which {self.m} does not divide")
-
-    def select(self, units, num_kept, top):
-        total = sum(scores.numel() for scores in units)
-        each = min(self.m, num_kept * self.m // total)
-        return [self._largest(scores, each) & may for scores, may in zip(units, top(units, total), strict=True)]
-
-    def _largest(self, scores, each):
-        order = scores.reshape(-1, self.m).argsort(dim=1, descending=True, stable=True)
-        chosen = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, :each], True)
-        return chosen.view(scores.shape)
-
-
-class Block(Pattern):
-    """Blocks of h weights in a row, by the sum of their scores."""
+class Run(Pattern):
+    """A pattern of one's own takes nothing but a class: h weights that follow each other along the last axis."""
 
     def __init__(self, h):
         self.size = h
-
-    def check(self, name, weight):
-        if weight.shape[-1] % self.size:
-            raise ValueError(f"parameter {name!r} has rows of {weight.shape[-1]}, which {self.size} does not divide")
 
     def pool(self, scores):
         return [tensor.unflatten(-1, (-1, self.size)).sum(-1) for tensor in scores]
@@ -55,104 +28,60 @@ class Block(Pattern):
         return [mask.repeat_interleave(self.size, -1) for mask in kept]
 
 
-class AdamW(SparseOptimizer):
-    """Active weights have their gradient in the first moment, all have it in the second; the decay is decoupled."""
-
-    def __init__(self, params, lr, *, budget=None, pattern=None, schedule=None, score="taylor", **settings):
-        defaults = {
-            "lr": lr,
-            "betas": (0.9, 0.999),
-            "eps": 1e-8,
-            "weight_decay": 1e-2,
-            "passive_decay": "auto" if schedule else None,
-            **settings,
-        }
-        budget = None if budget is None else Budget.of(**budget)
-        super().__init__(params, defaults, budget, schedule, score, pattern, False, None)
-
-    def _buffer_names(self, group):
-        return ("exp_avg", "exp_avg_sq")
-
-    def _motion(self, group):
-        return Motion(float(group["lr"]), 0.0, False, group["first_lr"], group["highest_lr"])
-
-    def _columns(self, part):
-        steps = [self.state[owner].setdefault("step", torch.tensor(0.0)) for owner in part.owners]
-        return part.params, part.grads, part.buffers["exp_avg"], part.buffers["exp_avg_sq"], steps
-
-    def _dense_(self, part, exactly):
-        params, grads, firsts, seconds, steps = self._columns(part)
-        beta1, beta2 = part.group["betas"]
-        settings = {key: part.group[key] for key in ("lr", "weight_decay", "eps")}
-        fixed = {"amsgrad": False, "maximize": False}
-        adamw(params, grads, firsts, seconds, [], steps, beta1=beta1, beta2=beta2, **settings, **fixed)
-
-    def _update_(self, parts, active):
-        active = iter(active)
-        for part in parts:
-            (beta1, beta2), eps, lr = part.group["betas"], part.group["eps"], float(part.group["lr"])
-            for w, g, first, second, step in zip(*self._columns(part), strict=True):
-                b = next(active).to(w.dtype)
-                step += 1
-                first.lerp_(b * g, 1 - beta1)
-                second.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-                w.mul_(1 - lr * (part.passive_decay - part.extra_decay * b))
-                rms = (second / (1 - beta2 ** step.item())).sqrt_().add_(eps)
-                w.addcdiv_(first, rms, value=-lr / (1 - beta1 ** step.item()))
-
-    def _decay_(self, part):
-        self._update_([part], [torch.zeros_like(param) for param in part.params])
-
-
 # --- naive twins: one group or block at a time ---
 
 
+def groups_of(tensor, m):
+    """Return the groups of m consecutive inputs as views: (out, in, ...) -> [(m,), ...]."""
+    places = itertools.product(*(range(size) for size in tensor.shape[2:]))
+    return [
+        tensor[(out, slice(first, first + m), *place)]
+        for place in places
+        for out in range(tensor.shape[0])
+        for first in range(0, tensor.shape[1], m)
+    ]
+
+
 def naive_nm(scores, n, m):
-    masks = []
-    for tensor in scores:
-        groups = [naive_active([group], n)[0] for group in tensor.reshape(-1).split(m)]
-        masks.append(torch.cat(groups).view(tensor.shape))
+    masks = [torch.zeros(tensor.shape, dtype=torch.bool) for tensor in scores]
+    for tensor, mask in zip(scores, masks, strict=True):
+        for group, its_mask in zip(groups_of(tensor, m), groups_of(mask, m), strict=True):
+            its_mask.copy_(naive_active([group], n)[0])
     return masks
 
 
-def naive_blocks(scores, h, kept):
-    pooled = [torch.stack([block.sum() for block in tensor.reshape(-1).split(h)]) for tensor in scores]
-    chosen = naive_active(pooled, kept // h)
-    return [
-        torch.cat([mark.expand(h) for mark in marks]).view(tensor.shape)
-        for marks, tensor in zip(chosen, scores, strict=True)
-    ]
+def blocks_of(tensor, h, w):
+    """Return the blocks of a matrix as views."""
+    rows, columns = tensor.shape
+    return [tensor[r : r + h, c : c + w] for r in range(0, rows, h) for c in range(0, columns, w)]
+
+
+def naive_blocks(scores, h, w, kept):
+    matrices = [tensor.reshape(len(tensor), -1) for tensor in scores]
+    pooled = [torch.stack([block.sum() for block in blocks_of(matrix, h, w)]) for matrix in matrices]
+    masks = [torch.zeros(matrix.shape, dtype=torch.bool) for matrix in matrices]
+    for mask, marks in zip(masks, naive_active(pooled, kept // (h * w)), strict=True):
+        for block, mark in zip(blocks_of(mask, h, w), marks, strict=True):
+            block.fill_(mark)
+    return [mask.view(tensor.shape) for mask, tensor in zip(masks, scores, strict=True)]
+
+
+def naive_runs(scores, h, kept):
+    masks = naive_blocks([tensor.reshape(-1, tensor.shape[-1]) for tensor in scores], 1, h, kept)
+    return [mask.view(tensor.shape) for mask, tensor in zip(masks, scores, strict=True)]
 
 
 PATTERNS = {
     "2 of 4": (NM(2, 4), {}, lambda scores: naive_nm(scores, 2, 4)),
     "1 of 8": (NM(1, 8), {}, lambda scores: naive_nm(scores, 1, 8)),
-    "blocks of 4": (Block(4), {"num_kept": 70}, lambda scores: naive_blocks(scores, 4, 70)),
-    "single weights": (None, {"num_kept": 70}, lambda scores: naive_active(scores, 70)),
+    "blocks of 4 x 4": (Block(4, 4), {"num_kept": 230}, lambda scores: naive_blocks(scores, 4, 4, 230)),
+    "blocks of 1 x 8": (Block(1, 8), {"num_kept": 230}, lambda scores: naive_blocks(scores, 1, 8, 230)),
+    "runs of 4": (Run(4), {"num_kept": 230}, lambda scores: naive_runs(scores, 4, 230)),
+    "single weights": (Unstructured(), {"num_kept": 230}, lambda scores: naive_active(scores, 230)),
 }
 every_pattern = pytest.mark.parametrize("name", PATTERNS)
-new_pattern = pytest.mark.parametrize("name", ["2 of 4", "1 of 8", "blocks of 4"])
-
-
-class NaiveAdamW:
-    """M <- b1 M + (1 - b1) B g; V <- b2 V + (1 - b2) g^2; W <- (1 - alpha eta) W - alpha M' / (sqrt(V') + eps)."""
-
-    def __init__(self, params, lr, choose, passive_decay, eta=1e-2, betas=(0.9, 0.999), eps=1e-8):
-        self.params, self.lr, self.choose, self.eta, self.betas, self.eps = list(params), lr, choose, eta, betas, eps
-        self.passive_decay, self.taken = passive_decay, 0
-        self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.params]
-
-    @torch.no_grad()
-    def step(self):
-        self.taken += 1
-        masks = iter(self.choose([(p * p.grad).abs() for p in self.params if p.ndim >= 2]))
-        for w, (first, second) in zip(self.params, self.moments, strict=True):
-            b = next(masks).to(w.dtype) if w.ndim >= 2 else 1
-            first.copy_(self.betas[0] * first + (1 - self.betas[0]) * b * w.grad)
-            second.copy_(self.betas[1] * second + (1 - self.betas[1]) * w.grad**2)
-            m, v = (z / (1 - beta**self.taken) for z, beta in zip((first, second), self.betas, strict=True))
-            decay = b * self.eta + (1 - b) * self.passive_decay
-            w.copy_((1 - self.lr * decay) * w - self.lr * m / (v.sqrt() + self.eps))
+both = pytest.mark.parametrize("make", [GSM, GSMAdamW])
+new_pattern = pytest.mark.parametrize("name", [name for name in PATTERNS if name != "single weights"])
 
 
 # --- what the tests train ---
@@ -160,13 +89,13 @@ class NaiveAdamW:
 
 def net(seed=0):
     torch.manual_seed(seed)
-    layers = [nn.Conv2d(3, 4, (3, 8), bias=False), nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 4)]
+    layers = [nn.Conv2d(8, 4, (3, 8), bias=False), nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 4)]
     return nn.Sequential(*layers).double().to(memory_format=torch.channels_last)
 
 
 def backward(model, seed):
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(16, 3, 6, 8, generator=generator, dtype=torch.float64)
+    images = torch.randn(16, 8, 6, 8, generator=generator, dtype=torch.float64)
     model.zero_grad()
     F.cross_entropy(model(images.to(model[0].weight.dtype)), torch.randint(4, (16,), generator=generator)).backward()
 
@@ -181,9 +110,9 @@ def prunable(model):
     return [p.detach() for p in model.parameters() if p.ndim >= 2]
 
 
-def per_group(tensors, size):
-    """Return how many weights are not zero in each group of so many in a row."""
-    return torch.cat([tensor.reshape(-1, size).count_nonzero(1) for tensor in tensors])
+def per_group(tensors, m):
+    """Return how many weights are not zero in each group of m inputs."""
+    return torch.stack([group.count_nonzero() for tensor in tensors for group in groups_of(tensor, m)])
 
 
 def assert_alike(model, other):
@@ -214,18 +143,27 @@ def test_equal_scores_of_a_group_go_to_the_lower_index_and_zeros_are_passive():
     assert active.int().tolist() == [[1, 1, 0, 0, 0, 0, 1, 0], [1, 1, 0, 0, 0, 0, 0, 0]]
 
 
+def test_groups_are_of_inputs_and_blocks_of_the_matrix_that_im2col_multiplies_by():
+    """A convolution of one output, two inputs and a kernel of 1 x 2."""
+    scores = torch.tensor([[[[1.0, 2]], [[3, 1]]]])
+    (active,) = step_that_moves_active_weights_alone(NM(1, 2), [scores])
+    assert active.int().tolist() == [[[[0, 1]], [[1, 0]]]]
+    (active,) = step_that_moves_active_weights_alone(Block(1, 2), [scores], num_kept=2)
+    assert active.int().tolist() == [[[[0, 0]], [[1, 1]]]]
+
+
 def test_equal_blocks_go_to_the_lower_index_and_budgets_are_rounded_down_to_whole_ones():
     scores = [torch.tensor([[1.0, 1, 0, 2, 3, 0], [0, 0, 1, 0, 0, 2]]), torch.tensor([[2.0, 0, 9, 0]])]
-    active = step_that_moves_active_weights_alone(Block(2), scores, num_kept=9)
+    active = step_that_moves_active_weights_alone(Block(1, 2), scores, num_kept=9)
     assert [mask.int().tolist() for mask in active] == [[[1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]], [[0, 0, 1, 1]]]
-    active = step_that_moves_active_weights_alone(Block(2), scores, num_kept=14)  # one block has no score above zero
+    active = step_that_moves_active_weights_alone(Block(1, 2), scores, num_kept=14)  # one block has no score above zero
     assert [mask.int().tolist() for mask in active] == [[[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]], [[1, 1, 1, 1]]]
 
 
 def test_scores_below_zero_count_in_a_pool():
     params = [nn.Parameter(torch.ones(2, 4))]
     params[0].grad = torch.tensor([[9.0, -8, 0, 3], [9, -3, 1, 1]])
-    optimizer = GSM(params, 0.1, num_kept=4, pattern=Block(2), score=lambda w, g, _: w * g, weight_decay=0.0)
+    optimizer = GSM(params, 0.1, num_kept=4, pattern=Block(1, 2), score=lambda w, g, _: w * g, weight_decay=0.0)
     optimizer.step()
     assert (params[0] != 1).int().tolist() == [[0, 0, 0, 1], [1, 1, 0, 0]]
 
@@ -238,18 +176,15 @@ def test_a_parameter_without_a_gradient_leaves_the_groups_of_others_alone():
 
 
 @every_pattern
-@pytest.mark.parametrize("make", ["GSM", "AdamW"])
+@both
 def test_in_lockstep_with_a_naive_version(make, name):
     pattern, budget, choose = PATTERNS[name]
     fast, slow = net(), net()
-    if make == "GSM":
-        settings = {"momentum": 0.9, "weight_decay": 1e-2, "nesterov": True, "passive_decay": 0.05}
-        ours = GSM(fast.parameters(), 0.1, pattern=pattern, **budget, **settings)
-        twin = NaiveGSM(slow.parameters(), 0.1, 2, **settings)
-        twin.choose = choose
-    else:
-        ours = AdamW(fast.parameters(), 0.1, pattern=pattern, budget=budget or None, passive_decay=0.05)
-        twin = NaiveAdamW(slow.parameters(), 0.1, choose, 0.05)
+    settings = {"weight_decay": 1e-2, "passive_decay": 0.05}
+    settings |= {"momentum": 0.9, "nesterov": True} if make is GSM else {"eps": 1e-4}
+    ours = make(fast.parameters(), 0.1, pattern=pattern, **budget, **settings)
+    twin = (NaiveGSM if make is GSM else NaiveAdamW)(slow.parameters(), 0.1, 2, **settings)
+    twin.choose = choose
     for step in range(12):
         train(fast, ours, [step])
         train(slow, twin, [step])
@@ -296,13 +231,13 @@ def test_exact_counts_per_group_through_a_whole_schedule(monkeypatch):
     assert optimizer.masks.num_kept == optimizer.num_kept == total // 2
 
 
-@pytest.mark.parametrize("make", [GSM, AdamW])
+@both
 @new_pattern
 def test_passive_weights_vanish_before_the_cut(make, name, recwarn):
     pattern, budget, _ = PATTERNS[name]
     model = net()
-    budget = {"budget": budget or None} if make is AdamW else {**budget, "momentum": 0.5}
-    optimizer = make(model.parameters(), 0.01, pattern=pattern, schedule=Schedule(300), **budget)
+    fast = {"momentum": 0.5} if make is GSM else {"betas": (0.5, 0.999)}
+    optimizer = make(model.parameters(), 0.01, pattern=pattern, schedule=Schedule(300), **budget, **fast)
     train(model, optimizer, range(210))
     assert optimizer.phase is Phase.FADE
     assert 0 < optimizer.passive_residual < 1e-3
@@ -312,10 +247,9 @@ def test_passive_weights_vanish_before_the_cut(make, name, recwarn):
 
 
 @every_pattern
-@pytest.mark.parametrize("make", [GSM, AdamW])
+@both
 def test_states_and_copies_go_on_to_the_same_bits(make, name):
     pattern, budget, _ = PATTERNS[name]
-    budget = {"budget": budget or None} if make is AdamW else budget
     settings = {"pattern": pattern, "schedule": Schedule(20), "score": "random", **budget}
     model = net()
     optimizer = make(model.named_parameters(), 0.01, **settings)
@@ -334,26 +268,85 @@ def test_states_and_copies_go_on_to_the_same_bits(make, name):
         assert_same_bits(copied, straight)
 
 
-@pytest.mark.parametrize("pattern", [NM(1, 3), Block(3)])
-def test_shapes_that_do_not_fit_are_refused_by_name(pattern):
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (
+            NM(1, 3),
+            r"'0\.weight' has 8 inputs, which 3 does not divide: choose another pattern, or put it into a group",
+        ),
+        (Block(1, 16), r"'4\.weight' is a matrix of 4 x 8, which blocks of 1 x 16 do not divide: choose"),
+        (Block(8, 1), r"'0\.weight' is a matrix of 4 x 192, which blocks of 8 x 1 do not divide"),
+    ],
+    ids=repr,
+)
+def test_shapes_that_do_not_fit_are_refused_by_name(pattern, message):
     budget = {} if pattern.density else {"compression": 2}
-    with pytest.raises(ValueError, match=r"parameter '0\.weight' has rows of 8, which 3 does not divide"):
+    with pytest.raises(ValueError, match=message):
         GSM(net().named_parameters(), 0.1, pattern=pattern, **budget)
-    weight = nn.Parameter(torch.rand(2, 6))
-    optimizer = GSM([weight], 0.1, pattern=pattern, **budget)
-    with pytest.raises(ValueError, match="parameter '0' has rows of 4"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.rand(2, 4))]})
-    optimizer.add_param_group({"params": [nn.Parameter(torch.rand(2, 4))], "prunable": False})
-    assert optimizer.num_prunable == 12
+    optimizer = GSM([nn.Parameter(torch.rand(8, 48))], 0.1, pattern=pattern, **budget)
+    with pytest.raises(ValueError, match="parameter '0' "):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.rand(4, 4))]})
+    with pytest.raises(ValueError, match=r"parameter '0' (is no matrix|has no input dimension)"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.rand(48))], "prunable": True})
+    optimizer.add_param_group({"params": [nn.Parameter(torch.rand(4, 4))], "prunable": False})
+    assert optimizer.num_prunable == 8 * 48
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: NM(5, 4), "NM\\(n, m\\) keeps n of each m weights, so 1 <= n <= m, not n=5 and m=4"),
+        (lambda: NM(0, 4), "1 <= n <= m"),
+        (lambda: NM(2, 4.0), "m must be a whole number, not 4.0"),
+        (lambda: Block(0, 4), "a block must be at least 1 x 1, not 0 x 4"),
+        (lambda: Block("4", 4), "height must be a whole number"),
+    ],
+)
+def test_patterns_that_cannot_be(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_budgets_that_do_not_go_with_a_pattern_are_refused():
     with pytest.raises(ValueError, match="give exactly one of compression, density, sparsity and num_kept, not none"):
-        GSM(net().parameters(), 0.1, pattern=Block(4))
+        GSM(net().parameters(), 0.1, pattern=Block(4, 4))
     with pytest.raises(ValueError, match=r"the pattern NM prescribes the density 0\.5: leave out the budget"):
         GSM(net().parameters(), 0.1, pattern=NM(2, 4), sparsity=0.9)
     with pytest.raises(ValueError, match="3 weights to keep are less than one unit of 4"):
-        GSM(net().parameters(), 0.1, pattern=Block(4), num_kept=3)
+        GSM(net().parameters(), 0.1, pattern=Block(2, 2), num_kept=3)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [(NM(2, 4), None), (None, NM(2, 4)), (NM(2, 4), NM(1, 4)), (Block(4, 4), Block(1, 4)), (Block(4, 4), Run(4))],
+    ids=repr,
+)
+def test_states_of_another_pattern_are_refused(ours, theirs, fixed):
+    budgets = [{} if isinstance(pattern, NM) else {"num_kept": 230} for pattern in (ours, theirs)]
+    optimizer = GSM(net().parameters(), 0.1, pattern=ours, **budgets[0])
+    other = GSM(net().parameters(), 0.1, pattern=theirs, **budgets[1])
+    if fixed:
+        other.finalize()
+    before = optimizer.state_dict()
+    message = (
+        f"the state is of the pattern {theirs or 'Unstructured'}, not {ours or 'Unstructured'}: build the optimizer"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        optimizer.load_state_dict(other.state_dict())
+    assert optimizer.state_dict() == before
+
+
+def test_states_without_a_pattern_are_of_single_weights_or_of_torchs():
+    single, grouped = GSM(net().parameters(), 0.1, num_kept=230), GSM(net().parameters(), 0.1, pattern=NM(2, 4))
+    state = single.state_dict()
+    del state["param_groups"][0]["pattern"]  # as it was before there was one
+    single.load_state_dict(state)
+    with pytest.raises(ValueError, match="the state is of the pattern Unstructured, not NM"):
+        grouped.load_state_dict(state)
+    grouped.load_state_dict(torch.optim.SGD(net().parameters(), 0.1).state_dict())
+    assert grouped.num_kept * 2 == grouped.num_prunable
 
 
 @new_pattern
@@ -370,60 +363,15 @@ def test_gradients_that_are_not_finite_are_refused(name):
     assert_same_bits(model, before)
 
 
-# --- an optimizer ---
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_adamw_of_density_1_is_torchs_bit_for_bit(dtype):
-    nets = net().to(dtype), net().to(dtype)
-    ours = AdamW(nets[0].named_parameters(), 0.01, budget={"density": 1})
-    optimizers = ours, torch.optim.AdamW(nets[1].named_parameters(), 0.01)
-    for step in range(12):
-        for model, optimizer in zip(nets, optimizers, strict=True):
-            backward(model, step)
-            if step % 3 == 1:
-                model[2].weight.grad = None
-            optimizer.step()
-        assert_same_bits(*nets)
-    states = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
-    optimizers = ours, torch.optim.AdamW(nets[1].named_parameters(), 0.5)
-    for optimizer, state in zip(optimizers, reversed(states), strict=True):  # each goes on with the other's
-        optimizer.load_state_dict(state)
-    for step in range(12, 16):
-        for model, optimizer in zip(nets, optimizers, strict=True):
-            train(model, optimizer, [step])
-        assert_same_bits(*nets)
-
-
-def test_a_score_may_use_what_the_optimizer_knows():
-    """Fisher: |w| sqrt(v), before the step; in the first one there is no v, so nothing is active."""
-    params = [nn.Parameter(torch.randn(6, 8)) for _ in range(2)]
-    fisher = lambda weight, grad, state: weight.abs() * state["exp_avg_sq"].sqrt()  # noqa: E731
-    optimizer = AdamW(params, 0.01, budget={"num_kept": 50}, score=fisher, passive_decay=0.0)
-    expected = [torch.zeros(6, 8).bool()] * 2
-    for _ in range(3):
-        before = [param.detach().clone() for param in params]
-        for param in params:
-            param.grad = torch.randn(6, 8)
-        optimizer.step()
-        if not expected[0].any():
-            assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
-        else:
-            firsts = [optimizer.state[param]["exp_avg"] for param in params]
-            assert all(bool((first != 0)[mask].all()) for first, mask in zip(firsts, expected, strict=True))
-        scores = [param.detach().abs() * optimizer.state[param]["exp_avg_sq"].sqrt() for param in params]
-        expected = naive_active(scores, 50)
-
-
 # --- patterns that do not keep their word ---
 
 
-class Inverted(Block):
+class Inverted(Run):
     def expand(self, kept, scores):
         return [~mask for mask in super().expand(kept, scores)]
 
 
-class Shapeless(Block):
+class Shapeless(Run):
     def expand(self, kept, scores):
         return list(kept)
 
@@ -444,7 +392,43 @@ def test_what_a_pattern_keeps_is_checked(pattern, message):
         optimizer.step()
 
 
-@pytest.mark.parametrize("pattern", ["nm", Block, Block(0)], ids=["a name", "a class", "no size"])
+@pytest.mark.parametrize("pattern", ["nm", Block, Run(0)], ids=["a name", "a class", "no size"])
 def test_what_is_no_pattern_is_refused(pattern):
     with pytest.raises(ValueError, match="pattern must be a Pattern with a size of at least 1"):
         GSM([nn.Parameter(torch.ones(8, 8))], 0.1, num_kept=8, pattern=pattern)
+
+
+# --- what the kernels that are for them make of the result ---
+
+
+@pytest.mark.filterwarnings("ignore:Sparse BSR tensor support is in beta")
+def test_bsr_stores_the_blocks_and_nothing_else():
+    model = net()
+    optimizer = GSMAdamW(model.named_parameters(), 0.01, pattern=Block(4, 4), num_kept=230)
+    train(model, optimizer, range(3))
+    optimizer.finalize()
+    blocks = 0
+    for weight in prunable(model):
+        stored = weight.flatten(1).to_sparse_bsr((4, 4))
+        blocks += len(stored.values())
+        assert torch.equal(stored.to_dense(), weight.flatten(1))
+    assert blocks * 16 == optimizer.num_kept == 224
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with semi-structured kernels")
+@pytest.mark.parametrize("make", [GSM, GSMAdamW])
+def test_semi_structured_kernels_take_the_result(make):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256)).cuda().half()
+    optimizer = make(model.named_parameters(), 0.01, pattern=NM(2, 4))
+    images = torch.randn(128, 256, device="cuda", dtype=torch.half)
+    for _ in range(3):
+        model.zero_grad()
+        model(images).float().square().mean().backward()
+        optimizer.step()
+    optimizer.finalize()
+    with torch.inference_mode():
+        expected = model(images)
+        for layer in (model[0], model[2]):
+            layer.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(layer.weight))
+        torch.testing.assert_close(model(images), expected, rtol=1e-2, atol=1e-3)

@@ -16,7 +16,7 @@ from test_cli import SHORT
 
 pytestmark = pytest.mark.slow
 
-RUN = "lenet300-lottery-fast-x20-s0"
+RUN = "mine-x20-s0"
 
 
 def torchrun(processes, *words, program=("-m", "--", "gsm_sgd"), restarts=0):
@@ -59,7 +59,7 @@ def test_the_mean_over_shares_is_that_of_the_batch(monkeypatch):
 
 def test_two_processes_train_as_one_does(tmp_path):
     """Batches of 511 do not divide by two."""
-    words = ["lottery", "lenet300", *SHORT, "--batch-size", "511"]
+    words = ["lottery", "lenet300", *SHORT, "--batch-size", "511", "--name", "mine"]
     assert cli.run([*words, "--out", str(tmp_path / "one")]) == 0
     done = torchrun(2, *words, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
@@ -93,7 +93,7 @@ def test_a_run_goes_on_when_torchrun_starts_it_again(tmp_path):
             sys.exit(cli.run(sys.argv[1:]))
         """)
     )
-    words = ["lottery", "lenet300", *SHORT, "--checkpoint-seconds", "0", "--out", tmp_path / "runs"]
+    words = ["lottery", "lenet300", *SHORT, "--checkpoint-seconds", "0", "--out", tmp_path / "runs", "--name", "mine"]
     done = torchrun(2, *words, program=["--", program], restarts=1)
     assert done.returncode == 0, done.stderr
     assert "gsm: goes on in epoch 2 of 2" in done.stderr

@@ -57,7 +57,7 @@ def test_snippets_of_the_readme_run(tmp_path, monkeypatch):
 
 def test_snippets_of_the_guide_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert len(list(run_snippets("docs/guide.md"))) == 5
+    assert len(list(run_snippets("docs/guide.md"))) == 6
 
 
 @pytest.mark.parametrize("page", SNIPPETS)

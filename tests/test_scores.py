@@ -62,8 +62,8 @@ def test_random_is_uniform_above_zero_and_its_seeds():
 
 def test_scores_have_names():
     assert [find_score(name) for name in ("taylor", "magnitude", "random")] == [taylor, magnitude, random]
-    with pytest.raises(ValueError, match=r"unknown score 'fisher': choose taylor, magnitude, random, or pass a func"):
-        GSM(made(), 0.1, compression=2, score="fisher")
+    with pytest.raises(ValueError, match=r"unknown score 'fischer': choose taylor, magnitude, random, fisher, or pass"):
+        GSM(made(), 0.1, compression=2, score="fischer")
 
 
 # --- what they choose ---

@@ -16,7 +16,19 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gsm_sgd import GSM, Masks, Phase, Schedule, keep_masked, magnitude_masks, prunable_parameters, sparsity_table
+from gsm_sgd import (
+    GSM,
+    NM,
+    Block,
+    GSMAdamW,
+    Masks,
+    Phase,
+    Schedule,
+    keep_masked,
+    magnitude_masks,
+    prunable_parameters,
+    sparsity_table,
+)
 from gsm_sgd.masks import sparsity_rows
 from gsm_sgd.patterns import Pattern
 from gsm_sgd.selection import streamed
@@ -109,19 +121,67 @@ class Pairs(Pattern):
     size = 2
 
 
-def use_a_pattern(steps):
-    mesh, placements = layouts()[0]
-    params = spread_parameters(mesh, placements)
-    optimizer = GSM(params, 0.1, compression=2, pattern=Pairs())
-    for param in params:
-        param.grad = torch.ones_like(param)
+def use_a_pattern(pattern, layout, shape, steps):
+    mesh, placements = layouts()[layout]
+    param = nn.Parameter(distribute_tensor(torch.ones(shape), mesh, placements))
+    budget = {} if pattern.density else {"compression": 2}
+    optimizer = GSM([("layer", param)], 0.1, **budget, pattern=pattern)
+    param.grad = torch.ones_like(param)
     optimizer.step() if steps else optimizer.finalize()
 
 
 @pytest.mark.parametrize("steps", [0, 1])
-def test_patterns_refuse_what_is_spread(ranks, steps):
-    message = "ValueError: the pattern Pairs does not take DTensors yet: use single weights"
-    assert ranks(4).errors(use_a_pattern, steps) == [message] * 4
+@pytest.mark.parametrize(
+    ("pattern", "layout", "shape", "message"),
+    [
+        (Pairs(), 0, (8, 8), "the pattern Pairs does not take DTensors yet: use single weights"),
+        (NM(2, 4), 1, (8, 8), "parameter 'layer' is sharded within units of NM(2, 4): shard it along another axis, or"),
+        (Block(4, 4), 0, (8, 8), "parameter 'layer' is sharded within units of Block(4, 4)"),
+        (Block(4, 1), 0, (20, 8), "parameter 'layer' is sharded within units of Block(4, 1)"),  # but for the first part
+        (Block(1, 2), 1, (8, 8, 2), "parameter 'layer' is sharded within units of Block(1, 2)"),
+    ],
+)
+def test_patterns_whose_units_are_cut_are_refused_on_every_process(ranks, pattern, layout, shape, message, steps):
+    errors = ranks(4).errors(use_a_pattern, pattern, layout, shape, steps)
+    assert len(set(errors)) == 1
+    assert errors[0].startswith(f"ValueError: {message}")
+
+
+def train_a_pattern_in_lockstep(pattern, kind, ties, layout):
+    """Train whole and spread weights alike through a schedule: the masks are the same, the counts exact."""
+    mesh, placements = layouts()[layout]
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 8), (16, 8, 1, 3), (24, 16)]
+    whole = [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)) for shape in shapes]
+    if ties:
+        for param in whole:
+            param.data = param.detach().sign()
+    spread = [nn.Parameter(distribute_tensor(param.detach().clone(), mesh, placements)) for param in whole]
+    settings = {"pattern": pattern, "schedule": Schedule(12, ramp=1 / 3, fade=1 / 6, cut=5 / 6)}
+    settings |= {} if pattern.density else {"compression": 7.3}
+    optimizers = [kind(side, 0.1, **settings) for side in (whole, spread)]
+    for _ in range(12):
+        for ours, theirs in zip(whole, spread, strict=True):
+            ours.grad = torch.randn(ours.shape, generator=generator, dtype=ours.dtype)
+            ours.grad = ours.grad.sign() if ties else ours.grad
+            theirs.grad = distribute_tensor(ours.grad, mesh, placements)
+        for optimizer in optimizers:
+            optimizer.step()
+        for ours, theirs in zip(whole, spread, strict=True):
+            torch.testing.assert_close(full(theirs), ours.detach(), rtol=1e-12, atol=1e-12)
+    expected, masks = (optimizer.finalize() for optimizer in optimizers)
+    assert all(torch.equal(full(masks[key]), mask) for key, mask in expected.items())
+    assert masks.num_kept == optimizers[0].num_kept == optimizers[1].num_kept
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(
+    ("pattern", "layout"),
+    [(NM(2, 4), 0), (NM(1, 8), 0), (NM(1, 2), 1), (NM(2, 4), 3), (NM(2, 4), 4), (Block(2, 4), 0), (Block(1, 8), 5)],
+)
+@pytest.mark.parametrize("kind", [GSM, GSMAdamW])
+def test_patterns_do_not_depend_on_how_weights_are_spread(ranks, pattern, kind, ties, layout):
+    ranks(4).run(train_a_pattern_in_lockstep, pattern, kind, ties, layout)
 
 
 # --- the update ---
@@ -131,13 +191,14 @@ def signed(weight, grad, state):
     return 100 * weight * grad
 
 
-def train_in_lockstep(ties, small, score):
+def train_in_lockstep(ties, small, score, kind):
     """Train whole and spread weights alike, through ramp, fade and cut; all must stay the same.
 
     But for rounding: where a vector register is not full torch's kernels round in another way.
     """
     compiled = small is not None
-    settings = {"momentum": 0.9, "weight_decay": 1e-2, "nesterov": True, "compression": 7.3, "compiled": compiled}
+    settings = {"weight_decay": 1e-2, "compression": 7.3, "compiled": compiled}
+    settings |= {"momentum": 0.9, "nesterov": True} if kind is GSM else {"betas": (0.5, 0.9)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
         if compiled:
@@ -149,7 +210,7 @@ def train_in_lockstep(ties, small, score):
             pairs = [biases, *zip(whole, spread, strict=True)]
             schedule = Schedule(12, ramp=1 / 3, fade=1 / 6, cut=5 / 6)
             settings |= {"schedule": schedule, "score": score}
-            optimizers = [GSM(side, 0.1, **settings) for side in zip(*pairs, strict=True)]
+            optimizers = [kind(side, 0.1, **settings) for side in zip(*pairs, strict=True)]
             generator = torch.Generator().manual_seed(1)
             for _ in range(12):
                 for ours, theirs in pairs:
@@ -168,18 +229,21 @@ def train_in_lockstep(ties, small, score):
 
 
 @pytest.mark.parametrize(
-    ("size", "ties", "small", "score"),
+    ("size", "ties", "small", "score", "kind"),
     [
-        (4, False, None, "taylor"),
-        (4, True, None, "taylor"),
-        (4, False, None, signed),
-        (2, False, 2**22, "taylor"),
-        (2, True, 0, "magnitude"),
+        (4, False, None, "taylor", GSM),
+        (4, True, None, "taylor", GSM),
+        (4, False, None, signed, GSM),
+        (2, False, 2**22, "taylor", GSM),
+        (2, True, 0, "magnitude", GSM),
+        (4, True, None, "taylor", GSMAdamW),
+        (4, False, None, "fisher", GSMAdamW),
+        (2, True, 0, "taylor", GSMAdamW),
     ],
-    ids=["eager", "ties", "scores below zero", "compiled", "compiled ties"],
+    ids=["eager", "ties", "scores below zero", "compiled", "compiled ties", "AdamW", "fisher", "AdamW compiled"],
 )
-def test_training_does_not_depend_on_how_weights_are_spread(ranks, size, ties, small, score):
-    ranks(size).run(train_in_lockstep, ties, small, score)
+def test_training_does_not_depend_on_how_weights_are_spread(ranks, size, ties, small, score, kind):
+    ranks(size).run(train_in_lockstep, ties, small, score, kind)
 
 
 def cut_ties_of_one_weight(compiled):
@@ -230,6 +294,8 @@ def batch(step):
 
 
 SETTINGS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3, "compression": 10.0}
+ADAMW = {"lr": 0.01, "betas": (0.5, 0.9), "weight_decay": 1e-3, "compression": 10.0}
+both = pytest.mark.parametrize(("kind", "settings"), [(GSM, SETTINGS), (GSMAdamW, ADAMW)], ids=["SGD", "AdamW"])
 SCHEDULE = Schedule(16, ramp=5 / 16, fade=3 / 16, cut=10 / 16)
 
 
@@ -257,10 +323,10 @@ def check_masked_gradients(model, masks):
         assert not grad[~full(mask)].any()
 
 
-def train_by_fsdp():
+def train_by_fsdp(kind, settings):
     """Train a model by FSDP2 on a part of each batch, and the same model on all of it."""
     whole, spread = Net(), sharded_net()
-    optimizers = [GSM(model.named_parameters(), **SETTINGS) for model in (whole, spread)]
+    optimizers = [kind(model.named_parameters(), **settings) for model in (whole, spread)]
     for number in range(10):
         train(whole, optimizers[0], [batch_of(number)])
         train(spread, optimizers[1], [batch(number)])
@@ -282,8 +348,9 @@ def train_by_fsdp():
         handle.remove()
 
 
-def test_fsdp_trains_as_one_process_does(ranks):
-    ranks(4).run(train_by_fsdp)
+@both
+def test_fsdp_trains_as_one_process_does(ranks, kind, settings):
+    ranks(4).run(train_by_fsdp, kind, settings)
 
 
 class Counter:
@@ -328,25 +395,26 @@ def test_what_is_sent_does_not_grow_with_the_model(ranks, numel, compression):
         assert sum(sizes) < 2**16
 
 
-def train_by_ddp(check_ranks):
+def train_by_ddp(check_ranks, kind, settings):
     """Train a model by DDP; return what it came to, and the collective calls of the optimizer."""
     model = DistributedDataParallel(Net())
-    optimizer = GSM(model.module.named_parameters(), **SETTINGS, check_ranks=check_ranks)
+    optimizer = kind(model.module.named_parameters(), **settings, check_ranks=check_ranks)
     with Counter() as counter:
         train(model, optimizer, map(batch, range(10)))
     optimizer.finalize()
     return [param.detach() for param in model.parameters()], len(counter.sizes)
 
 
-def test_ddp_needs_no_communication_of_ours_and_ends_in_the_same_bits(ranks):
-    (ours, calls), *others = ranks(4).run(train_by_ddp, False)
+@both
+def test_ddp_needs_no_communication_of_ours_and_ends_in_the_same_bits(ranks, kind, settings):
+    (ours, calls), *others = ranks(4).run(train_by_ddp, False, kind, settings)
     assert calls == 0
-    (checked, calls), *_ = ranks(4).run(train_by_ddp, True)
+    (checked, calls), *_ = ranks(4).run(train_by_ddp, True, kind, settings)
     assert calls > 0
     for theirs in (checked, *(params for params, _ in others)):
         assert all(torch.equal(one, two) for one, two in zip(ours, theirs, strict=True))
     whole = Net()
-    optimizer = GSM(whole.named_parameters(), **SETTINGS, check_ranks=True)  # asks nobody where there is nobody
+    optimizer = kind(whole.named_parameters(), **settings, check_ranks=True)  # asks nobody where there is nobody
     train(whole, optimizer, map(batch_of, range(10)))
     optimizer.finalize()
     assert_close(ours, whole.parameters())
@@ -436,7 +504,9 @@ def test_every_process_refuses_a_gradient_that_is_not_finite_on_one(ranks, value
 def disagree(settings):
     """The first process has settings of its own."""
     model = sharded_net()
-    optimizer = GSM(model.named_parameters(), **{**SETTINGS, **settings[dist.get_rank() > 0]})
+    mine = {**SETTINGS, **settings[dist.get_rank() > 0]}
+    kind = GSMAdamW if mine["momentum"] is None else GSM
+    optimizer = kind(model.named_parameters(), **{key: value for key, value in mine.items() if value is not None})
     train(model, optimizer, [batch(0)])
 
 
@@ -451,6 +521,7 @@ def density_of_a_rank(step):
         ([{"lr": 0.25}, {}], "processes disagree about lr: it is 0.05 on one and 0.25 on another"),
         ([{"schedule": Schedule(9, cut=share)} for share in (0.6, 0.7)], "cut: it is 0.6 on one and 0.7 on another"),
         ([{"passive_decay": 1e-3}, {}], "processes disagree about passive_decay"),
+        ([{"betas": (0.5, 0.9), "momentum": None}, {"betas": (0.6, 0.9), "momentum": None}], "disagree about betas[0]"),
         ([{"schedule": density_of_a_rank}] * 2, "active weights: it is 254 on one and 636 on another"),
     ],
 )
@@ -504,10 +575,10 @@ def test_check_ranks_finds_gradients_that_are_not_the_same(ranks, missing, messa
 # --- states ---
 
 
-def go_on_with_a_whole_state(steps):
+def go_on_with_a_whole_state(steps, kind, settings):
     """Train whole, load the state into an optimizer of the same weights spread over processes, and train both on."""
     whole, spread = Net(), sharded_net()
-    optimizers = [GSM(model.named_parameters(), **SETTINGS, schedule=SCHEDULE) for model in (whole, spread)]
+    optimizers = [kind(model.named_parameters(), **settings, schedule=SCHEDULE) for model in (whole, spread)]
     train(whole, optimizers[0], map(batch_of, range(steps)))
     for ours, theirs in zip(whole.parameters(), spread.parameters(), strict=True):
         theirs.data.copy_(distribute_tensor(ours.detach(), theirs.device_mesh, theirs.placements))
@@ -518,9 +589,10 @@ def go_on_with_a_whole_state(steps):
         assert_close(spread.parameters(), whole.parameters())
 
 
+@both
 @pytest.mark.parametrize("steps", [3, 8, 12])
-def test_a_state_of_one_process_goes_on_on_several(ranks, steps):
-    ranks(4).run(go_on_with_a_whole_state, steps)
+def test_a_state_of_one_process_goes_on_on_several(ranks, steps, kind, settings):
+    ranks(4).run(go_on_with_a_whole_state, steps, kind, settings)
 
 
 def test_a_state_of_another_model_is_refused():
@@ -534,19 +606,19 @@ def test_a_state_of_another_model_is_refused():
     train(model, optimizer, [batch_of(1)])
 
 
-def begin_and_save(folder, steps):
+def begin_and_save(folder, steps, kind, settings):
     """Train for some steps, and put all that is needed to go on into a distributed checkpoint."""
     model = sharded_net()
-    optimizer = GSM(model.named_parameters(), **SETTINGS, schedule=SCHEDULE)
+    optimizer = kind(model.named_parameters(), **settings, schedule=SCHEDULE)
     train(model, optimizer, map(batch, range(steps)))
     model_state, state = get_state_dict(model, optimizer)
     quietly(dcp.save, {"model": model_state, "optimizer": state}, checkpoint_id=folder)
 
 
-def load_and_go_on(folder, steps, make, batches):
+def load_and_go_on(folder, steps, make, batches, kind, settings):
     """Load such a checkpoint, train on, and return what all came to."""
     model = make()
-    optimizer = GSM(model.named_parameters(), **SETTINGS, schedule=SCHEDULE)
+    optimizer = kind(model.named_parameters(), **settings, schedule=SCHEDULE)
     model_state, state = get_state_dict(model, optimizer)
     quietly(dcp.load, {"model": model_state, "optimizer": state}, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=state)
@@ -561,16 +633,17 @@ def quietly(function, *args, **options):
         return function(*args, **options)
 
 
+@both
 @pytest.mark.parametrize("steps", [3, 8, 12])
-def test_a_distributed_checkpoint_goes_on_with_another_number_of_processes(ranks, tmp_path, steps):
+def test_a_distributed_checkpoint_goes_on_with_another_number_of_processes(ranks, tmp_path, steps, kind, settings):
     """Saved in the ramp, in the fade, and after the cut, by four processes; loaded by two, and by this one."""
-    ranks(4).run(begin_and_save, tmp_path, steps)
+    ranks(4).run(begin_and_save, tmp_path, steps, kind, settings)
     whole = Net()
-    optimizer = GSM(whole.named_parameters(), **SETTINGS, schedule=SCHEDULE)
+    optimizer = kind(whole.named_parameters(), **settings, schedule=SCHEDULE)
     train(whole, optimizer, map(batch_of, range(16)))
     for params, kept, taken in (
-        ranks(2).run(load_and_go_on, tmp_path, steps, sharded_net, batch)[0],
-        load_and_go_on(tmp_path, steps, Net, batch_of),
+        ranks(2).run(load_and_go_on, tmp_path, steps, sharded_net, batch, kind, settings)[0],
+        load_and_go_on(tmp_path, steps, Net, batch_of, kind, settings),
     ):
         assert taken == 16
         assert all(torch.equal(kept[name], mask) for name, mask in optimizer.masks.items())

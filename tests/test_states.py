@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from gsm_sgd import GSM, Phase, Schedule
+from gsm_sgd import GSM, GSMAdamW, Phase, Schedule
 from nets import assert_same_bits, backward, conv_net, dense_net, kept_of, saved_and_loaded, train
 
 SCHEDULE = Schedule(20, ramp=0.4, fade=0.2, cut=0.75, shrink_to=0.9)
@@ -29,12 +29,14 @@ STATES = pytest.mark.parametrize(
         (SCHEDULE, 17, Phase.DONE),
     ],
 )
+MOMENTUM = {GSM: {"momentum": 0.95}, GSMAdamW: {}}
+both = pytest.mark.parametrize("kind", MOMENTUM)
 
 
-def trained(make, schedule, steps, phase, **settings):
+def trained(make, schedule, steps, phase, kind=GSM, **settings):
     """Return a net and its optimizer after so many steps, which end in a phase."""
     model = make()
-    optimizer = GSM(model.named_parameters(), 0.1, compression=6, schedule=schedule, momentum=0.95, **settings)
+    optimizer = kind(model.named_parameters(), 0.1, compression=6, schedule=schedule, **MOMENTUM[kind], **settings)
     train(model, optimizer, range(steps))
     if schedule is None and phase is Phase.DONE:
         optimizer.finalize()
@@ -53,12 +55,13 @@ def assert_go_on_alike(model, optimizer, other, its):
 # --- the same bits ---
 
 
+@both
 @STATES
-def test_a_loaded_state_goes_on(schedule, steps, phase):
-    model, optimizer = trained(conv_net, schedule, steps, phase)
+def test_a_loaded_state_goes_on(schedule, steps, phase, kind):
+    model, optimizer = trained(conv_net, schedule, steps, phase, kind)
     fresh = conv_net(seed=9)
     fresh.load_state_dict(model.state_dict())
-    other = GSM(fresh.named_parameters(), 1.0, compression=2)  # the state carries the settings
+    other = kind(fresh.named_parameters(), 1.0, compression=2)  # the state carries the settings
     with pytest.warns(UserWarning, match=r"brings compression=6 \(not compression=2\)"):
         other.load_state_dict(saved_and_loaded(optimizer.state_dict()))
     assert other.phase is phase
@@ -66,10 +69,11 @@ def test_a_loaded_state_goes_on(schedule, steps, phase):
     assert_go_on_alike(model, optimizer, fresh, other)
 
 
+@both
 @STATES
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-def test_copies_go_on(copied, schedule, steps, phase):
-    pair = trained(conv_net, schedule, steps, phase)
+def test_copies_go_on(copied, schedule, steps, phase, kind):
+    pair = trained(conv_net, schedule, steps, phase, kind)
     twin, other = copied(pair)
     assert other.param_groups[0]["params"][0] is next(twin.parameters())
     assert repr(other) == repr(pair[1])
@@ -191,12 +195,13 @@ def test_numpy_numbers_and_a_state_that_loads(settings):
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
+@both
 @pytest.mark.parametrize("options", [None, FLAT], ids=["nested", "flat"])
 @STATES
-def test_distributed_checkpoints_carry_masks(schedule, steps, phase, options):
-    model, optimizer = trained(conv_net, schedule, steps, phase)
+def test_distributed_checkpoints_carry_masks(schedule, steps, phase, options, kind):
+    model, optimizer = trained(conv_net, schedule, steps, phase, kind)
     saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
-    fresh, other = trained(conv_net, schedule, 0, Phase.RAMP if schedule else Phase.SEARCH)
+    fresh, other = trained(conv_net, schedule, 0, Phase.RAMP if schedule else Phase.SEARCH, kind)
     fresh.load_state_dict(model.state_dict())
     for _ in range(2):  # into a fresh one, and once more into the same one
         set_optimizer_state_dict(fresh, other, copy.deepcopy(saved), options=options)
@@ -205,8 +210,9 @@ def test_distributed_checkpoints_carry_masks(schedule, steps, phase, options):
     assert_go_on_alike(model, optimizer, fresh, other)
 
 
-def test_asking_a_fresh_optimizer_for_its_state_counts_no_step():
-    model, optimizer = trained(conv_net, SCHEDULE, 0, Phase.RAMP)
+@both
+def test_asking_a_fresh_optimizer_for_its_state_counts_no_step(kind):
+    model, optimizer = trained(conv_net, SCHEDULE, 0, Phase.RAMP, kind)
     twin, other = copy.deepcopy((model, optimizer))
     get_optimizer_state_dict(model, optimizer)
     assert (optimizer.param_groups[0]["step"], optimizer.param_groups[0]["lr"]) == (0, 0.1)
@@ -235,14 +241,16 @@ def test_a_flat_state_without_its_masks_is_refused():
 # --- a model that changes after the optimizer was built ---
 
 
+@both
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
 @pytest.mark.parametrize("phase", [Phase.SEARCH, Phase.DONE])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_a_converted_model_goes_on(dtype, phase, options):
-    model, optimizer = trained(dense_net, None, 3, phase, **options)
+def test_a_converted_model_goes_on(dtype, phase, options, kind):
+    model, optimizer = trained(dense_net, None, 3, phase, kind, **options)
     model.to(dtype)
     train(model, optimizer, range(3, 6))
-    assert all(state["momentum_buffer"].dtype == dtype for state in optimizer.state.values())
+    buffers = ("exp_avg", "exp_avg_sq") if kind is GSMAdamW else ("momentum_buffer",)
+    assert all(state[name].dtype == dtype for state in optimizer.state.values() for name in buffers)
     optimizer.finalize()
     assert kept_of(model) == optimizer.num_kept == 58
 

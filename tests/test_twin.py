@@ -1,20 +1,24 @@
-"""GSM as torch.optim.SGD, bit for bit, wherever nothing is passive."""
+"""GSM as torch.optim.SGD, and GSMAdamW as torch.optim.AdamW, bit for bit, wherever nothing is passive."""
 
 import itertools
 
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, lr_scheduler
+from torch.optim import SGD, AdamW, lr_scheduler
 
-from gsm_sgd import GSM
+from gsm_sgd import GSM, GSMAdamW
 from nets import assert_same_bits, backward, channels_last_net, conv_net, dense_net, saved_and_loaded, train
 
-HYPER = {"momentum": 0.9, "weight_decay": 1e-2}
+HYPER = {GSM: {"momentum": 0.9, "weight_decay": 1e-2}, GSMAdamW: {}}
+TORCHS = {GSM: SGD, GSMAdamW: AdamW}
+both = pytest.mark.parametrize("kind", TORCHS, ids=["SGD", "AdamW"])
 SCHEDULERS = {
     "step": lambda o: lr_scheduler.StepLR(o, 3, 0.5),
     "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.2, total_steps=12),
-    "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=3),
+    "cyclic": lambda o: lr_scheduler.CyclicLR(
+        o, 0.01, 0.1, step_size_up=3, cycle_momentum="momentum" in o.param_groups[0]
+    ),
     "warm-up and cosine": lambda o: lr_scheduler.SequentialLR(
         o, [lr_scheduler.LinearLR(o, 0.01, total_iters=4), lr_scheduler.CosineAnnealingLR(o, 8)], [4]
     ),
@@ -22,15 +26,15 @@ SCHEDULERS = {
 }
 
 
-def twins(make=conv_net, dtype=None, groups=False, own=None, **options):
-    """Return two nets alike, one trained by GSM at density 1 with some options of its own, one by SGD."""
+def twins(make=conv_net, dtype=None, groups=False, own=None, kind=GSM, **options):
+    """Return two nets alike, one trained by GSM at density 1 with some options of its own, one by torch's optimizer."""
     pairs = []
-    for optimizer, its_own in ((GSM, {"density": 1, **(own or {})}), (SGD, {})):
+    for optimizer, its_own in ((kind, {"density": 1, **(own or {})}), (TORCHS[kind], {})):
         model = make().to(dtype) if dtype else make()
         params = list(model.named_parameters())
         if groups:
             params = [{"params": params[:2], "lr": 0.03}, {"params": params[2:]}]
-        pairs.append((model, optimizer(params, 0.1, **{**HYPER, **options, **its_own})))
+        pairs.append((model, optimizer(params, 0.1, **{**HYPER[kind], **options, **its_own})))
     return pairs
 
 
@@ -50,11 +54,12 @@ def check(pairs, make_scheduler=None, steps=12):
     assert not any(torch.equal(p, q) for p, q in zip(moved, start, strict=False))
 
 
+@both
 @pytest.mark.parametrize("groups", [False, True], ids=["one group", "two groups"])
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_every_implementation_and_precision(dtype, options, groups):
-    check(twins(dtype=dtype, groups=groups, **options))
+def test_every_implementation_and_precision(dtype, options, groups, kind):
+    check(twins(dtype=dtype, groups=groups, kind=kind, **options))
 
 
 @pytest.mark.parametrize("make", [dense_net, channels_last_net])
@@ -64,27 +69,38 @@ def test_every_rule(make, weight_decay, momentum, nesterov):
     check(twins(make, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov))
 
 
-def test_compiled_passes():
-    check(twins(own={"compiled": True}))
+@pytest.mark.parametrize("make", [dense_net, channels_last_net])
+@pytest.mark.parametrize("settings", [{"weight_decay": 0.0}, {"betas": (0.0, 0.9)}, {"betas": (0.8, 0.0), "eps": 0.1}])
+def test_every_rule_of_adamw(make, settings):
+    check(twins(make, kind=GSMAdamW, **settings))
 
 
+@both
+def test_compiled_passes(kind):
+    check(twins(own={"compiled": True}, kind=kind))
+
+
+@both
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_every_scheduler(scheduler):
-    check(twins(groups=True), SCHEDULERS[scheduler])
+def test_every_scheduler(scheduler, kind):
+    check(twins(groups=True, kind=kind), SCHEDULERS[scheduler])
 
 
-def test_weights_with_gaps_in_memory():
+@both
+def test_weights_with_gaps_in_memory(kind):
     def make():
         model, wide = conv_net(), torch.zeros(4, 32)
         wide[:, ::2] = model[4].weight.detach()
         model[4].weight = nn.Parameter(wide[:, ::2])
         return model
 
-    check(twins(make))
+    check(twins(make, kind=kind))
 
 
-def test_a_rate_that_is_a_tensor():
-    pairs = twins()
+@both
+@pytest.mark.parametrize("options", [{}, {"foreach": False}, {"fused": True}], ids=str)
+def test_a_rate_that_is_a_tensor(kind, options):
+    pairs = twins(kind=kind, **options)
     for _, optimizer in pairs:
         optimizer.param_groups[0]["lr"] = torch.tensor(0.05)
     check(pairs)
@@ -100,14 +116,17 @@ def test_a_step_compiled_by_the_user_is_not_recompiled():
     assert_same_bits(ours, theirs)
 
 
-@pytest.mark.parametrize("to_gsm", [False, True], ids=["GSM to SGD", "SGD to GSM"])
-def test_states_load_across_both_ways(to_gsm):
-    pairs = twins()
+@both
+@pytest.mark.parametrize("to_gsm", [False, True], ids=["to torch", "from torch"])
+@pytest.mark.parametrize("options", [{}, {"fused": True}], ids=str)
+def test_states_load_across_both_ways(to_gsm, kind, options):
+    pairs = twins(kind=kind, **options)
     check(pairs, steps=4)
-    (ours, gsm), (_, sgd) = pairs
+    (ours, gsm), (_, torchs) = pairs
     fresh = conv_net()
     fresh.load_state_dict(ours.state_dict())
-    make, source = (lambda params, lr: GSM(params, lr, density=1), sgd) if to_gsm else (SGD, gsm)
+    own = {"fused": True} if options else {"foreach": None}
+    make, source = (lambda params, lr: kind(params, lr, density=1, **own), torchs) if to_gsm else (TORCHS[kind], gsm)
     other = make(fresh.named_parameters(), 1.0)
     other.load_state_dict(saved_and_loaded(source.state_dict()))
     train(ours, gsm, range(4, 9))
@@ -137,3 +156,25 @@ def test_what_only_sgd_does_is_refused(setting):
     optimizer = GSM(model.parameters(), 0.1, compression=2)
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(SGD(model.parameters(), 0.1, momentum=0.9, **setting).state_dict())
+
+
+@pytest.mark.parametrize("setting", ["amsgrad", "maximize", "capturable", "differentiable"])
+def test_what_only_adamw_does_is_refused(setting):
+    model = conv_net()
+    message = f"{setting}=True is not supported"
+    with pytest.raises(ValueError, match=message):
+        GSMAdamW([{"params": model.parameters(), setting: True}], compression=2)
+    optimizer = GSMAdamW(model.parameters(), compression=2)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(AdamW(model.parameters(), **{setting: True}).state_dict())
+
+
+def test_states_of_other_rules_are_refused():
+    model = conv_net()
+    sgd, adamw = GSM(model.parameters(), 0.1, compression=2), GSMAdamW(model.parameters(), compression=2)
+    with pytest.raises(ValueError, match="the state is of an Adam optimizer, whose rates and moments do not fit"):
+        sgd.load_state_dict(AdamW(model.parameters()).state_dict())
+    with pytest.raises(ValueError, match="the state is of an optimizer without the moments of Adam"):
+        adamw.load_state_dict(SGD(model.parameters(), 0.1).state_dict())
+    with pytest.raises(ValueError, match="decoupled_weight_decay=False is not supported"):
+        adamw.load_state_dict(torch.optim.Adam(model.parameters()).state_dict())

@@ -5,10 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .masks import Masks, keep_masked, magnitude_masks, sparsity_table
+    from .methods import METHODS, Method
     from .names import prunable_parameters
     from .optim.checks import CutWarning, NonFiniteGradientError
     from .optim.gsm import GSM
-    from .optim.one_phase import one_phase
+    from .optim.gsm_adamw import GSMAdamW
+    from .optim.one_phase import one_phase, parameter_groups
+    from .patterns import NM, Block
     from .schedules import Phase, Schedule
     from .selection.stored import select_top
 
@@ -16,20 +19,37 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GSM",
+    "METHODS",
+    "NM",
+    "Block",
     "CutWarning",
+    "GSMAdamW",
     "Masks",
+    "Method",
     "NonFiniteGradientError",
     "Phase",
     "Schedule",
     "keep_masked",
     "magnitude_masks",
     "one_phase",
+    "parameter_groups",
     "prunable_parameters",
     "select_top",
     "sparsity_table",
 ]
 
-_MODULES = ("masks", "names", "optim.gsm", "optim.one_phase", "optim.checks", "schedules", "selection.stored")
+_MODULES = (
+    "masks",
+    "names",
+    "optim.gsm",
+    "optim.gsm_adamw",
+    "optim.one_phase",
+    "optim.checks",
+    "patterns",
+    "schedules",
+    "selection.stored",
+    "methods",
+)
 
 
 def __getattr__(name: str) -> Any:

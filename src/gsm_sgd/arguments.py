@@ -15,9 +15,21 @@ from .experiments import UsageError, bench, data, suggestion
 from .experiments.lottery import TICKETS
 from .experiments.models import check_named
 from .experiments.reading import cause, read_yaml
-from .experiments.recipes import RECIPES, Preset, Recipe, Training, check_stages, find_recipe
+from .experiments.recipes import (
+    OURS,
+    RECIPES,
+    Preset,
+    Recipe,
+    Training,
+    add_settings,
+    by_method,
+    check_stages,
+    find_recipe,
+    find_settings,
+)
 from .export.run import Format
 from .export.sparse import Values
+from .methods import METHODS
 
 _RUNS = {
     "prune": "train, train with GSM, cut; accuracy before and after",
@@ -89,17 +101,18 @@ def _parsed(argv: Sequence[str]) -> Namespace:
     names = {field.name for field in fields(Recipe)}
     names |= {f"{stage}.{field.name}" for stage in ("base", "gsm") for field in fields(Training)}
     words = [_underscored(word, names) for word in argv]
-    recipe = find_recipe("lenet300")
+    recipe, methods = find_recipe("lenet300"), [OURS]
     if words and words[0] in _RUNS:
         words = [words[0], *_config_first(words[1:])]
+        methods = _methods(words)
         asked = [word for word in words if not word.startswith(("-h", "--help", "--print_config"))]
         try:
-            first = _parser(recipe).parse_args(asked)[words[0]]
+            first = _parser(recipe, methods).parse_args(asked)[words[0]]
         except argparse.ArgumentError:
             pass  # the parser below says what is wrong, or gives the help that was asked for
         else:
             recipe = find_recipe(first.recipe, first.preset)
-    options = _parser(recipe).parse_args(words)
+    options = _parser(by_method(recipe, methods[0]), methods).parse_args(words)
     chosen: Namespace = options[options.command]
     chosen.command = options.command
     if chosen.command == "ticket":
@@ -128,6 +141,25 @@ def _config_first(words: Sequence[str]) -> list[str]:
     return [*(f"--config={path}" for path in given.config), *rest]
 
 
+def _methods(words: Sequence[str]) -> list[str]:
+    """Return the methods that words, or the files of --config, name; GSM if none is named.
+
+    Raises:
+        UsageError: there is no such method.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", type=Path, action="append", default=[])
+    parser.add_argument("--method", default=None)
+    given, _ = parser.parse_known_args(words)
+    named = given.method
+    for path in given.config:
+        named = given.method or read_yaml(path).get("method", named)
+        if others := [method for method in METHODS if method in read_yaml(path) and method != named]:
+            raise UsageError(f"{path} has settings of {others[0]}: leave out --method {named}")
+    find_settings(method := str(named or OURS))
+    return [method]
+
+
 def _is_given(option: str, words: Sequence[str]) -> bool:
     return any(word.partition("=")[0] == option for word in words)
 
@@ -139,15 +171,18 @@ def _underscored(word: str, names: set[str]) -> str:
     return f"--{field}{equals}{value}" if option.startswith("--") and field in names else word
 
 
-def _parser(recipe: Recipe) -> ArgumentParser:
-    """Return the parser, with the fields of `recipe` as defaults."""
+def _parser(recipe: Recipe, methods: Sequence[str]) -> ArgumentParser:
+    """Return the parser, with the fields of `recipe` as defaults and the settings of these methods as options."""
     parser = _Parser(prog="gsm", description="Train a neural network to an exact, chosen sparsity.")
     parser.add_argument("--version", action="version", version=f"gsm-sgd {__version__}")
     commands = parser.add_subcommands(dest="command")
 
     _command(commands, "list", "the recipes, the paper's figures and what the presets cost")
     for name, text in _RUNS.items():
-        _add_run_options(_command(commands, name, text, usage=f"gsm {name} RECIPE [options]"), recipe, name)
+        parser_of_runs = _command(commands, name, text, usage=f"gsm {name} RECIPE [options]")
+        _add_run_options(parser_of_runs, recipe, name)
+        for method in methods:
+            add_settings(parser_of_runs, method)
 
     show = _command(commands, "show", "show runs, finished or not, or the layers of a weight file")
     show.add_argument("runs", nargs="+", type=Path, help="run folders, or safetensors, sparse, HDF5 or ticket files")
@@ -200,19 +235,28 @@ def _add_run_options(parser: ArgumentParser, recipe: Recipe, command: str) -> No
     parser.add_argument("recipe", type=str, help=f"one of {', '.join(RECIPES)}")
     _option(parser, "--preset", Preset, "fast", "whose settings")
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any fields of the recipe")
-    _option(parser, "--seeds", str | None, None, "several runs, like 0,1,2")
+    _option(parser, "--seeds", str | None, None, "several runs, like 0,1,2 or 0-4")
+    _option(parser, "--name", str | None, None, "of the run's folder, before ratio and seed")
     _option(parser, "--epochs-scale", float, 1.0, "shorten every stage, milestones too")
     _shared(parser, "--out", "--data-dir", "--device")
     _option(parser, "--threads", int | None, None, "CPU threads")
     _option(parser, "--checkpoint-seconds", float, 20.0, "time between checkpoints")
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard event files")
+    several = "C; of N prunable weights floor(N / C) are kept; or several runs, like 20,60,200"
+    _option(parser, "--compression", float | str, recipe.compression, several)
     if command == "prune":
+        _option(parser, "--method", str, recipe.method, f"what prunes: {', '.join((OURS, *METHODS))}")
+        parser.add_argument("--baseline", action="store_true", help="also train the dense net, for as many epochs")
         what = "of a sparse file, like 20KB, which then is exported; in place of --compression"
         _option(parser, "--target-size", str | None, None, what)
+    else:  # a recipe.yaml has it
+        _option(parser, "--method", str, recipe.method, argparse.SUPPRESS)
     parser.add_argument("--debug", action="store_true", help="show where an error arose")
-    defaults: dict[str, Any] = recipe.as_dict()
-    del defaults["recipe"], defaults["preset"]
-    parser.add_class_arguments(Recipe, default=defaults, skip={"recipe", "preset"})
+    elsewhere = {"recipe", "preset", "compression", "method", "settings"}
+    defaults = {
+        key: value for key, value in recipe.as_dict().items() if key not in {*elsewhere, recipe.method} - {OURS}
+    }
+    parser.add_class_arguments(Recipe, default=defaults, skip=elsewhere)
     for action in parser._actions:
         if action.dest.partition(".")[0] in defaults:
             action.required = False  # all have a default here, so the help is not to call them required
@@ -245,6 +289,9 @@ class _Parser(ArgumentParser):
         """Raise what is wrong, with the options that are meant if one is misspelt, or lacks its stage."""
         misspelt = re.match(r"unrecognized arguments: --?([^ =]+)", message)
         if misspelt and ex is None:  # else it has been said by the parser of a subcommand
+            method, dot, _ = misspelt[1].partition(".")
+            if dot and method in METHODS and f"--{method}" not in self._option_string_actions:
+                super().error(f"{misspelt[0]} is a setting of --method {method}: add that?", ex)
             options = [option for option in self._option_string_actions if option.startswith("--")]
             names = {
                 option: {option[2:], option.rpartition(".")[2].lstrip("-")} for option in options

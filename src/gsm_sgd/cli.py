@@ -21,13 +21,15 @@ from rich.text import Text
 
 from .arguments import in_options, parse
 from .experiments import UsageError, bench, data, models, ranks, suggestion
+from .experiments.channels import find_channels
 from .experiments.loop import fitting_precision
 from .experiments.lottery import lottery
 from .experiments.observers import ProgressBars
+from .experiments.plan import dense_of, folder_of, parse_ratios, parse_seeds
 from .experiments.pretrained import is_torchvisions, load_pretrained
-from .experiments.prune import Job, gsm, prune
+from .experiments.prune import Job, gsm, method_of, plain_sgd, prune
 from .experiments.reading import read_yaml
-from .experiments.recipes import Recipe, net_name
+from .experiments.recipes import DENSE, OURS, Recipe, net_name
 from .experiments.rundir import Record, RunFolder, check_recipe
 from .experiments.states import tensors_hash
 from .experiments.whole_files import write_output
@@ -122,7 +124,7 @@ def _complain(error: Exception) -> int:
 def _run(command: str, options: Namespace, console: _Console, log: _Console) -> None:
     """Run a recipe for each seed and show what came out."""
     device = _device(options.device)
-    planned = _plan(command, options, device)
+    planned, dense = _plan(command, options, device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     dataset = load_data(next(iter(planned.values())), options.data_dir).shard(ranks.rank(), ranks.world_size())
@@ -138,10 +140,13 @@ def _run(command: str, options: Namespace, console: _Console, log: _Console) -> 
                     tensorboard = path / "tensorboard" if options.tensorboard and folder.writes else None
                     with ProgressBars(log, tensorboard) as bars:
                         _COMMANDS[command](Job(recipe, dataset.to(device), folder, bars, device))
+                if recipe.seed in dense and recipe.method != DENSE:
+                    folder.add_top1({"dense": read_run(dense[recipe.seed]).finished()["top1"]["pruned"]})
                 if folder.writes:
                     _save_figures(read_run(path), folder)
     if folder.writes:
-        _print_results([read_run(path) for path in planned], console)
+        for group in by_recipe([read_run(path) for path in planned]):
+            _print_results(group, console)
         for path in planned if options.get("target_size") is not None else ():
             _export_small(path, parse_size(options.target_size), console)
 
@@ -150,14 +155,16 @@ def _already(folder: RunFolder) -> str:
     """Return what is to be said of a run that an earlier command has begun, or ended; a stage says how far it was."""
     if folder.finished:
         return ": finished already, nothing to do"
-    done = [name for name in WEIGHTS if name != "init" and folder.has_weights(name)]
+    done = [
+        name for name in dict.fromkeys((*WEIGHTS, folder.recipe.method)) if name != "init" and folder.has_weights(name)
+    ]
     if done:
         return f": resumes, {', '.join(done)} done already"
     return ": resumes" if any(folder.path.glob("*.checkpoint")) else ""
 
 
-def _plan(command: str, options: Namespace, device: torch.device) -> dict[Path, Recipe]:
-    """Return a run's folder and recipe for each seed, all checked before anything is written or trained."""
+def _plan(command: str, options: Namespace, device: torch.device) -> tuple[dict[Path, Recipe], dict[int, Path]]:
+    """Return the folders and recipes of all runs, checked before anything is written, and dense runs' by seed."""
     if options.threads is not None and options.threads < 1:
         raise UsageError(f"threads must be at least 1, not {options.threads}")
     if not (math.isfinite(options.checkpoint_seconds) and options.checkpoint_seconds >= 0):
@@ -168,32 +175,39 @@ def _plan(command: str, options: Namespace, device: torch.device) -> dict[Path, 
         raise UsageError(f"batch_size {recipe.batch_size} leaves {processes} without an image")
     # what is chosen for this machine stands in the run's recipe, so that no other goes on with something else
     recipe = replace(recipe, precision=fitting_precision(recipe.precision, device))
-    seeds = [recipe.seed] if options.seeds is None else _seeds(options.seeds)
+    seeds = [recipe.seed] if options.seeds is None else parse_seeds(options.seeds)
+    ratios = parse_ratios(options.compression)
     if options.get("target_size") is not None:
-        recipe = replace(recipe, compression=_fitting_compression(options, recipe, seeds))
+        ratios = [_fitting_compression(options, recipe, seeds)]
+    if command == "lottery" and recipe.method != OURS:
+        raise UsageError(f"a lottery is of GSM's tickets and magnitude's, not of {recipe.method}'s: take gsm prune")
+    recipes = [replace(recipe, seed=seed, compression=ratio) for ratio in ratios for seed in seeds]
+    if options.get("baseline"):
+        recipes = [*(dense_of(replace(recipe, seed=seed)) for seed in seeds), *recipes]
     planned = {}
-    for seed in seeds:
-        seeded = replace(recipe, seed=seed)
-        seeded.check()
-        planned[options.out / _run_name(seeded, command)] = scaled = seeded.scaled(options.epochs_scale)
+    for one in recipes:
+        one.check()
+        scaled = one.scaled(options.epochs_scale)
         scaled.check()
+        is_baseline = one.method == DENSE and recipe.method != DENSE
+        name = None if is_baseline else options.name  # it is shared by runs of any name
+        planned[folder_of(options.out, scaled, command, device, name)] = scaled
+    dense = {one.seed: path for path, one in planned.items() if one.method == DENSE and options.get("baseline")}
     if recipe.weights is not None and command == "lottery":
         raise UsageError(
             "a lottery trains its base net from the ticket's initialisation: leave out --weights, or set it to null if "
             "the recipe has some"
         )
+    if recipe.pattern == "channel" and command == "lottery":
+        raise UsageError("a lottery is for single weights: leave out --pattern channel")
     for source in _base_nets_to_load(planned):
         if not is_torchvisions(source) and not Path(source).is_file():
             raise UsageError(f"weights {source} do not exist: give a file, or torchvision")
-    _check_optimizer(scaled)
-    for path, seeded in planned.items():
-        check_recipe(path, seeded)
-    return planned
-
-
-def _run_name(recipe: Recipe, command: str) -> str:
-    net = net_name(recipe.recipe, recipe.model)
-    return f"{net}-{command}-{recipe.preset}-x{recipe.compression:g}-s{recipe.seed}"
+    for one in {(one.method, one.compression): one for one in planned.values()}.values():
+        _check_optimizer(one)
+    for path, one in planned.items():
+        check_recipe(path, one)
+    return planned, dense
 
 
 def _fitting_compression(options: Namespace, recipe: Recipe, seeds: Sequence[int]) -> float:
@@ -214,11 +228,17 @@ def _export_small(folder: Path, target: int, console: _Console) -> None:
 
 
 def _check_optimizer(recipe: Recipe) -> None:
-    """Raise UsageError for what GSM would refuse later, before anything is written."""
+    """Raise UsageError for what GSM, or another method, would refuse later, before anything is written."""
     model = models.build(recipe.model, recipe.seed)
     try:
         with warnings.catch_warnings(action="ignore"):  # given again when the stage begins
-            gsm(model, recipe, steps_per_epoch=1_000)
+            groups = None
+            if recipe.pattern == "channel":
+                groups = find_channels(model, torch.zeros(1, *image_shape(recipe)))
+            if recipe.method == OURS:
+                gsm(model, recipe, steps_per_epoch=1_000, groups=groups)
+            else:
+                method_of(recipe, plain_sgd(model, recipe.gsm), steps_per_epoch=1_000)
     except ValueError as error:
         raise UsageError(in_options(str(error))) from error
 
@@ -248,17 +268,11 @@ def _recipe(options: Namespace) -> Recipe:
     for stage in ("base", "gsm"):
         if not isinstance(given[stage], dict):
             raise UsageError(f"{stage} must be settings of its own, like {stage}.epochs, not {given[stage]}")
-    return Recipe.from_dict({field.name: given[field.name] for field in fields(Recipe)})
-
-
-def _seeds(text: str) -> list[int]:
-    try:
-        seeds = [int(word) for word in text.split(",")]
-    except ValueError as error:
-        raise UsageError(f"seeds must be whole numbers with commas between, like 0,1,2, not {text!r}") from error
-    if len(set(seeds)) < len(seeds):
-        raise UsageError(f"a seed stands twice in {text!r}")
-    return seeds
+    given["compression"] = parse_ratios(given["compression"])[0]
+    if given["pattern"] == "channel" and given["macs"] > 0:
+        given["compression"] = 1 / given["macs"]
+    names = {*(field.name for field in fields(Recipe)), given["method"]} - {"settings"}
+    return Recipe.from_dict({name: given[name] for name in names if name in given})
 
 
 def _device(name: str) -> torch.device:
@@ -278,6 +292,8 @@ def _save_figures(finished: Run, folder: RunFolder) -> None:
     title = f"{finished.title}, seed {finished.recipe['seed']}"
     group = Group(title, [finished])
     kept = structure.kept_by(group, structure.read_masks(group, []))
+    if "widths" in group.results[0]:
+        figures.save(structure.widths(group), "widths", title, folder.save_figure)
     figures.save(structure.density(group, kept), "density", title, folder.save_figure)
     figures.save(figures.curves(accuracy.training_panels(group)), "curves", title, folder.save_figure)
 
@@ -325,9 +341,11 @@ def _print_results(runs: Sequence[Run], console: _Console) -> None:
     replayed = result["command"] == "replay"
     what = "ticket" if replayed else "pruned net"
     console.print(tables.layers_table(layers, f"{what} of seed {result['seed']}"))
-    if not replayed:
-        console.say(tables.cut_line(runs))
+    if not replayed and (text := tables.cut_line(runs)):
+        console.say(text)
     for text in tables.empty_layers_of(runs):
+        console.say(text)
+    if text := tables.costs_line(result):
         console.say(text)
     seconds = sum(sum(one.result["seconds"].values()) for one in runs if one.result)
     where = runs[0].path if len(runs) == 1 else f"{runs[0].path} and {len(runs) - 1} more"
@@ -367,7 +385,8 @@ def _replay(options: Namespace, console: _Console, log: _Console) -> None:
     dataset = load_data(recipe, options.data_dir).to(device)
     check_fits(ticket, recipe, dataset.classes, options.file)
     which = tensors_hash(ticket.masks)[:12]  # another ticket of the same recipe and seed is another run
-    name = f"{_run_name(recipe, f'replay-{ticket.method}')}-{which}"
+    net, of_run = net_name(recipe.recipe, recipe.model), f"x{recipe.compression:g}-s{recipe.seed}"
+    name = f"{net}-replay-{ticket.method}-{recipe.preset}-{of_run}-{which}"
     with RunFolder(options.out / name, recipe) as folder:
         log.say(f"{folder.path}{_already(folder)}")
         if not folder.finished:

@@ -14,7 +14,11 @@ With x = alpha eta, a constant step multiplies both by an eigenvalue lambda of t
 For small x that is the paper's w_k = w_0 exp(-alpha eta k / (1 - beta)) (Ding et al., 2019, section 3.3). x is largest
 at lambda = sqrt(beta), where it is (1 - sqrt(beta))^2; Nesterov: at 2 beta / (1 + beta), where it is
 ((1 - beta) / (1 + beta))^2. Any more, and lambda is complex: the weight oscillates about zero, and by |lambda| it
-shrinks no faster, with Nesterov's by |lambda| = sqrt(beta (1 - x)). Decoupled decay is the case beta = 0.
+shrinks no faster, with Nesterov's by |lambda| = sqrt(beta (1 - x)).
+
+Decoupled decay is the case beta = 0, in closed form: x = 1 - lambda. AdamW's first moment, which shrinks by beta1 in
+each step, still moves a weight that turns passive; were lambda smaller, that motion would be all that is left of it. So
+lambda is at least beta1.
 """
 
 import math
@@ -70,13 +74,23 @@ def decay_for_rate(rate: float, lr: float, momentum: float, nesterov: bool = Fal
 
 
 class Motion(NamedTuple):
-    """How a group's passive weights move: learning rate, momentum, and the learning rates set first and seen so far."""
+    """How a group's passive weights move: learning rate, momentum, and the learning rates set first and seen so far.
+
+    `coasting` is what a step leaves of the motion that a weight has when it turns passive, apart from that momentum:
+    beta1 of AdamW.
+    """
 
     lr: float
     momentum: float
     nesterov: bool
     first_lr: float
     highest_lr: float
+    coasting: float = 0.0
+
+    @property
+    def fastest_rate(self) -> float:
+        """The smallest factor per step by which passive weights can vanish."""
+        return max(fastest_rate(self.momentum, self.nesterov), self.coasting)
 
 
 def auto_decay(weight: float, step: int, fading: bool, schedule: Schedule, motion: Motion) -> float:
@@ -94,6 +108,9 @@ def auto_decay(weight: float, step: int, fading: bool, schedule: Schedule, motio
         return 0.0
     deadline = schedule.cut_step if fading else schedule.fade_start
     rate = (schedule.shrink_to / weight) ** (1 / max(1, deadline - max(step, schedule.ramp_steps)))
+    decay = decay_for_rate(max(rate, motion.fastest_rate), lr, momentum, nesterov)
+    if momentum == 0:  # the next step does not depend on this one
+        return decay
     # The rate to come is at least the highest so far, and while a warm-up may go on, the first one set. Later that does
     # not count: it may be a mere unit, of which a scheduler takes a small share.
     first_lr = motion.first_lr if step < _WARM_UP * schedule.fade_start else 0.0
@@ -101,7 +118,7 @@ def auto_decay(weight: float, step: int, fading: bool, schedule: Schedule, motio
     # With this much, if the learning rate jumped to its highest again, the momentum that a passive weight has would
     # just move it to zero: alpha eta w (1 + beta + beta^2 + ...)^2 = w.
     most = (1 - momentum) ** 2 / highest
-    return min(most, decay_for_rate(rate, lr, momentum, nesterov))
+    return min(most, decay)
 
 
 def why_passive_weights_stay(
@@ -131,11 +148,12 @@ def why_passive_weights_stay(
                 f"at this decay {left:.2g} of a passive weight is left by then; use passive_decay='auto' and a Schedule"
             )
         return None
-    rate, fade = fastest_rate(momentum, motion.nesterov), schedule.cut_step - schedule.fade_start
+    rate, fade = motion.fastest_rate, schedule.cut_step - schedule.fade_start
+    lower = "lower beta1" if motion.coasting else "lower the momentum"
     if fade and rate**fade > max(_FADED, schedule.shrink_to):  # what has been passive for long has shrunk before
-        return "the fade is too short for passive weights to shrink: lengthen it, or lower the momentum"
+        return f"the fade is too short for passive weights to shrink: lengthen it, or {lower}"
     if not fade and rate ** (schedule.cut_step - schedule.ramp_steps) > schedule.shrink_to:
-        return "there are too few steps for passive weights to shrink: train longer, or lower the momentum"
+        return f"there are too few steps for passive weights to shrink: train longer, or {lower}"
     if left is None:
         return None
     if not fade:

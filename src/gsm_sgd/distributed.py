@@ -42,15 +42,16 @@ def placed_like(param: Tensor, tensor: Tensor) -> Tensor:
     return dtensor  # type: ignore[no-any-return]
 
 
-def like_dtensor(param: Tensor, part: Tensor) -> Tensor:
-    """Return a tensor of a parameter's shape and placements, given this process's part of it."""
+def like_dtensor(param: Tensor, part: Tensor, shape: torch.Size | None = None) -> Tensor:
+    """Return a tensor of a parameter's placements, and of its shape or another, given this process's part of it."""
     if not is_dtensor(param):
         return part
     from torch.distributed.tensor import DTensor
 
     like: Any = param
+    stride = like.stride() if shape is None else torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        part, like.device_mesh, like.placements, run_check=False, shape=shape or like.shape, stride=stride
     )
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 from uuid import uuid4
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .budget import Budget
-from .distributed import is_dtensor, like_dtensor, local_slice, placed_like, to_local
+from .distributed import is_dtensor, like_dtensor, local_slice, offsets, placed_like, to_local
 from .names import (
     bare_names,
     is_prunable,
@@ -160,48 +160,109 @@ def largest(parameters: Mapping[str, Tensor], num_kept: int, pattern: Pattern | 
     if any(nan):
         name = list(parameters)[nan.index(True)]
         raise ValueError(f"parameter {name!r} contains NaN, so nothing can be kept by magnitude: training has diverged")
-    pattern = pattern or Unstructured()
+    pattern, dtype = pattern or Unstructured(), score_dtype(weights)
     if not sharded:
         masks = choose([weight.abs() for weight in weights], num_kept, pattern.over(list(parameters)))
-    elif isinstance(pattern, Unstructured):
-        masks = _largest_sharded(weights, num_kept)
     else:
-        raise takes_no_dtensors(pattern)
+        scores = [to_local(weight).abs().to(dtype).contiguous() for weight in weights]
+        shards = Shards(weights, scores)
+        check_spread(pattern, dict(parameters), shards)
+        parts = choose(scores, num_kept, pattern, shards=shards)
+        masks = [like_dtensor(weight, mask) for weight, mask in zip(weights, parts, strict=True)]
     return Masks(zip(parameters, masks, strict=True))
 
 
-def choose(scores: Sequence[Tensor], num_kept: int, pattern: Pattern, positive: bool = False) -> list[Tensor]:
-    """Pool, select, expand: return bool masks of the weights that a pattern keeps by their scores."""
-    units = pattern.pool(scores)
-    kept = pattern.select(units, num_kept, lambda scores, k: select_top(scores, k, positive))
+def choose(
+    scores: Sequence[Tensor],
+    num_kept: int,
+    pattern: Pattern,
+    positive: bool = False,
+    averaged: Callable[[Sequence[Tensor]], Sequence[Tensor]] = lambda units: units,
+    shards: Shards | None = None,
+) -> list[Tensor]:
+    """Pool, select, expand: return bool masks of the weights that a pattern keeps by their scores.
+
+    Args:
+        scores: of all weights, or of the parts that lie here.
+        num_kept: the budget: how many weights are kept, in all processes together, or what they may cost.
+        pattern: what is kept or dropped together.
+        positive: whether only scores above zero count.
+        averaged: what becomes of the units' scores before they are compared.
+        shards: where the parts lie, if they are parts.
+    """
+    units = averaged(pattern.pool(scores))
+    top = _TopHere(positive) if shards is None else _TopOfAll(positive, shards.params, pattern)
+    kept = pattern.select(units, num_kept, top)
     masks = list(pattern.expand(kept, scores))
     if isinstance(pattern, Unstructured):
         return masks
     if [(mask.shape, mask.dtype) for mask in masks] != [(score.shape, torch.bool) for score in scores]:
         raise ValueError(f"the pattern {type(pattern).__name__} must expand to a bool mask of each weight's shape")
-    if (found := pattern.cost(masks)) > num_kept:
+    found = pattern.cost(masks)
+    if shards is not None:
+        found = int(sum(shards.totals([int(mask.sum()) for mask in masks])))
+    if found > num_kept:
         raise ValueError(f"the pattern {type(pattern).__name__} keeps {found} weights of {num_kept}")
     return masks
 
 
-def takes_no_dtensors(pattern: Pattern) -> ValueError:
-    """Return the error of a pattern that was given weights of which each process holds a part."""
-    return ValueError(f"the pattern {type(pattern).__name__} does not take DTensors yet: use single weights")
-
-
-def _largest_sharded(weights: list[Tensor], num_kept: int) -> list[Tensor]:
-    """Return masks of the largest |w| of all processes."""
-    dtype = score_dtype(weights)
-    scores = [to_local(weight).abs().to(dtype).contiguous() for weight in weights]
-    shards = Shards(weights, scores)
-    if num_kept == shards.total:
-        return [torch.ones_like(weight, dtype=torch.bool) for weight in weights]
-    flat = [score.view(-1) for score in scores]
-    search = Sharded(shards, lambda numbers: StoredScores([flat[number] for number in numbers]))
-    masks = find_threshold(search, num_kept).masks(flat)
-    return [
-        like_dtensor(weight, mask.view(score.shape)) for weight, mask, score in zip(weights, masks, scores, strict=True)
+def check_spread(pattern: Pattern, weights: Mapping[str, Tensor], shards: Shards) -> None:
+    """Raise ValueError on every process if a unit does not lie in the part of one, naming the parameter."""
+    reaches = [pattern.reach(weight) for weight in weights.values()]
+    if any(reach is None for reach in reaches):
+        raise ValueError(f"the pattern {pattern!r} does not take DTensors yet: use single weights")
+    if all(step == 1 for reach in reaches for step in reach or ()):
+        return
+    whole = [
+        all(start % step == 0 for start, step in zip(offsets(weight), reach or (), strict=True))
+        for weight, reach in zip(weights.values(), reaches, strict=True)
     ]
+    everywhere = shards.everywhere(whole)
+    if not all(everywhere):
+        name = list(weights)[everywhere.index(False)]
+        raise ValueError(
+            f"parameter {name!r} is sharded within units of {pattern!r}: shard it along another axis, or over a number "
+            'of processes that leaves units whole, or put it into a group with "prunable": False'
+        )
+
+
+class _TopHere:
+    """The best units of this process."""
+
+    def __init__(self, positive: bool) -> None:
+        self._positive = positive
+
+    def __call__(self, scores: Sequence[Tensor], k: int) -> list[Tensor]:
+        return select_top(scores, k, self._positive)
+
+    def total(self, scores: Sequence[Tensor]) -> int:
+        return sum(score.numel() for score in scores)
+
+
+class _TopOfAll:
+    """The best units of all processes, each of which has the same share of a weight's units as of the weight."""
+
+    def __init__(self, positive: bool, weights: Sequence[Tensor], pattern: Pattern) -> None:
+        self._positive, self._weights = positive, weights
+        shapes = pattern.pool([torch.empty(weight.shape, device="meta") for weight in weights])
+        self._shapes = [unit.shape for unit in shapes]
+
+    def __call__(self, scores: Sequence[Tensor], k: int) -> list[Tensor]:
+        """Search among those above zero, if only these count: no other sign is exchanged."""
+        if k == self.total(scores):
+            return [score > 0 if self._positive else torch.ones_like(score, dtype=torch.bool) for score in scores]
+        dtype = score_dtype(scores)
+        parts = [score.to(dtype).contiguous() for score in scores]
+        if self._positive:
+            parts = [torch.where(part > 0, part, -1) for part in parts]
+        units = [like_dtensor(*rest) for rest in zip(self._weights, parts, self._shapes, strict=True)]
+        flat = [part.view(-1) for part in parts]
+        search = Sharded(Shards(units, parts), lambda numbers: StoredScores([flat[number] for number in numbers]))
+        masks = find_threshold(search, k, self._positive).masks(flat)
+        return [mask.view(part.shape) for mask, part in zip(masks, parts, strict=True)]
+
+    def total(self, scores: Sequence[Tensor]) -> int:
+        return sum(math.prod(shape) for shape in self._shapes)
 
 
 @torch.no_grad()
@@ -255,7 +316,7 @@ def keep_masked(optimizer: Optimizer, masks: Mapping[str, Tensor], model: nn.Mod
         )
     matched = match(named if by_name else prunable_in(optimizer), masks)
     _check_trained(optimizer, named, {parameter for parameter, _ in matched})
-    cut = [(parameter, _Cut(~mask)) for parameter, mask in matched]
+    cut = [(parameter, Cut(~mask)) for parameter, mask in matched]
 
     @torch.no_grad()
     def zero_gradients(*_: object) -> None:
@@ -295,29 +356,31 @@ def mask_gradients(cut: Iterable[tuple[Tensor, Tensor]]) -> RemovableHandle:
         if parameter.is_leaf and (parameter.is_floating_point() or parameter.is_complex()):
             # torch takes a hook only while a gradient is required, but keeps it for when one is again
             parameter.requires_grad_()
-            handles.append(parameter.register_post_accumulate_grad_hook(_Cut(away).zero_gradient_))
+            handles.append(parameter.register_post_accumulate_grad_hook(Cut(away).zero_gradient_))
             parameter.requires_grad_(trained)
     return _Handles(handles)
 
 
-class _Cut:
+class Cut:
     """Which weights of the local part were cut; it goes where the parameter goes."""
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
 
     def zero_(self, tensor: Tensor) -> None:
+        """Set what was cut to zero."""
         self.mask = self.mask.to(tensor.device)
         tensor.masked_fill_(self.mask, 0)
 
     def zero_gradient_(self, parameter: Tensor) -> None:
+        """Set the gradient of what was cut to zero, if there is a gradient."""
         if parameter.grad is None:
             return
         grad = placed_like(parameter, parameter.grad)
         if grad is not parameter.grad:
             parameter.grad = grad
         if grad.is_sparse:
-            _Cut(self.mask.to(grad.device)[tuple(grad._indices())]).zero_(grad._values())
+            Cut(self.mask.to(grad.device)[tuple(grad._indices())]).zero_(grad._values())
         else:
             self.zero_(to_local(grad))
 

@@ -40,7 +40,16 @@ def random(weight: Tensor, grad: Tensor, state: Mapping[str, Any]) -> Tensor:
     return 1 - torch.rand(weight.shape, generator=generator, device=weight.device)
 
 
-SCORES: dict[str, Score] = {"taylor": taylor, "magnitude": magnitude, "random": random}
+def fisher(weight: Tensor, grad: Tensor, state: Mapping[str, Any]) -> Tensor:
+    """Return |w| sqrt(v), the root of the empirical Fisher estimate of that change, for an optimizer of Adam's kind.
+
+    v is the second moment before the step, so in the first step no weight has a score above zero.
+    """
+    second: Tensor = state["exp_avg_sq"]
+    return weight.abs() * second.to(weight.dtype).sqrt()
+
+
+SCORES: dict[str, Score] = {"taylor": taylor, "magnitude": magnitude, "random": random, "fisher": fisher}
 """The scores that have a name."""
 
 
@@ -64,7 +73,7 @@ def evaluate(score: Score, weight: Tensor, grad: Tensor, state: Mapping[str, Any
         ValueError: the function returns something else than a number for each weight.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    copy = score not in (taylor, first_order, magnitude, random)  # a user's function may work in place
+    copy = score not in (*SCORES.values(), first_order)  # a user's function may work in place
     scores = score(weight.to(dtype, copy=copy), grad.to(dtype, copy=copy), state)
     if not isinstance(scores, Tensor) or scores.shape != weight.shape or not scores.is_floating_point():
         found = f"{scores.dtype} of {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__

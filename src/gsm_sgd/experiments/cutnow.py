@@ -6,8 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from ..decay import shrinkage
-from ..masks import Masks, magnitude_masks
-from ..names import own_names, prunable_parameters
 from ..optim.gsm import GSM
 from ..schedules import Phase, Schedule
 from .loop import evaluate, lr_factor
@@ -33,7 +31,7 @@ class CutNow:
     def __init__(self, model: nn.Module, optimizer: GSM, recipe: Recipe, test: Split, steps_per_epoch: int) -> None:
         self._model, self._optimizer, self._recipe, self._test = model, optimizer, recipe, test
         self._steps_per_epoch = steps_per_epoch
-        size = sum(weight.numel() for weight in prunable_parameters(model).values())
+        size = sum(weight.numel() for weight in optimizer.governed.values())
         # Of all weights, those that the last cut kept, and those that any cut has kept.
         self._kept, self._ever = (torch.zeros(size, dtype=torch.bool) for _ in range(2))
 
@@ -48,13 +46,7 @@ class CutNow:
             `passive` is the optimizer's `passive_shrinkage`; and a `warning` if the
             cut, when it comes, will cost accuracy.
         """
-        weights = prunable_parameters(self._model)
-        masks = self._optimizer.masks
-        if masks:
-            names = own_names(masks, weights)
-            masks = Masks({name: masks[names[name]] for name in weights})
-        else:
-            masks = magnitude_masks(weights, compression=self._recipe.compression)
+        weights, masks = self._optimizer.governed, self._optimizer.would_keep()
         kept = torch.cat([mask.view(-1) for mask in masks.values()]).cpu()
         entered = kept & ~self._kept
         counts = {"entered": int(entered.sum()), "returned": int((entered & self._ever).sum())}

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..methods import Method
 from ..optim.checks import CutWarning
 from . import ranks
 from .recipes import Precision, Recipe, Training
@@ -51,7 +52,7 @@ class Observer(Protocol):
         """Tell what an epoch came to: the record that metrics.jsonl gets."""
 
 
-_Parts = dict[str, nn.Module | Optimizer | LambdaLR | Probe]  # what has a state_dict
+_Parts = dict[str, nn.Module | Optimizer | LambdaLR | Probe | Method]  # what has a state_dict
 
 
 def train(
@@ -63,6 +64,7 @@ def train(
     stage: Stage,
     observer: Observer,
     probe: Probe | None = None,
+    method: Method | None = None,
 ) -> None:
     """Train `model` for `training.epochs`, from where the stage was interrupted if it was.
 
@@ -75,10 +77,10 @@ def train(
     device = next(model.parameters()).device
     bfloat16 = fitting_precision(recipe.precision, device) == "bfloat16"
     steps = steps_per_epoch(data, recipe)
-    schedule = LambdaLR(optimizer, lr_factor(training, steps))
+    restart = None if method is None else method.restart
+    schedule = LambdaLR(optimizer, lr_factor(training, steps, restart or 0))
     parts: _Parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    if probe is not None:
-        parts["probe"] = probe
+    parts |= {name: part for name, part in (("probe", probe), ("method", method)) if part is not None}
     torch.manual_seed(recipe.seed)
     loss_sum = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     first_epoch, first_step, seconds = _resumed(stage, parts, loss_sum, device)
@@ -171,11 +173,17 @@ def parameter_groups(model: nn.Module, training: Training) -> list[dict[str, Any
     return groups
 
 
-def lr_factor(training: Training, steps_per_epoch: int) -> Callable[[int], float]:
+def lr_factor(training: Training, steps_per_epoch: float, restart: int = 0) -> Callable[[int], float]:
     """Return what to multiply the initial learning rate by, as a function of the step.
 
-    A linear rise from 0 over the warm-up, then a tenth at each milestone, then the fall along a cosine.
+    A linear rise from 0 over the warm-up, then a tenth at each milestone, then the fall along a cosine. With a step of
+    `restart` all of that is squeezed into the steps before it, and once more into those from it on.
     """
+    total = round(training.epochs * steps_per_epoch)
+    if 0 < restart < total:
+        first = lr_factor(training, restart / training.epochs)
+        second = lr_factor(training, (total - restart) / training.epochs)
+        return lambda step: first(step) if step < restart else second(step - restart)
     warmup_steps = round(training.warmup_epochs * steps_per_epoch)
     steps = training.epochs * steps_per_epoch
 

@@ -15,7 +15,7 @@ def lottery(job: Job) -> Record:
     """Find and retrain a ticket by either method from one initialisation and base net; return the run's result."""
     # 1. Initialise and save. 2. Train the base net. And GSM's part of step 3, which may do without a base net.
     top1 = {} if job.recipe.start == "base" else {"base": train_base(job, initial_net(job))}
-    pruned, figures = prune_steps(job)
+    pruned, figures, _ = prune_steps(job)
     top1 |= figures
     for method in TICKETS:
         top1[f"ticket_{method}"] = retrain_ticket(job, method, find_ticket(job, method))

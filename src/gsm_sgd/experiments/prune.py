@@ -1,4 +1,7 @@
-"""Pruning without finetuning (Ding et al., sections 3 and 4.1): base -> GSM -> cut -> test before and after."""
+"""Pruning without finetuning (Ding et al., sections 3 and 4.1): base -> GSM -> cut -> test before and after.
+
+Or with another method in GSM's place, which is what it is compared with.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,16 +12,20 @@ from torch.optim import SGD, Optimizer
 from torch.optim.swa_utils import update_bn
 
 from .. import __version__
-from ..masks import Masks, keep_masked, magnitude_masks, sparsity_table
+from ..masks import Masks, keep_masked, sparsity_table
+from ..methods import METHODS, Method
 from ..names import prunable_parameters
 from ..optim.gsm import GSM
 from ..schedules import Schedule
+from ..structured.channels import ChannelGroups
+from ..structured.remove import remove_channels
 from . import UsageError, models
+from .channels import costs, find_channels, silencing_parameters, weight_masks
 from .cutnow import CutNow
 from .environment import device_name
 from .loop import Observer, Probe, evaluate, parameter_groups, steps_per_epoch, train
 from .pretrained import load_pretrained
-from .recipes import Recipe, Training
+from .recipes import OURS, Recipe, Training
 from .rundir import Record, RunFolder, read_metrics
 from .splits import Dataset
 
@@ -38,12 +45,15 @@ class Job:
 
 def prune(job: Job) -> Record:
     """Train, train with GSM, cut; return the run's result, which its folder has as result.json."""
-    model, top1 = prune_steps(job)
-    return finish(job, "prune", model, top1)
+    model, top1, costs = prune_steps(job)
+    return finish(job, "prune", model, top1, costs)
 
 
-def prune_steps(job: Job) -> tuple[nn.Module, dict[str, float]]:
-    """Return the pruned net and the accuracies on the way, in percent. Steps already done are loaded."""
+def prune_steps(job: Job) -> tuple[nn.Module, dict[str, float], Record]:
+    """Return the pruned net, the accuracies on the way, in percent, and what channels came to, if they were pruned.
+
+    Steps already done are loaded.
+    """
     recipe, run, test = job.recipe, job.run, job.data.test
     top1 = {}
 
@@ -54,10 +64,15 @@ def prune_steps(job: Job) -> tuple[nn.Module, dict[str, float]]:
     if recipe.start == "base":
         top1["base"] = train_base(job, model)
 
-    # 3. Train with GSM: all but Q weights shrink to nothing. They may be cut before the end.
-    prunable = prunable_parameters(model)
+    # 3. Train with GSM: all but Q weights shrink to nothing. They may be cut before the end. Or by another method.
     steps = steps_per_epoch(job.data, recipe)
-    optimizer = gsm(model, recipe, steps)
+    if recipe.method != OURS:
+        sgd = plain_sgd(model, recipe.gsm)
+        train_stage(job, recipe.method, model, recipe.gsm, sgd, method=method_of(recipe, sgd, steps))
+        top1["before_cut"] = evaluate(model, test)
+        return _cut(job, model, top1, "after_cut")
+    groups = find_channels(model, next(iter(test.batches(1)))[0]) if recipe.pattern == "channel" else None
+    optimizer = gsm(model, recipe, steps, groups)
     train_stage(job, "gsm", model, recipe.gsm, optimizer, probe=CutNow(model, optimizer, recipe, test, steps))
     if recipe.cut_epoch < recipe.gsm.epochs:
         records = {record["epoch"]: record for record in read_metrics(run.path) if record["stage"] == "gsm"}
@@ -72,19 +87,37 @@ def prune_steps(job: Job) -> tuple[nn.Module, dict[str, float]]:
         top1["gsm_before_cut"] = evaluate(model, test)
 
     # 4. Cut. The optimizer has the masks, unless the stage was over before this process began.
-    left = sum(layer.nonzeros for layer in sparsity_table(model))
     if not run.has_weights("masks"):
-        run.save_masks("masks", optimizer.masks or magnitude_masks(prunable, compression=recipe.compression))
+        kept = optimizer.would_keep()
+        if groups is not None:
+            run.save_masks("channels", kept)
+        run.save_masks("masks", kept if groups is None else weight_masks(model, groups, kept))
+    return _cut(job, model, top1, "gsm_after_cut", groups)
+
+
+def _cut(
+    job: Job, model: nn.Module, top1: dict[str, float], after_cut: str, groups: ChannelGroups | None = None
+) -> tuple[nn.Module, dict[str, float], Record]:
+    """Cut by the run's masks, measure, save, and return what `prune_steps` does."""
+    recipe, run, test = job.recipe, job.run, job.data.test
+    left, prunable = sum(layer.nonzeros for layer in sparsity_table(model)), prunable_parameters(model)
     masks = run.load_masks("masks", prunable)
     masks.apply_(prunable)
+    if groups is not None:
+        silencing = silencing_parameters(model, groups)
+        channels = run.load_masks("channels", silencing)
+        channels.apply_(silencing)
     pruned = evaluate(model, test)
-    top1.setdefault("gsm_after_cut", pruned)
+    top1.setdefault(after_cut, pruned)
     if recipe.recalibrate and left > masks.num_kept:
         update_bn(job.data.train.shuffled(recipe.batch_size, recipe.seed, epoch=0), model)
         pruned = evaluate(model, test)
     top1["pruned"] = pruned
     run.save_weights("pruned", model)
-    return model, top1
+    if groups is None:
+        return model, top1, {}
+    run.save_narrow(remove_channels(model, groups, channels))
+    return model, top1, costs(groups, channels)
 
 
 def initial_net(job: Job) -> nn.Module:
@@ -113,6 +146,7 @@ def train_stage(
     optimizer: Optimizer,
     masks: Masks | None = None,
     probe: Probe | None = None,
+    method: Method | None = None,
 ) -> None:
     """Train `model` as one stage of the run, or load what the stage left if it is over.
 
@@ -124,7 +158,9 @@ def train_stage(
         masks = masks or Masks()
         if masks:
             keep_masked(optimizer, masks)
-        train(model, optimizer, training, job.recipe, job.data, stage, job.observer, probe)
+        train(model, optimizer, training, job.recipe, job.data, stage, job.observer, probe, method)
+        if method is not None:  # first: once the stage's weights are there, nobody knows the masks any more
+            job.run.save_masks("masks", method.final_masks())
         weights = prunable_parameters(model)
         for key, mask in masks.items():
             if weights[key][~mask].any():
@@ -145,14 +181,14 @@ def plain_sgd(model: nn.Module, training: Training) -> SGD:
     )
 
 
-def gsm(model: nn.Module, recipe: Recipe, steps_per_epoch: int) -> GSM:
-    """Return the optimizer of GSM training."""
+def gsm(model: nn.Module, recipe: Recipe, steps_per_epoch: int, groups: ChannelGroups | None = None) -> GSM:
+    """Return the optimizer of GSM training, of single weights or of channels."""
     cut = recipe.cut_epoch / recipe.gsm.epochs
     total = recipe.gsm.epochs * steps_per_epoch
     return GSM(
         parameter_groups(model, recipe.gsm),
         lr=recipe.gsm.lr,
-        compression=recipe.compression,
+        **({"compression": recipe.compression} if groups is None else {"macs": recipe.macs, "pattern": groups}),
         momentum=recipe.gsm.momentum,
         nesterov=recipe.gsm.nesterov,
         schedule=Schedule(total, ramp=recipe.ramp, fade=recipe.fade, cut=cut, shrink_to=recipe.shrink_to),
@@ -161,15 +197,23 @@ def gsm(model: nn.Module, recipe: Recipe, steps_per_epoch: int) -> GSM:
     )
 
 
-def finish(job: Job, command: str, pruned: nn.Module, top1: dict[str, float]) -> Record:
-    """Write and return the result of a run."""
+def method_of(recipe: Recipe, optimizer: Optimizer, steps_per_epoch: int) -> Method:
+    """Return the method of a recipe, other than GSM, on an optimizer."""
+    method, total_steps = METHODS[recipe.method], recipe.gsm.epochs * steps_per_epoch
+    seed = {"seed": recipe.seed} if "seed" in method.settings() else {}
+    return method(optimizer, total_steps, compression=recipe.compression, **recipe.settings, **seed)
+
+
+def finish(job: Job, command: str, pruned: nn.Module, top1: dict[str, float], costs: Record | None = None) -> Record:
+    """Write and return the result of a run; `costs` become a part of it."""
     recipe = job.recipe
     last: dict[str, Any] = {record["stage"]: record for record in read_metrics(job.run.path)}
     layers = sparsity_table(pruned)
-    result = {
+    result: Record = {
         "recipe": recipe.recipe,
         "command": command,
         "preset": recipe.preset,
+        "method": recipe.method,
         "compression": recipe.compression,
         "seed": recipe.seed,
         "prunable": sum(layer.params for layer in layers),
@@ -183,5 +227,6 @@ def finish(job: Job, command: str, pruned: nn.Module, top1: dict[str, float]) ->
         "torch": torch.__version__,
         "device": device_name(job.device),
     }
+    result |= costs or {}
     job.run.finish(result)
     return result

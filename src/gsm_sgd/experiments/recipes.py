@@ -8,12 +8,14 @@ NeurIPS 2019, arXiv 1909.12778, and github.com/DingXiaoH/GSM-SGD.
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
+from ..methods import METHODS
 from ..scores import SCORES
 from . import UsageError, suggestion
 
+OURS, DENSE = "gsm", "dense"  # the names of two methods
 Preset = Literal["fast", "paper", "repo"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Normalization = Literal["dataset", "imagenet"]
@@ -21,6 +23,11 @@ _MOST_EPOCHS = 100_000  # of a stage; a recipe may be anybody's, and with more i
 _MOST_MILESTONES = 1_000
 _LARGEST_BATCH = 2**24
 _LARGEST = 1e38  # of float32's numbers
+_OF_GSM: dict[str, Any] = {
+    **{"ramp": 0.0, "cut": 1.0, "fade": 0.0, "passive_decay": None, "shrink_to": 1e-6, "score": "taylor"},
+    "recalibrate": False,
+}
+"""Settings of GSM alone, and what they are with other methods."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ class Recipe:
         dataset: images to train it on; "imagenet" is any folder of images by class, "synthetic" is made up, for trying
             things out without data.
         base: training of the base net, and of a ticket.
-        gsm: training with GSM.
+        gsm: training with GSM, or by another method.
         compression: C; of N prunable weights floor(N / C) are kept. 1 keeps all and trains by plain SGD: the dense
             control of a pruned net, from the same base net, for the same epochs.
         weights: file of a base net that was trained elsewhere, safetensors or a state dict that torch has saved, where
@@ -104,6 +111,8 @@ class Recipe:
         passive_decay: weight decay of passive weights in GSM training; null means gsm.weight_decay, the paper's rule;
             "auto" chooses it so that they shrink to `shrink_to` between the ramp and the cut, or the fade, and in it.
         shrink_to: what "auto" aims at.
+        pattern: what is kept or removed together: a weight, or a channel, which makes the net narrower, faster.
+        macs: share of the dense net's multiply-accumulates that the net without channels may cost.
         score: by what GSM chooses the active weights: taylor |w g|, magnitude |w|, or random.
         batch_size: images per step.
         seed: of the initial weights and of the order of the images.
@@ -115,6 +124,8 @@ class Recipe:
             test set, for choosing settings.
         normalization: mean and deviation that pixels are normalised with: those usual for the data set, which are .5
             for CIFAR-10, or ImageNet's.
+        method: what prunes: gsm, or one of `gsm_sgd.METHODS`, which then trains with `gsm`'s settings.
+        settings: of a method other than GSM; in a file they stand under the method's name.
     """
 
     recipe: str
@@ -131,6 +142,8 @@ class Recipe:
     fade: float = 0.0
     passive_decay: float | Literal["auto"] | None = None
     shrink_to: float = 1e-6
+    pattern: Literal["weight", "channel"] = "weight"
+    macs: float = 0.5
     score: str = "taylor"
     batch_size: int = 256
     seed: int = 0
@@ -138,6 +151,8 @@ class Recipe:
     precision: Precision = "float32"
     holdout: int = 0
     normalization: Normalization = "dataset"
+    method: str = OURS
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def scaled(self, factor: float) -> "Recipe":
         """Return the recipe with every stage and its milestones shortened, or stretched, by `factor`."""
@@ -158,7 +173,12 @@ class Recipe:
     def paper(self) -> dict[str, float] | None:
         """Return the paper's top-1 figures, in percent, or None if it has none to compare this run with."""
         original = find_recipe(self.recipe)
-        comparable = not self.holdout and (self.model, self.dataset) == (original.model, original.dataset)
+        comparable = (
+            not self.holdout
+            and self.pattern == "weight"
+            and self.method == OURS
+            and (self.model, self.dataset) == (original.model, original.dataset)
+        )
         return published(self.recipe).get(self.compression) if comparable else None
 
     def as_dict(self) -> dict[str, Any]:
@@ -166,11 +186,16 @@ class Recipe:
         values = asdict(self)
         for stage in ("base", "gsm"):
             values[stage]["milestones"] = list(values[stage]["milestones"])
+        if settings := values.pop("settings"):
+            values[self.method] = dict(settings)
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
         """Return the recipe of which `as_dict` made these values."""
+        values = dict(values)
+        if (method := values.get("method", OURS)) != OURS:
+            values["settings"] = {**find_settings(method), **values.pop(method, {})}
         stages = {
             stage: Training(**{**values[stage], "milestones": tuple(values[stage]["milestones"])})
             for stage in ("base", "gsm")
@@ -181,12 +206,15 @@ class Recipe:
         """Raise UsageError if a field makes no sense; of compression and passive_decay the optimizer judges."""
         self.base.check("base")
         self.gsm.check("gsm")
+        self._check_method()
         if not 1 <= self.batch_size <= _LARGEST_BATCH:
             raise UsageError(f"batch_size must be at least 1 and at most {_LARGEST_BATCH:,}, not {self.batch_size}")
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"seed must be at least 0 and below 2**32, not {self.seed}")
         if self.score not in SCORES:
             raise UsageError(f"unknown score {self.score!r}: {suggestion(self.score, SCORES)}")
+        if not 0 < self.macs <= 1:
+            raise UsageError(f"macs must be above 0 and at most 1, not {self.macs}")
         if self.weights is not None and self.start != "base":
             raise UsageError("weights are a base net to start from: add --start base, or leave them out")
         if not 0 <= self.holdout < 2**32:
@@ -209,12 +237,60 @@ class Recipe:
                 f"{self.cut_epoch} of {self.gsm.epochs} epochs: shorten them, or train for more epochs"
             )
 
+    def _check_method(self) -> None:
+        """Raise UsageError if a setting does not go with the method."""
+        if self.method == OURS:
+            return
+        if unknown := set(self.settings) - set(find_settings(self.method)):
+            raise UsageError(f"{self.method} has no setting {min(unknown)!r}")
+        if other := [key for key, value in _OF_GSM.items() if getattr(self, key) != value]:
+            raise UsageError(f"{other[0]} is a setting of GSM, not of {self.method}: leave it out")
+
+
+def find_settings(method: str) -> dict[str, Any]:
+    """Return the settings of a method and their defaults; GSM's are fields of a recipe, and so is the seed.
+
+    Raises:
+        UsageError: no method has that name; the nearest is suggested.
+    """
+    if method not in (OURS, *METHODS):
+        raise UsageError(f"unknown method {method!r}: {suggestion(method, (OURS, *METHODS))}")
+    settings = {} if method == OURS else METHODS[method].settings()
+    return {key: value for key, value in settings.items() if key != "seed"}
+
+
+def add_settings(parser: Any, method: str) -> None:
+    """Let a parser of jsonargparse's take the settings of a method as options: --rigl.every for RigL's `every`."""
+    if settings := find_settings(method):
+        others = {one.name for one in fields(METHODS[method])} - set(settings)
+        parser.add_class_arguments(METHODS[method], method, skip=others)
+
+
+def method_title(method: str) -> str:
+    """Return what to call a method in words; the name of one that is not known."""
+    known = METHODS.get(method)
+    return "GSM" if method == OURS else (known and known.title) or method
+
+
+def by_method(recipe: Recipe, method: str) -> Recipe:
+    """Return a recipe of GSM with another method in its place, the same net, data and epochs, by the same SGD."""
+    settings = find_settings(method)
+    if method == OURS:
+        return recipe
+    ratio = 1.0 if method == DENSE else recipe.compression
+    return replace(recipe, method=method, settings=settings, compression=ratio, **_OF_GSM)
+
 
 def check_stages(settings: object) -> None:
     """Raise ValueError unless a file's settings of stages are fields of Training: parsers import what others name."""
     known = {field.name for field in fields(Training)}
     if not isinstance(settings, Mapping):
         raise ValueError("it holds no settings")
+    method = settings.get("method", OURS)
+    if method in METHODS:
+        theirs = settings.get(method, {})
+        if not (isinstance(theirs, Mapping) and set(find_settings(method)).issuperset(theirs)):
+            raise ValueError(f"{method} has a setting that it does not know, or is not a group of settings")
     if any(key == "config" or "." in key for key in settings):
         raise ValueError("it names another file, or a part of a setting")
     for stage in ("base", "gsm"):

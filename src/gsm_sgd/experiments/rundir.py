@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..masks import Masks, match
+from ..structured.remove import save_narrow
 from . import UsageError, ranks
 from .environment import environment
 from .reading import cause, check_regular, is_number, load_tensors, open_regular, read_json, read_yaml
@@ -126,6 +127,19 @@ class RunFolder:
             atomic_write(self.path / "result.json", _json(result))
         ranks.barrier()
 
+    def add_top1(self, figures: Mapping[str, float]) -> None:
+        """Add accuracies, in percent, to the result of a run that is over; nothing is written if they are there."""
+        if not self.writes:
+            return
+        path = self.path / "result.json"
+        try:
+            result = read_json(path)
+            known = result["top1"]
+            if not known.items() >= figures.items():
+                atomic_write(path, _json({**result, "top1": {**known, **figures}}))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{path} is damaged ({cause(error)}): delete it and give the command again") from error
+
     def save_figure(self, name: str, write: Callable[[Any], None]) -> None:
         """Have `write` fill a file's stream, and put the file in its place as a whole."""
         atomic_write(self.path / name, write)
@@ -156,6 +170,12 @@ class RunFolder:
             load_state(model, weights)
         except RuntimeError as error:
             raise UsageError(f"{path} does not fit the model: delete it to run its stage again") from error
+
+    def save_narrow(self, model: nn.Module) -> None:
+        """Write a narrow net with its widths to narrow.safetensors."""
+        if self.writes:
+            save_narrow(model, self.path / "narrow.safetensors")
+        ranks.barrier()
 
     def save_masks(self, name: str, masks: Masks) -> None:
         """Write masks to `<name>.safetensors`."""

@@ -1,4 +1,4 @@
-"""How long a pruned net takes: dense by torch, with sparse linear layers, and dense by onnxruntime, by turns."""
+"""How long a pruned net takes, by torch and onnxruntime, by turns: dense, with sparse layers, or narrow."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ from ..reports.runs import read_run
 from .csr import as_sparse, linear_layers, turns_of
 from .extras import needed
 from .onnx_file import to_onnx
-from .rebuild import pruned_net
+from .rebuild import NARROW_FILE, narrow_net, pruned_net
 
 Engines = dict[str, Callable[[Tensor], Any]]  # each from images to logits
 
@@ -25,6 +25,7 @@ BATCHES = (1, 16, 256)
 THREADS = (1, 2)
 MEASUREMENTS = len(BATCHES) * len(THREADS)
 DENSE, SPARSE, ONNX = "torch, dense", "torch, linear layers in CSR", "onnxruntime, dense"
+NARROW, ONNX_NARROW = "torch, narrow", "onnxruntime, narrow"
 _TOLERANCE = 1e-5  # of the largest logit, or of 1 if that is more
 
 
@@ -54,16 +55,21 @@ def measure_inference(
         UsageError: the run is not over, or onnxruntime is not installed.
         RuntimeError: an engine computes something else.
     """
-    model, shape = pruned_net(read_run(folder), allowed)
-    content = to_onnx(copy.deepcopy(model), shape).content
-    model.eval()
+    run = read_run(folder)
+    model, shape = pruned_net(run, allowed)
+    nets = {DENSE: model, NARROW: narrow_net(run, model)} if (folder / NARROW_FILE).exists() else {DENSE: model}
+    contents = {ONNX: to_onnx(copy.deepcopy(model), shape).content}
+    if NARROW in nets:
+        contents[ONNX_NARROW] = to_onnx(copy.deepcopy(nets[NARROW]), shape).content
+    else:
+        nets[SPARSE] = in_csr(copy.deepcopy(model))
     threads_before = torch.get_num_threads()
     latencies = []
     try:
         for threads in THREADS:
             torch.set_num_threads(threads)
-            engines: Engines = {DENSE: model, SPARSE: in_csr(copy.deepcopy(model))}
-            engines[ONNX] = _session(content, threads)
+            engines: Engines = {name: net.eval() for name, net in nets.items()}
+            engines |= {name: _session(content, threads) for name, content in contents.items()}
             for batch in BATCHES:
                 progress(f"batch {batch}, {threads} threads".replace(" 1 threads", " 1 thread"))
                 latencies += _by_turns(engines, torch.randn(batch, *shape), threads)
@@ -83,10 +89,11 @@ def in_csr(model: nn.Module) -> nn.Module:
 
 
 def verdict(latencies: Sequence[Latency]) -> str:
-    """Return where sparse layers win against torch's dense ones and where they lose."""
-    sparse = [latency for latency in latencies if latency.engine == SPARSE]
+    """Return where a narrow net, or sparse layers, win against torch's dense ones and where they lose."""
+    narrow = [latency for latency in latencies if latency.engine == NARROW]
+    sparse = narrow or [latency for latency in latencies if latency.engine == SPARSE]
     sides = {
-        "faster than dense ones": [latency for latency in sparse if latency.ratio >= 1],
+        "faster than dense": [latency for latency in sparse if latency.ratio >= 1],
         "slower": [latency for latency in sparse if latency.ratio < 1],
     }
     parts = []
@@ -94,7 +101,7 @@ def verdict(latencies: Sequence[Latency]) -> str:
         cases = [f"{one.ratio:.2f} times at batch {one.batch} on {one.threads} threads" for one in found]
         if cases:
             parts.append(f"{side}: {', '.join(cases)}".replace(" 1 threads", " 1 thread"))
-    return f"Linear layers in CSR are {'; '.join(parts)}."
+    return f"{'The narrow net is' if narrow else 'Linear layers in CSR are'} {'; '.join(parts)}."
 
 
 def latency_table(title: str, latencies: Sequence[Latency]) -> Table:
@@ -114,9 +121,12 @@ def _by_turns(engines: Engines, images: Tensor, threads: int) -> list[Latency]:
     with torch.inference_mode():
         logits = {name: torch.as_tensor(engine(images)) for name, engine in engines.items()}
     bound = _TOLERANCE * max(1.0, float(logits[DENSE].abs().max()))
-    difference = float((logits[SPARSE] - logits[DENSE]).abs().max())
-    if not difference <= bound:
-        raise RuntimeError(f"sparse layers' logits differ from dense ones' by {difference:.2g}, more than {bound:.2g}")
+    for name in engines.keys() & {SPARSE, NARROW}:
+        difference = float((logits[name] - logits[DENSE]).abs().max())
+        if not difference <= bound:
+            raise RuntimeError(
+                f"the logits of {name} differ from dense ones by {difference:.2g}, more than {bound:.2g}"
+            )
     seconds = dict(zip(engines, turns_of(list(engines.values()), images), strict=True))
     dense = seconds[DENSE]
     return [

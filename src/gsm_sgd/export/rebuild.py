@@ -11,15 +11,17 @@ from ..budget import kept_weights
 from ..experiments import UsageError, data, models
 from ..experiments.loop import evaluate
 from ..experiments.models import check_named
-from ..experiments.recipes import RECIPES, Recipe, check_stages
+from ..experiments.recipes import OURS, RECIPES, Recipe, add_settings, check_stages
 from ..experiments.rundir import read_weights
 from ..experiments.splits import Dataset
 from ..experiments.states import load_state
 from ..names import prunable_parameters
 from ..reports.nets import prunable_weights
 from ..reports.runs import Run
+from ..structured.remove import load_narrow
 from .sparse import SparseFile
 
+NARROW_FILE = "narrow.safetensors"
 _SAME = 0.05  # points of accuracy that a machine's arithmetic may turn
 
 
@@ -34,9 +36,10 @@ def recipe_of(fields: Mapping[str, Any], source: Path, allowed: str | None = Non
         UsageError: it is no recipe, or code builds its net that is neither part of gsm-sgd nor `allowed` by the user.
     """
     types = ArgumentParser(exit_on_error=False)
-    types.add_class_arguments(Recipe)
+    types.add_class_arguments(Recipe, skip={"settings"})
     try:
         check_stages(fields)
+        add_settings(types, str(fields.get("method", OURS)))
         recipe = Recipe.from_dict(types.parse_object(dict(fields)).as_dict())
         recipe.check()
         if not recipe.compression >= 1 or recipe.recipe not in RECIPES or recipe.dataset not in data.DATASETS:
@@ -79,6 +82,17 @@ def pruned_net(run: Run, allowed: str | None = None) -> tuple[nn.Module, tuple[i
     classes = len(list(prunable_weights(run, run.net).values())[-1])
     model = build(recipe, read_weights(run.path / f"{run.net}.safetensors"), classes)
     return model, image_shape(recipe)
+
+
+def narrow_net(run: Run, dense: nn.Module) -> nn.Module:
+    """Return the narrow net of a finished run, given its dense one; UsageError if the run has none."""
+    path = run.path / NARROW_FILE
+    if not path.exists():
+        raise UsageError(f"{run.path} has no narrow net: prune with --pattern channel")
+    try:
+        return load_narrow(dense, path)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def measure(recipe: Recipe, tensors: Mapping[str, Tensor], data_dir: Path | None) -> float:

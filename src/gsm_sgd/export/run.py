@@ -13,7 +13,7 @@ from ..experiments.whole_files import write_output
 from ..reports.runs import WEIGHTS, Run, read_run
 from .hdf5_file import to_hdf5
 from .onnx_file import to_onnx
-from .rebuild import measure, pruned_net, recipe_of
+from .rebuild import NARROW_FILE, measure, narrow_net, pruned_net, recipe_of
 from .sparse import Values, rounded, save_sparse
 
 Format = Literal["sparse", "safetensors", "onnx", "hdf5"]
@@ -56,7 +56,7 @@ def export(
     weights = folder / f"{run.net}.safetensors"
     tensors = read_weights(weights)
     out = out or folder / export_name(run.net, kind, values)
-    if out.resolve() in [(folder / f"{name}.safetensors").resolve() for name in WEIGHTS]:
+    if out.resolve() in [(folder / f"{name}.safetensors").resolve() for name in (*WEIGHTS, run.method)]:
         raise UsageError(f"{out} is a file of the run itself: choose another --out")
     remark = ""
     match kind:
@@ -90,6 +90,9 @@ def _save_sparse(
 
 def _save_onnx(run: Run, out: Path, allowed: str | None) -> str:
     """Write a net as ONNX and return how exact it is."""
-    file = to_onnx(*pruned_net(run, allowed))
+    net, shape = pruned_net(run, allowed)
+    if (run.path / NARROW_FILE).exists():  # which is smaller and faster, and computes the same
+        net = narrow_net(run, net)
+    file = to_onnx(net, shape)
     write_output(out, file.content, "--out")
     return f"; onnxruntime's logits of {file.images} random images differ by {file.difference:.1e} at most"

@@ -31,6 +31,10 @@ def check_step(groups: Iterable[Mapping[str, Any]], governed: Sequence[Tensor], 
     for group in groups:
         check_lr(group["lr"])
         for param in group["params"]:
+            if is_sparse(param.grad) and "betas" in group:
+                raise RuntimeError(
+                    f"{name_of(param)} has a sparse gradient, which AdamW does not take: use sparse=False"
+                )
             if is_sparse(param.grad) and (is_governed(param, group) or group["weight_decay"]):
                 raise RuntimeError(
                     f'{name_of(param)} has a sparse gradient: put it into a group {_DENSE} and "weight_decay": 0'

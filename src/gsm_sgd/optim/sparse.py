@@ -15,6 +15,7 @@ from torch.optim.optimizer import ParamsT
 from torch.utils.hooks import RemovableHandle
 
 from ..budget import Budget, rounded_down
+from ..compiled import Compiled
 from ..decay import Motion, PassiveWeight, auto_decay, why_passive_weights_stay
 from ..distributed import (
     check_same_replicas,
@@ -26,21 +27,31 @@ from ..distributed import (
     offsets,
     to_local,
 )
-from ..masks import Masks, choose, largest, mask_gradients, residual, takes_no_dtensors
+from ..masks import Masks, check_spread, choose, largest, mask_gradients, residual
 from ..memory import laid_out_as
 from ..names import is_governed, named_in, prunable_in
 from ..patterns import Pattern, Unstructured
-from ..rule import Part
+from ..rule import HALF, Part, Rule
 from ..schedules import Phase, Schedule, whole_number
-from ..scores import Score, find_score, first_order, magnitude, score_dtype, seed_of, taylor
+from ..scores import Score, find_score, first_order, fisher, magnitude, score_dtype, seed_of, taylor
 from ..selection.sharded import Sharded, Shards
 from ..selection.stored import ScoreBuffer
 from ..selection.streamed import STREAMED, Passes, streamed
 from ..selection.threshold import Local, NotFiniteError, ScoresOf, Threshold, find_threshold
 from .checks import CutWarning, check_gradients, check_masked, check_step, is_sparse, warn_of_cut, warn_of_zeros
 from .states import check_group, check_parameters, check_state, in_order_of, localise, plain
+from .update import (
+    as_tensor,
+    columns,
+    masks_of,
+    surplus_of,
+    thresholds_of,
+    update_half_,
+    update_masked_,
+    update_streamed_,
+)
 
-_MODEL_WIDE = ("budget", "schedule", "step", "phase")  # in the first group only
+_NEW = 0.01  # weight of a step in the mean square of the scores of units
 _OF_THE_CALL = {
     *("compression", "density", "sparsity", "num_kept", "budget", "schedule", "total_steps", "peak_lr"),
     *("score", "pattern", "step", "phase", "compiled"),
@@ -58,12 +69,13 @@ Active = list[Tensor] | Threshold
 class SparseOptimizer(Optimizer):
     """What all optimizers that train to an exact sparsity share.
 
-    A subclass defines `_buffer_names`, `_motion`, `_dense_`, `_update_` and `_decay_`. Its parameter groups have `lr`,
+    A subclass defines a rule and what stands under "what a subclass defines". Its parameter groups have `lr`,
     `weight_decay`, `passive_decay` and `prunable`, and whatever else it needs. The first group also holds what concerns
     the whole model: `budget`, `schedule`, `step` (steps taken) and `phase`.
     """
 
-    _streams = False  # whether `_update_` takes a Threshold
+    _rule: Rule
+    _own_steps = False  # whether the state counts the steps of each parameter, as torch's Adam does
 
     def __init__(
         self,
@@ -79,6 +91,8 @@ class SparseOptimizer(Optimizer):
         self._score, self._pattern = find_score(score), pattern or Unstructured()
         if not isinstance(self._pattern, Pattern) or whole_number("the pattern's size", self._pattern.size) < 1:
             raise ValueError(f"pattern must be a Pattern with a size of at least 1, not {pattern!r}")
+        if self._score is fisher and "exp_avg_sq" not in self._buffer_names(defaults):
+            raise ValueError("the score 'fisher' needs a second moment: use GSMAdamW, or another score")
         prescribed = self._pattern.density
         if budget is not None and prescribed is not None:
             name = type(self._pattern).__name__
@@ -87,9 +101,14 @@ class SparseOptimizer(Optimizer):
         self._pattern = self._pattern.for_budget(budget.kind)
         if self._pattern.signed and self._score is taylor:
             self._score = first_order
-        self._model_wide = {"budget": budget, "schedule": schedule, "step": 0, "phase": Phase.RAMP.value}
+        self._model_wide = {
+            **{"budget": budget, "schedule": schedule, "step": 0, "phase": Phase.RAMP.value},
+            **{"pattern": repr(self._pattern), "unit_scores": None},
+        }
         self._compiled, self._check_ranks_always = compiled, check_ranks
         self._prepare()
+        if defaults["passive_decay"] is None and isinstance(schedule, Schedule):
+            defaults = {**defaults, "passive_decay": "auto"}
         super().__init__(self._pattern.parameter_groups(params), {**defaults, "prunable": None})
         if self.num_prunable == 0:
             raise ValueError("nothing to prune: give a parameter with ndim >= 2, or a prunable group")
@@ -108,6 +127,7 @@ class SparseOptimizer(Optimizer):
         """Make what is not state."""
         self._buffer = ScoreBuffer()
         self._passes = Passes.compiled() if self._compiled else None
+        self._update_masked, self._update_streamed = Compiled(update_masked_), Compiled(update_streamed_)
         self._compiled_for: set[tuple[int, ...]] = set()
         self._shards: Shards | None = None
         self._agreed = False  # whether all processes are known to have the same settings
@@ -128,12 +148,20 @@ class SparseOptimizer(Optimizer):
         """Return how passive weights of a group move."""
         raise NotImplementedError
 
-    def _dense_(self, part: Part, exactly: bool) -> None:
+    def _numbers(self, part: Part) -> list[list[float]]:
+        """Return the rule's settings for the next step of each parameter."""
+        raise NotImplementedError
+
+    def _kind(self, group: dict[str, Any]) -> bool:
+        """Return what has to be known when the rule of a group is compiled."""
+        return False
+
+    def _torchs_(self, part: Part, exactly: bool) -> None:
         """Update parameters of which all weights are active; `exactly` as torch's optimizer would, to the bit."""
         raise NotImplementedError
 
-    def _update_(self, parts: Sequence[Part], active: Active) -> None:
-        """Update parameters, given which weights are active; the masks may be overwritten."""
+    def _masked_(self, part: Part, active: list[Tensor]) -> None:
+        """Update parameters in full precision, given masks in bool or as 0 and 1, which may be overwritten."""
         raise NotImplementedError
 
     def _decay_(self, part: Part) -> None:
@@ -185,6 +213,7 @@ class SparseOptimizer(Optimizer):
             check_group(group, schedule)
         self.param_groups[0]["schedule"] = schedule
         if not self._fixed:
+            self._note_phase(self.num_prunable)
             self._warn_of_plan(stacklevel=3)
 
     @property
@@ -244,12 +273,32 @@ class SparseOptimizer(Optimizer):
         return Masks({key: self.state[param]["mask"].clone() for key, param in self._masked().items()})
 
     @property
+    def governed(self) -> dict[str, Tensor]:
+        """The parameters that have masks or, before these are fixed, that the rule governs, by their masks' keys."""
+        return self._masked() if self._fixed else self._governed_by_key()
+
+    def would_keep(self) -> Masks:
+        """Return the masks that a cut at this moment would have: of the largest weights, unless they are fixed."""
+        return self.masks if self._fixed else largest(self._governed_by_key(), self.num_kept, self._pattern)
+
+    @property
+    def summary(self) -> str:
+        """What is pruned and what stays dense, in a line: numbers of weights, and names."""
+        governed = set(self._governed())
+        rest = {name: param for name, param in self._all_by_name().items() if param not in governed}
+        names = [name for name, param in rest.items() if param.ndim > 1]
+        vectors = len(rest) - len(names)
+        dense = [*names, *([f"{vectors} biases and other vectors"] if vectors else [])]
+        tensors = f"{len(governed)} tensor" + "s" * (len(governed) > 1)
+        return (
+            f"keeps {self.num_kept:,} of {self.num_prunable:,} weights in {tensors}; "
+            f"dense: {', '.join(dense) or 'nothing'}"
+        )
+
+    @property
     def passive_residual(self) -> float:
         """What share of the L2 norm of all governed weights a cut would take now; reads every weight."""
-        if self._fixed:
-            return residual(self._masked(), self.masks)
-        governed = self._governed_by_key()
-        return residual(governed, largest(governed, self.num_kept, self._pattern))
+        return residual(self.governed, self.would_keep())
 
     @property
     def passive_shrinkage(self) -> float:
@@ -314,7 +363,8 @@ class SparseOptimizer(Optimizer):
         total = self.num_prunable
         num_active = self._active_of(total) if total else 0
         everything = num_active == total
-        if not (everything or self._fixed or self.param_groups[0]["step"]) and self._score in (taylor, magnitude):
+        first = not (self._fixed or self.param_groups[0]["step"])
+        if first and not everything and self._score in (taylor, magnitude, fisher):
             warn_of_zeros(self._governed_by_key())
         dense, ruled, still = self._parts(everything)
         if ruled and not self._fixed:
@@ -330,7 +380,7 @@ class SparseOptimizer(Optimizer):
         if ruled:
             self._update_(ruled, active)
         for part in dense:
-            self._dense_(part, exactly=everything)
+            self._torchs_(part if everything else self._without_half(part, active=True), exactly=everything)
         for part in still:
             self._decay_(part)
         for part in (*dense, *ruled, *still):
@@ -345,9 +395,7 @@ class SparseOptimizer(Optimizer):
         weights = [param for part in parts for param in part.params]
         grads = [grad for part in parts for grad in part.grads]
         single = isinstance(self._pattern, Unstructured)
-        if shards is not None and not single:
-            raise takes_no_dtensors(self._pattern)
-        streams = self._streams and single and self._score in STREAMED and self._passes is not None
+        streams = single and self._score in STREAMED and self._passes is not None
         if streams and self._compiles_for(parts):
             try:
                 return _threshold(partial(self._streamed, weights, grads), len(weights), num_active, shards)
@@ -359,7 +407,7 @@ class SparseOptimizer(Optimizer):
                 check_finite()
                 self._check_scores(parts)
             self._buffer.sanitize_()
-        if shards is not None and self._score not in STREAMED:
+        if shards is not None and single and self._score not in STREAMED:
             whole = self._buffer.whole
             whole.masked_fill_(whole <= 0, -1)  # passive all alike: no other sign is exchanged
         if single:
@@ -373,7 +421,18 @@ class SparseOptimizer(Optimizer):
             check_finite()
         keys = {id(param): key for key, param in prunable_in(self).items()}
         pattern = self._pattern.over([keys[id(owner)] for part in parts for owner in part.owners])
-        return choose(self._buffer.views, num_active, pattern, positive=True)
+        averaged = self._averaged if self._pattern.averaged else lambda units: units
+        return choose(self._buffer.views, num_active, pattern, positive=True, averaged=averaged, shards=shards)
+
+    def _averaged(self, units: Sequence[Tensor]) -> list[Tensor]:
+        """Return the root mean squares of the units' scores over recent steps, which the first group keeps."""
+        group = self.param_groups[0]
+        before = group["unit_scores"] or units
+        group["unit_scores"] = [
+            torch.lerp(mean.to(scores), scores.square(), _NEW) if before is not units else scores.square()
+            for mean, scores in zip(before, units, strict=True)
+        ]
+        return [mean.sqrt() for mean in group["unit_scores"]]
 
     def _check_scores(self, parts: Sequence[Part]) -> None:
         """Raise ValueError if a score is NaN though neither weight nor gradient is."""
@@ -406,9 +465,14 @@ class SparseOptimizer(Optimizer):
         if self._score in (taylor, magnitude):
             return [{}] * len(owners)
         keys = {id(param): key for key, param in prunable_in(self).items()}
-        buffers = [{k: v[i] for k, v in part.buffers.items()} for part in parts for i in range(len(part.owners))]
+        columns = [{**part.buffers, **({"step": part.own_steps} if part.own_steps else {})} for part in parts]
+        states = [
+            {name: column[i] for name, column in mine.items()}
+            for part, mine in zip(parts, columns, strict=True)
+            for i in range(len(part.owners))
+        ]
         seeds = [seed_of(keys[id(owner)], offsets(owner)) for owner in owners]
-        return [{**mine, "seed": seed} for mine, seed in zip(buffers, seeds, strict=True)]
+        return [{**mine, "seed": seed} for mine, seed in zip(states, seeds, strict=True)]
 
     def _parts(self, everything: bool) -> tuple[list[Part], list[Part], list[Part]]:
         """Return what to update with all weights active, by the rule, and, having no gradient, by decay alone."""
@@ -431,7 +495,16 @@ class SparseOptimizer(Optimizer):
         locals_ = [to_local(param) for param in params]
         buffers = {name: self._buffers(name, params, locals_) for name in self._buffer_names(group)}
         grads = [local_grad(param) for param in params]
-        return Part(params, locals_, grads, buffers, group, self.passive_decay(group), self.param_groups[0]["step"])
+        own_steps = [self._own_step(param, group) for param in params] if self._own_steps else []
+        step = self.param_groups[0]["step"]
+        return Part(params, locals_, grads, buffers, group, self.passive_decay(group), step, own_steps)
+
+    def _own_step(self, param: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return how many steps a parameter has taken, where and in which precision torch's Adam has it."""
+        wide = torch.get_default_dtype() == torch.float64 and not group["fused"]
+        device = to_local(param).device if group["fused"] else torch.device("cpu")
+        found = self.state[param].get("step", 0.0) if param in self.state else 0.0
+        return torch.as_tensor(found, dtype=torch.float64 if wide else torch.float32, device=device)
 
     def _buffers(self, name: str, params: list[Tensor], locals_: list[Tensor]) -> list[Tensor]:
         """Return buffers of the local parts of parameters, zeros if missing; does not modify state.
@@ -458,6 +531,8 @@ class SparseOptimizer(Optimizer):
                 state = self.state[owner]
                 if name not in state or to_local(state[name]) is not buffer:
                     state[name] = like_dtensor(owner, buffer)
+        for owner, step in zip(part.owners, part.own_steps, strict=False):
+            self.state[owner]["step"] = step
 
     def _count_step(self, total: int) -> None:
         """Note that a step has been taken, and whether the next one belongs to the ramp."""
@@ -474,6 +549,63 @@ class SparseOptimizer(Optimizer):
         if total and not self._fixed:
             ramping = self._active_of(total) > self._kept_of(total)
             self.param_groups[0]["phase"] = (Phase.RAMP if ramping else Phase.SEARCH).value
+
+    # --- the update ---
+
+    def _update_(self, parts: Sequence[Part], active: Active) -> None:
+        """Update parameters by the rule, given which weights are active; masks may be overwritten."""
+        if isinstance(active, Threshold):
+            if all(param.dtype not in HALF for part in parts for param in part.params):
+                return self._update_by_threshold_(parts, active)
+            active = masks_of(self._score, parts, active)
+        kept, full_parts = [], []
+        for part in parts:
+            mine, active = active[: len(part.params)], active[len(part.params) :]
+            full, half = part.by_precision()
+            self._half_(part.only(half), [mine[number] for number in half])
+            if full:
+                kept += [mine[number] for number in full]
+                full_parts.append(part.only(full))
+        if self._compiled and full_parts and self._compiles_for(full_parts):
+            masks = [mask.bool() for mask in kept]
+            rows, kinds = self._rows(full_parts)
+            weights, *others = columns(full_parts)
+            self._update_masked(self._rule, weights, *others, masks, as_tensor(rows, weights), kinds)
+        else:
+            for part in full_parts:
+                mine, kept = kept[: len(part.params)], kept[len(part.params) :]
+                self._masked_(part, mine)
+        _count(full_parts)
+        return None
+
+    def _update_by_threshold_(self, parts: Sequence[Part], threshold: Threshold) -> None:
+        """Update in one compiled pass that computes the scores once more; the surplus of equal scores by itself."""
+        weights, grads, buffers = columns(parts)
+        rows, kinds = self._rows(parts)
+        surplus = surplus_of(self._rule, parts, threshold, rows, kinds)
+        thresholds, settings = thresholds_of(threshold, len(weights)), as_tensor(rows, weights)
+        self._update_streamed(self._rule, self._score, weights, grads, buffers, thresholds, settings, kinds)
+        for tensor, elements in surplus:
+            tensor[threshold.surplus] = elements
+        _count(parts)
+
+    def _rows(self, parts: Sequence[Part]) -> tuple[list[list[float]], tuple[bool, ...]]:
+        """Return the rule's settings, and the kind, of each parameter."""
+        rows = [row for part in parts for row in self._numbers(part)]
+        return rows, tuple(self._kind(part.group) for part in parts for _ in part.params)
+
+    def _half_(self, part: Part, active: Sequence[Tensor]) -> None:
+        update_half_(self._rule, part, active, self._numbers(part), self._kind(part.group))
+        _count([part])
+
+    def _without_half(self, part: Part, active: bool) -> Part:
+        """Update what is in half precision, all of it active or passive, and return the rest."""
+        full, half = part.by_precision()
+        if not half:
+            return part
+        mine = part.only(half)
+        self._half_(mine, [torch.full_like(param, active, dtype=torch.bool) for param in mine.params])
+        return part.only(full)
 
     # --- the cut ---
 
@@ -532,7 +664,7 @@ class SparseOptimizer(Optimizer):
             param_state.pop("mask", None)  # one that was only a place to load another into
         for key, param in governed.items():
             self.state[param]["mask"] = masks[key]
-        self.param_groups[0]["phase"] = Phase.FADE.value
+        self.param_groups[0] |= {"phase": Phase.FADE.value, "unit_scores": None}
         self._buffer = ScoreBuffer()  # nothing is chosen any more
 
     def _mask_gradients(self) -> None:
@@ -568,7 +700,7 @@ class SparseOptimizer(Optimizer):
         check_same_settings(self._settings(), device)
         self._agreed = shards is None or not callable(self.schedule)
         if check:
-            check_same_replicas(named_in(self) or {f"number {i}": param for i, param in enumerate(params)})
+            check_same_replicas(self._all_by_name())
 
     def _settings(self) -> dict[str, float]:
         """Return all settings of all groups as numbers, for comparing them."""
@@ -576,7 +708,7 @@ class SparseOptimizer(Optimizer):
         for number, group in enumerate(self._plain_groups()):
             where = f" of group {number}" if number else ""
             for key, value in group.items():
-                items = {key: value[-1]} if isinstance(value, tuple) else value
+                items = {f"{key}[{i}]": v for i, v in enumerate(value)} if isinstance(value, tuple) else value
                 for name, item in (items if isinstance(items, dict) else {key: value}).items():
                     text = isinstance(item, str)
                     found[name + where] = -1.0 if item is None else zlib.crc32(item.encode()) if text else float(item)
@@ -596,6 +728,7 @@ class SparseOptimizer(Optimizer):
             for param in group["params"]:
                 if _has_gradient(param):
                     self.state[param].update({name: torch.zeros_like(param) for name in self._buffer_names(group)})
+                    self.state[param].update({"step": self._own_step(param, group)} if self._own_steps else {})
                 if is_governed(param, group):
                     self.state[param]["mask"] = torch.ones_like(param, dtype=torch.bool)
         return True
@@ -610,7 +743,10 @@ class SparseOptimizer(Optimizer):
     def _plain_groups(self) -> list[dict[str, Any]]:
         """Return the settings of the parameter groups as plain values."""
         groups = [{key: plain(value) for key, value in g.items() if key != "params"} for g in self.param_groups]
-        return [{key: value for key, value in group.items() if key != "param_names"} for group in groups]
+        return [
+            {key: value for key, value in group.items() if key not in ("param_names", "unit_scores")}
+            for group in groups
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as every optimizer does, with a mask of each prunable parameter that has been updated.
@@ -732,6 +868,11 @@ class SparseOptimizer(Optimizer):
         found = [(name, p) for name, p in zip(names, group["params"], strict=True) if is_governed(p, group)]
         return [name for name, _ in found], [param for _, param in found]
 
+    def _all_by_name(self) -> dict[str, Tensor]:
+        """Return all parameters by name, or number."""
+        params = (param for group in self.param_groups for param in group["params"])
+        return named_in(self) or {f"number {i}": param for i, param in enumerate(params)}
+
     def _name_of(self, param: Tensor) -> str:
         """Return what to call a parameter in a message."""
         names = {id(tensor): name for name, tensor in named_in(self).items()}
@@ -743,7 +884,9 @@ class SparseOptimizer(Optimizer):
         if not any(is_dtensor(param) for param in params):
             return None
         if self._shards is None or not self._shards.are_of(params):
-            self._shards = Shards(params)
+            shards = Shards(params)
+            check_spread(self._pattern, {key: p for key, p in prunable_in(self).items() if p in set(params)}, shards)
+            self._shards = shards
         return self._shards
 
 
@@ -756,6 +899,13 @@ def _threshold(
     if suspect:
         raise NotFiniteError
     return find_threshold(Local(scores_of(range(tensors))), num_active, positive=True)
+
+
+def _count(parts: Sequence[Part]) -> None:
+    """Note that parameters have taken a step, where they count their own."""
+    for part in parts:
+        for step in part.own_steps:
+            step += 1
 
 
 def _has_gradient(param: Tensor) -> bool:

@@ -11,11 +11,16 @@ from torch.nn.parameter import is_lazy
 from ..budget import SHARES, Budget
 from ..distributed import like_dtensor, local_slice, to_local
 from ..names import bare_name, is_governed
+from ..patterns import Unstructured
 from ..schedules import Phase, Schedule, real_number, whole_number
 
-UNSUPPORTED = {"maximize": False, "dampening": 0, "differentiable": False, "amsgrad": False, "capturable": False}
+UNSUPPORTED = {
+    **{"maximize": False, "dampening": 0, "differentiable": False, "amsgrad": False, "capturable": False},
+    "decoupled_weight_decay": True,
+}
 """Settings of torch's optimizers that stand in each group where theirs have them, and the one value allowed."""
 
+_SINGLE = repr(Unstructured())
 _PARTS_OF_A_WEIGHT = re.compile(r"(?:^|\.)(?:parametrizations\.\w+\.original\d+|\w+_[gv])$")
 
 
@@ -57,8 +62,25 @@ def check_group(group: dict[str, Any], schedule: Any) -> None:
             raise ValueError(f"momentum must be at least 0 and below 1, not {group['momentum']}")
         if group["nesterov"] and not group["momentum"]:
             raise ValueError("nesterov needs momentum above 0")
+    if "betas" in group:
+        _check_moments(group)
     if group.get("foreach") and group.get("fused"):
         raise ValueError("foreach and fused cannot both be True")
+
+
+def _check_moments(group: dict[str, Any]) -> None:
+    """Raise ValueError unless the settings that only AdamW has are in range."""
+    betas = group["betas"]
+    if not (isinstance(betas, Sequence) and len(betas) == 2):
+        raise ValueError(f"betas must be two numbers, not {betas!r}")
+    group["betas"] = beta1, beta2 = tuple(real_number("each of betas", beta) for beta in betas)
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ValueError(f"betas must be at least 0 and below 1, not {group['betas']}")
+    group["eps"] = real_number("eps", group["eps"])
+    if not 0 < group["eps"] < math.inf:  # 0 / 0 is what a weight that was cut would come to
+        raise ValueError(f"eps must be finite and above 0, not {group['eps']}")
+    if isinstance(group["lr"], Tensor) and group["foreach"]:
+        raise ValueError("lr as a tensor does not go with foreach=True: leave foreach out, or give lr as a number")
 
 
 def check_supported(group: Mapping[str, Any]) -> None:
@@ -103,10 +125,15 @@ def check_state(state: dict[str, Any], ours: Sequence[Mapping[str, Any]]) -> dic
     for group in groups:
         if "betas" in group and "betas" not in ours[0]:
             raise ValueError("the state is of an Adam optimizer, whose rates and moments do not fit")
+        if "betas" in ours[0] and "betas" not in group:
+            raise ValueError("the state is of an optimizer without the moments of Adam, which do not fit")
         check_supported(group)
         if "compression_schedule" in group:
             raise ValueError("the state was saved by gsm-sgd before schedules had a class: train with that version")
     _check_progress(groups[0])
+    ours_of, theirs_of = ours[0]["pattern"], groups[0].get("pattern", _SINGLE if "budget" in groups[0] else None)
+    if theirs_of not in (ours_of, None):
+        raise ValueError(f"the state is of the pattern {theirs_of}, not {ours_of}: build the optimizer with that one")
     schedule = ours[0]["schedule"]
     theirs = groups[0].get("schedule")
     if theirs is not None and theirs == plain(schedule):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from ..experiments.recipes import OURS, method_title
 from . import figures
 from .blocks import Block, Group, Table, listed
 from .figures import Line, Panel, Row
@@ -28,16 +29,19 @@ def comparison(groups: Sequence[Group]) -> Block:
         found = {outcome.key: outcome for outcome in outcomes(group.runs)}
         # a run that only retrained a ticket has no pruned net
         last = next(found[key] for key in ("pruned", "gsm_after_cut", *found) if key in found)
-        shown = [found[key].shown if key in found else "" for key in ("base", "gsm_before_cut", "gsm_after_cut")]
+        keys = (("base",), ("gsm_before_cut", "before_cut"), ("gsm_after_cut", "after_cut"), ("dense",))
+        shown = [next((found[key].shown for key in either if key in found), "") for either in keys]
         pruned = last.shown if last.key in ("pruned", "gsm_after_cut") else f"ticket {last.shown}"
         first = group.results[0]
         kept = f"{first['nonzeros']:,} of {first['prunable']:,}"
         seconds = fmean(sum(result["seconds"].values()) for result in group.results)
         cost = [f"{sum(first['epochs'].values())}", f"{seconds:,.0f}"]
-        rows.append([group.title, listed(group.seeds), kept, *shown, pruned, *_beside_the_papers(last), *cost])
+        rows.append(
+            [group.title, listed(group.seeds), kept, *shown[:3], pruned, shown[3], *_beside_the_papers(last), *cost]
+        )
         marks.append(_errors_of(last, group.title))
-    columns = ["runs", "seeds", "weights kept", "base net", "GSM, before the cut", "after the cut", "pruned net"]
-    table = Table("Top-1 in %", [*columns, "the paper", "difference", "epochs", "seconds"], rows, texts=2)
+    columns = ["runs", "seeds", "weights kept", "base net", "before the cut", "after the cut", "pruned net"]
+    table = Table("Top-1 in %", [*columns, "dense net", "the paper", "difference", "epochs", "seconds"], rows, texts=2)
     return _top1(marks, "Top-1 error of the pruned nets of all runs, beside the paper's.", table)
 
 
@@ -57,7 +61,7 @@ def results(group: Group) -> list[Block]:
     first = group.results[0]
     texts = [
         f"{first['nonzeros']:,} of {first['prunable']:,} weights are kept; {group.runs[0].measured_on}.",
-        *([cut_line(group.runs)] if "gsm_after_cut" in first["top1"] else []),
+        *([cut_line(group.runs)] if "pruned" in first["top1"] and cut_line(group.runs) else []),
         *empty_layers_of(group.runs),
     ]
     if first["paper"] is None:
@@ -134,7 +138,12 @@ def _line(group: Group, stage: str, key: str, **changes: Any) -> Line:
     for run in group.runs:
         points = [(one["epoch"], one[key]) for one in run.metrics if one["stage"] == stage and key in one]
         seeds.append(points[:: -math.ceil(len(points) / _DRAWN) or -1][::-1])  # with the last one
-    return _STAGES[stage]._replace(seeds=seeds, **changes)
+    return _style(stage)._replace(seeds=seeds, **changes)
+
+
+def _style(stage: str) -> Line:
+    """Return how a stage is drawn: one of a method other than GSM has its name."""
+    return _STAGES.get(stage) or _STAGES[OURS]._replace(label=method_title(stage))
 
 
 def _errors(line: Line) -> Line:
@@ -153,7 +162,7 @@ def _epochs(group: Group, stage: str) -> Table:
     for epoch in columns["loss"]:
         cells = (f"{columns[key][epoch]:{form}}" if epoch in columns[key] else "" for key, form in formats.items())
         rows.append([str(epoch), *cells])
-    caption = f"{_STAGES[stage].label}, by epoch{group.over_seeds(' (means over the seeds)')}"
+    caption = f"{_style(stage).label}, by epoch{group.over_seeds(' (means over the seeds)')}"
     if any(sum(record["stage"] == stage for record in run.metrics) > _DRAWN for run in group.runs):
         caption += f", {len(rows):,} of all epochs"
     return Table(caption, ["epoch", *(titles.get(key, key) for key in formats)], rows, folded=True)
@@ -161,7 +170,8 @@ def _epochs(group: Group, stage: str) -> Table:
 
 def _stages(group: Group) -> list[str]:
     found = {record["stage"] for record in group.metrics}
-    return [stage for stage in _STAGES if stage in found]
+    order = [*_STAGES, *(run.method for run in group.runs)]
+    return [stage for stage in dict.fromkeys(order) if stage in found]
 
 
 def _has_cuts(group: Group) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..experiments import UsageError
 from ..experiments.lottery import TICKETS
+from ..experiments.recipes import method_title
 from ..experiments.rundir import read_masks, read_weights
 from ..masks import Masks, magnitude_masks
 from .runs import Run
@@ -45,20 +46,24 @@ def prunable_weights(run: Run, name: str) -> dict[str, Tensor]:
 
 
 def methods(run: Run) -> list[str]:
-    """Return which methods have chosen weights to keep: GSM, and magnitude if there is a base net; a replay's one."""
+    """Return what has chosen weights: the run's method, and magnitude if there is a base net; a replay's one.
+
+    Of channels magnitude chooses none, as it is of single weights.
+    """
     if run.net == "ticket-magnitude":
         return ["magnitude"]
-    return ["GSM", *(["magnitude"] if (run.path / "base.safetensors").exists() else [])]
+    beside = (run.path / "base.safetensors").exists() and "widths" not in (run.result or {})
+    return [method_title(run.method), *(["magnitude"] if beside else [])]
 
 
 def mask(run: Run, method: str) -> Masks:
-    """Return which weights of each layer a method keeps, GSM or magnitude.
+    """Return which weights of each layer one of `methods` keeps.
 
     Raises:
         UsageError: the masks, or the weights that an older run's are to be told from, cannot be read.
     """
     assert run.result is not None
-    stored = run.path / f"{TICKETS[method.lower()]}.safetensors"
+    stored = run.path / f"{TICKETS.get(method.lower(), 'masks')}.safetensors"
     if stored.exists():
         masks = read_masks(stored)
         layers = {layer["name"]: layer["shape"] for layer in run.result["layers"]}

@@ -9,14 +9,17 @@ from typing import Any, NamedTuple
 
 from ..experiments import UsageError
 from ..experiments.reading import cause, read_json, read_yaml
-from ..experiments.recipes import cut_epoch, net_name
+from ..experiments.recipes import OURS, cut_epoch, method_title, net_name
 from ..experiments.rundir import DEFAULTS, Record, dotted, in_use, read_metrics, read_processes
 
 TITLES = {
     "base": "base net",
     "gsm_before_cut": "GSM, before the cut",
     "gsm_after_cut": "GSM, after the cut",
+    "before_cut": "before the cut",
+    "after_cut": "after the cut",
     "pruned": "pruned net",
+    "dense": "dense net, as many epochs",
     "ticket_gsm": "ticket by GSM, retrained",
     "ticket_magnitude": "ticket by magnitude, retrained",
 }
@@ -28,7 +31,10 @@ STAGES = {
     "ticket_gsm": "ticket-gsm",
     "ticket_magnitude": "ticket-magnitude",
 }
-"""The stage whose last evaluation, before a cut if it is `gsm_before_cut`, an accuracy in `top1` is."""
+"""The stage whose last evaluation, before a cut if it is `gsm_before_cut`, an accuracy in `top1` is.
+
+With other methods than GSM `before_cut` is of the stage that has the method's name.
+"""
 
 WEIGHTS = ("init", "base", "gsm", "pruned", "ticket-gsm", "ticket-magnitude")
 """The names of the weight files in a run's folder."""
@@ -39,7 +45,7 @@ PROGRESS = ("stage", "epoch", "loss", "top-1 %", "seconds")
 _NUMBER = (int, float)
 _RECIPE: Record = {
     **{"recipe": str, "preset": str, "compression": _NUMBER, "seed": int, "cut": _NUMBER, "holdout": int},
-    **{"model": str, "dataset": str},
+    **{"model": str, "dataset": str, "method": str},
     **{"base": {"epochs": int}, "gsm": {"epochs": int}},
 }
 _RESULT: Record = {
@@ -47,13 +53,14 @@ _RESULT: Record = {
     **{"prunable": int, "nonzeros": int, "epochs": dict, "seconds": dict, "layers": list, "paper": (dict, NoneType)},
     "top1": dict,
 }
-_PRUNED = {"gsm_before_cut", "gsm_after_cut", "pruned"}  # in `top1` unless a ticket is all that was trained
+_PRUNED = ({"gsm_before_cut", "gsm_after_cut", "pruned"}, {"before_cut", "after_cut", "pruned"})
+"""What is in `top1`, of GSM and of other methods, unless a ticket is all that was trained."""
 _TICKETS = {"ticket_gsm", "ticket_magnitude"}
 _COMMANDS = ("prune", "lottery", "replay")
 _LAYER: Record = {"name": str, "shape": list, "params": int, "nonzeros": int}
 """What the files of a run have at least, and of which type."""
 
-_ADDED: Record = {"cut": 1.0, "holdout": 0, "model": "", "dataset": ""}  # what a recipe may lack
+_ADDED: Record = {"cut": 1.0, "holdout": 0, "model": "", "dataset": "", "method": OURS}  # what a recipe may lack
 _MOST_LAYERS = 10_000
 _PERCENT = 100
 
@@ -96,10 +103,20 @@ class Run:
         """Why a run has no result, and what to do for one."""
         return "still running: wait for it" if in_use(self.path) else "not finished: give its command again to go on"
 
+    @property
+    def method(self) -> str:
+        """What has pruned the net."""
+        return str(self.recipe.get("method", OURS))
+
+    @property
+    def stages(self) -> dict[str, str]:
+        """STAGES, with that of the run's method."""
+        return {**STAGES, "before_cut": self.method}
+
     def last_ten(self, key: str) -> float | None:
         """Return the mean accuracy of a stage's last ten epochs, in percent, or None if they are not there."""
         records = self.uncut if key == "gsm_before_cut" else self.metrics
-        top1 = [record["top1"] for record in records if record["stage"] == STAGES.get(key)]
+        top1 = [record["top1"] for record in records if record["stage"] == self.stages.get(key)]
         return fmean(top1[-_LAST:]) if top1 else None
 
     @property
@@ -108,7 +125,10 @@ class Run:
         recipe = self.recipe["recipe"]
         net = net_name(recipe, str(self.recipe.get("model", recipe)))
         settings = f"preset {self.recipe['preset']}" + ("" if net == recipe else f" of {recipe}")
-        return f"{net} at {self.recipe['compression']:g}x, {settings}"
+        if self.method != OURS:
+            settings = f"{method_title(self.method)}, {settings}"
+        size = f"{self.recipe['compression']:.4g}x"
+        return f"{net} at {size}{' fewer MACs' if self.recipe.get('pattern') == 'channel' else ''}, {settings}"
 
     @property
     def settings(self) -> Record:
@@ -128,7 +148,7 @@ class Run:
     def progress(self) -> list[list[str]]:
         """How far each stage has come: a row of PROGRESS for its last epoch."""
         last = {record["stage"]: record for record in self.metrics}
-        epochs = {stage: self.recipe["gsm" if stage == "gsm" else "base"]["epochs"] for stage in last}
+        epochs = {stage: self.recipe["gsm" if stage in ("gsm", self.method) else "base"]["epochs"] for stage in last}
         return [
             [stage, f"{r['epoch']}/{epochs[stage]}", f"{r['loss']:.4f}", f"{r['top1']:.2f}", f"{r['seconds']:.0f}"]
             for stage, r in last.items()
@@ -137,7 +157,9 @@ class Run:
     @property
     def uncut(self) -> list[Record]:
         """The records of GSM training up to the cut."""
-        return [record for record in self.metrics if record["stage"] == "gsm" and record["epoch"] <= self.cut_epoch]
+        return [
+            record for record in self.metrics if record["stage"] == self.method and record["epoch"] <= self.cut_epoch
+        ]
 
     @property
     def cut_epoch(self) -> int:
@@ -167,18 +189,19 @@ def read_run(path: Path) -> Run:
         if not isinstance(recipe, dict) or not _has({**_ADDED, **recipe}, _RECIPE):
             raise ValueError("it is no recipe")
         file = path / "result.json"
-        result = _checked(read_json(file)) if file.exists() else None
+        result = _checked(read_json(file), str(recipe.get("method", OURS))) if file.exists() else None
     except (OSError, ValueError) as error:
         if file.name == "recipe.yaml" and isinstance(error, FileNotFoundError | NotADirectoryError):
             raise UsageError(f"{path} is not a run's folder: there is no recipe.yaml in it") from error
         raise UsageError(f"{file} is damaged ({cause(error)}): delete it and give the run's command again") from error
     metrics = read_metrics(path)
-    if not {record["stage"] for record in metrics} <= set(STAGES.values()):
+    run = Run(path, recipe, read_processes(path), metrics, result)
+    if not {record["stage"] for record in metrics} <= set(run.stages.values()):
         raise UsageError(f"{path / 'metrics.jsonl'} is damaged (it has a stage that no run has): delete it")
-    return Run(path, recipe, read_processes(path), metrics, result)
+    return run
 
 
-def _checked(result: object) -> Record:
+def _checked(result: object, method: str) -> Record:
     """Return a result of which all that is computed with, or names a file, is what it should be.
 
     Raises:
@@ -191,9 +214,9 @@ def _checked(result: object) -> Record:
     names = {layer["name"] for layer in layers if _is_layer(layer)}
     replayed = result["command"] == "replay"
     if not (
-        (len(top1) == 1 if replayed else set(top1) >= _PRUNED)
+        (len(top1) == 1 if replayed else set(top1) >= _PRUNED[method != OURS])
         and set(top1) <= (_TICKETS if replayed else set(TITLES))
-        and {*result["epochs"], *result["seconds"]} <= set(STAGES.values())
+        and {*result["epochs"], *result["seconds"]} <= {*STAGES.values(), method}
         and all(isinstance(value, _NUMBER) and value >= 0 for value in numbers)
         and max(top1.values()) <= _PERCENT
         and all(isinstance(value, _NUMBER) for value in (result["paper"] or {}).values())
@@ -293,14 +316,17 @@ def outcomes(runs: Sequence[Run]) -> list[Outcome]:
     """
     results = [run.finished() for run in runs]
     paper = dict(results[0]["paper"] or {})
-    lasting = all(result["top1"].get("gsm_after_cut") == result["top1"].get("pruned") for result in results)
-    if lasting and "pruned" in paper:
-        paper["gsm_after_cut"] = paper["pruned"]
-    return [
-        outcome(runs, key, paper.get(key))
-        for key in TITLES
-        if all(key in result["top1"] for result in results) and not (key == "pruned" and lasting)
-    ]
+    shown = [key for key in TITLES if all(key in result["top1"] for result in results)]
+
+    def same(one: str, other: str) -> bool:
+        return all(result["top1"].get(one) == result["top1"].get(other) for result in results)
+
+    if same("gsm_after_cut", "pruned"):
+        paper |= {"gsm_after_cut": paper["pruned"]} if "pruned" in paper else {}
+        shown = [key for key in shown if key != "pruned"]
+    if same("before_cut", "after_cut") and same("after_cut", "pruned"):  # most methods are sparse long before the end
+        shown = [key for key in shown if key not in ("before_cut", "after_cut")]
+    return [outcome(runs, key, paper.get(key)) for key in shown]
 
 
 def summary(runs: Sequence[Run]) -> Record:

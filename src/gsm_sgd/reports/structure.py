@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import figures, nets
 from .blocks import Block, Group, Table, by, number, percent, tried
-from .tables import empty_layers_of
+from .tables import costs_line, empty_layers_of
 
 _MANY_LAYERS = 24  # more make a long table
 _DRAWN = 300  # layers in a figure
@@ -33,9 +33,34 @@ def kept_by(group: Group, masks: Masks) -> Kept:
     """Return what each layer keeps, chosen by the run's own method and by magnitude."""
     own = nets.methods(group.runs[0])[0]
     counts = {own: [[layer["nonzeros"] for layer in result["layers"]] for result in group.results]}
-    if own == "GSM" and "magnitude" in masks:
+    if own != "magnitude" and "magnitude" in masks:
         counts["magnitude"] = [list(nets.kept(mask).values()) for mask in masks["magnitude"].values()]
     return {method: list(zip(*of_seeds, strict=True)) for method, of_seeds in counts.items()}
+
+
+def widths(group: Group) -> Figure:
+    """Return bars of the share of channels that each layer keeps, of the first 300 if there are more."""
+    layers = group.results[0]["widths"][:_DRAWN]
+    kept = [[row["widths"][index]["pruned"] for row in group.results] for index in range(len(layers))]
+    shares = [[percent(one, layer["dense"]) for one in of] for layer, of in zip(layers, kept, strict=True)]
+    names = [f"{layer['name']}\n{layer['dense']} channels" for layer in layers]
+    return figures.bars(names, {nets.methods(group.runs[0])[0]: shares}, "channels kept, % of the layer")
+
+
+def channels(group: Group) -> list[Block]:
+    """Return the widths of layers before and after, if the runs have pruned channels."""
+    if not all("widths" in result for result in group.results):
+        return []
+    results = group.results
+    cells = []
+    for index, layer in enumerate(results[0]["widths"]):
+        kept = [result["widths"][index]["pruned"] for result in results]
+        shares = [percent(one, layer["dense"]) for one in kept]
+        cells.append([layer["name"], str(layer["dense"]), number(kept), number(shares, ".1f")])
+    caption = "Channels of each layer" + group.over_seeds(", mean ± standard deviation over the seeds")
+    table = Table(caption, ["layer", "dense", "kept", "%"], cells, folded=len(cells) > _MANY_LAYERS)
+    texts = [costs_line(result) for result in results]
+    return [Block("Channels", texts, widths(group), "Share of the channels that each layer keeps.", [table])]
 
 
 def density(group: Group, kept: Kept) -> Figure:
@@ -64,11 +89,12 @@ def layers(group: Group, masks: Masks) -> list[Block]:
     if "GSM" in kept:
         texts[0] += " GSM has found each layer's by itself."
     texts += empty_layers_of(group.runs)
-    if "magnitude" not in masks:
+    if "magnitude" not in masks and "widths" not in group.results[0]:
         texts.append("There is no base net to be read here, and so no choice by magnitude to compare with.")
     caption = "What each layer keeps" + group.over_seeds(", mean ± standard deviation over the seeds")
     table = Table(caption, columns, cells, texts=2, folded=len(rows) > _MANY_LAYERS)
-    return [Block("", texts, density(group, kept), "Share of the weights that each layer keeps, by method.", [table])]
+    block = Block("", texts, density(group, kept), "Share of the weights that each layer keeps, by method.", [table])
+    return [*channels(group), block]
 
 
 def agreement(group: Group, masks: Masks) -> list[Block]:

@@ -8,7 +8,8 @@ from typing import get_args
 from rich.table import Table
 
 from ..experiments.bench import BASELINE, CAPTION, Cost, Workload
-from ..experiments.recipes import RECIPES, Preset, published
+from ..experiments.recipes import OURS, RECIPES, Preset, published
+from ..experiments.rundir import Record
 from ..masks import LayerSparsity
 from .runs import PROGRESS, Run, outcomes
 
@@ -31,9 +32,22 @@ def results_table(runs: Sequence[Run]) -> Table:
     return table
 
 
+def costs_line(result: Record) -> str:
+    """Return what a net without channels costs beside the dense one, or nothing if it has all its channels."""
+    parts = [
+        f"{counts['pruned']:,} of {counts['dense']:,} {name} ({counts['dense'] / counts['pruned']:.2f} times fewer)"
+        for kind, name in (("macs", "MACs"), ("parameters", "parameters"))
+        if (counts := result.get(kind))
+    ]
+    return f"The narrow net, narrow.safetensors, has {' and '.join(parts)}." if parts else ""
+
+
 def cut_line(runs: Sequence[Run]) -> str:
-    """Return a sentence on what the cut cost, and since when it would have cost nothing."""
+    """Return a sentence on what the cut cost, and since when it would have cost nothing; or no text."""
     results = [run.result["top1"] for run in runs if run.result is not None]
+    if runs[0].method != OURS:
+        lost = fmean(top1["before_cut"] - top1["after_cut"] for top1 in results)
+        return f"The cut in the end cost {lost:.2f} points." if lost else ""
     text = f"The cut after epoch {runs[0].cut_epoch} of GSM training "
     since = [str(run.lossless_since) for run in runs if run.lossless_since is not None]
     if len(since) == len(runs):
@@ -61,10 +75,13 @@ def empty_layers(layers: Iterable[tuple[str, int, int]]) -> str:
 
 
 def empty_layers_of(runs: Sequence[Run]) -> list[str]:
-    """Return such a sentence for each finished run that has such layers, with its seed if there are several runs."""
+    """Return such a sentence for each finished run that has such layers, with its seed if there are several runs.
+
+    Of channels none: only what another path leads around is ever left without any.
+    """
     texts = []
     for run in runs:
-        layers = run.finished()["layers"]
+        layers = [] if "widths" in run.finished() else run.finished()["layers"]
         text = empty_layers((layer["name"], layer["params"], layer["nonzeros"]) for layer in layers)
         if text:
             texts.append(f"Seed {run.recipe['seed']}: {text}" if len(runs) > 1 else text)

@@ -42,6 +42,8 @@ def select_top(scores: Sequence[Tensor], k: int, positive: bool = False) -> list
         raise ValueError("scores contain NaN")
     if k == 0 or (k == total and not positive):
         return [torch.full(score.shape, k > 0, dtype=torch.bool, device=score.device) for score in scores]
+    if k == total:
+        return [score > 0 for score in scores]
     dtype = reduce(torch.promote_types, (score.dtype for score in scores))
     flat = [score.to(dtype).reshape(-1) for score in scores]
     masks = find_threshold(Local(StoredScores(flat)), k, positive).masks(flat)

@@ -209,7 +209,7 @@ class ResRep(ChannelMethod):
         return kept
 
     def _choose(self) -> Tensor:
-        scores = self.scores().cpu()
+        scores = self._checked_scores()
         kept = self._forget(scores, self._most, below=_VANISHED)
         lost = float(scores[~kept].norm() / scores.norm())
         if lost > _LOSSLESS:

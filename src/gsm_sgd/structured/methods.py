@@ -15,7 +15,6 @@ from ..budget import SHARES, Budget
 from ..masks import Masks, mask_gradients
 from ..names import bare_names
 from ..schedules import real_number, whole_number
-from ..selection.stored import select_top
 from .channels import ChannelGroups
 from .graph import STAYS
 
@@ -131,11 +130,14 @@ class ChannelMethod:
 
     def _choose(self) -> Tensor:
         """Return which units to keep."""
-        return self._best(self.scores(), self._most)
+        return self.groups._select(self._checked_scores(), self._most)
 
-    def _best(self, scores: Tensor, budget: int) -> Tensor:
-        (kept,) = self.groups.select([scores], budget, select_top)
-        return kept.cpu()
+    def _checked_scores(self) -> Tensor:
+        """Return the scores, or raise ValueError if one is not finite."""
+        scores = self.scores().cpu()
+        if not scores.isfinite().all():
+            raise ValueError("weights are not finite, so nothing can be kept by their size: training has diverged")
+        return scores
 
     def finalize(self) -> Masks:
         """Silence the channels that are not kept, unless this has been done, and return the masks of what does it."""
@@ -358,14 +360,14 @@ class Uniform(ChannelMethod):
 
     def _choose(self) -> Tensor:
         """Return which units to keep: of each family the largest share that fits."""
-        scores = self.scores()
+        scores = self._checked_scores()
         levels = scores.unique()
 
         def fits(level: Tensor) -> bool:
             return self.groups.cost_of(scores >= level) <= self._most
 
         lowest = levels[bisect_left(range(len(levels) - 1), True, key=lambda i: fits(levels[i]))]
-        return self._best(scores, min(self._most, math.ceil(self.groups.cost_of(scores >= lowest))))
+        return self.groups._select(scores, min(self._most, math.ceil(self.groups.cost_of(scores >= lowest))))
 
 
 METHODS: dict[str, type[ChannelMethod]] = {method.name: method for method in (Slimming, GroupL1, Uniform)}

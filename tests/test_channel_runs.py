@@ -1,0 +1,122 @@
+"""Runs that prune channels: from the command to narrow nets, their files and their speed."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from gsm_sgd import cli
+from gsm_sgd.experiments import models
+from gsm_sgd.experiments.rundir import read_weights
+from gsm_sgd.structured import load_narrow
+from test_cli import fails
+
+RUN = [
+    *("prune", "lenet5", "--dataset", "synthetic", "--pattern", "channel", "--macs", "0.4", "--epochs-scale", "0.2"),
+    *("--checkpoint-seconds", "0"),
+]
+NAME = "lenet5-prune-fast-macs0.4-s0"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a finished run."""
+    out = tmp_path_factory.mktemp("runs")
+    assert cli.run([*RUN, "--out", str(out)]) == 0
+    return out / NAME
+
+
+def logits(model):
+    images = torch.rand(8, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model.eval()(images)
+
+
+def test_the_result_counts_what_the_narrow_net_has(run):
+    result = json.loads((run / "result.json").read_text())
+    dense, narrow = models.build("lenet5", 0), load_narrow(models.build("lenet5", 0), run / "narrow.safetensors")
+    assert result["macs"]["dense"] == 2_293_000
+    assert 0.3 * 2_293_000 < result["macs"]["pruned"] <= 0.4 * 2_293_000
+    counts = {"dense": dense, "pruned": narrow}
+    for key, model in counts.items():
+        assert result["parameters"][key] == sum(weight.numel() for weight in model.parameters())
+    weights = dict(narrow.named_parameters())
+    for row in result["widths"]:
+        assert row["pruned"] == weights[row["name"]].shape[0] <= row["dense"]
+    assert result["nonzeros"] == sum(weight.numel() for weight in weights.values() if weight.ndim > 1)
+    assert result["compression"] == pytest.approx(2.5)
+
+
+def test_the_narrow_net_computes_what_the_pruned_one_does(run):
+    pruned = models.build("lenet5", 0)
+    pruned.load_state_dict(read_weights(run / "pruned.safetensors"))
+    narrow = load_narrow(models.build("lenet5", 3), run / "narrow.safetensors")
+    torch.testing.assert_close(logits(narrow), logits(pruned), rtol=1e-5, atol=1e-5)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(run, tmp_path, monkeypatch):
+    real, taken = torch.optim.lr_scheduler.LambdaLR.step, 0
+
+    def killed(self, *args):
+        nonlocal taken
+        taken += 1
+        if taken == 40:  # in the ramp
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.lr_scheduler.LambdaLR, "step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            cli.run([*RUN, "--out", str(tmp_path)])
+    assert cli.run([*RUN, "--out", str(tmp_path)]) == 0
+    for file in ("gsm", "masks", "channels", "pruned", "narrow"):
+        assert (tmp_path / NAME / f"{file}.safetensors").read_bytes() == (run / f"{file}.safetensors").read_bytes()
+    for file in ("masks", "channels", "pruned", "narrow", "result"):  # killed between the stage and the result
+        (tmp_path / NAME / f"{file}.{'json' if file == 'result' else 'safetensors'}").unlink()
+    assert cli.run([*RUN, "--out", str(tmp_path)]) == 0
+    assert (tmp_path / NAME / "narrow.safetensors").read_bytes() == (run / "narrow.safetensors").read_bytes()
+
+
+def test_show_says_what_was_saved(run, capsys):
+    assert cli.run(["show", str(run)]) == 0
+    result = json.loads((run / "result.json").read_text())
+    assert f"{result['macs']['pruned']:,} of 2,293,000 MACs" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_report_takes_such_runs(run, tmp_path):
+    assert cli.run(["report", str(run), "-o", str(tmp_path / "report.html")]) == 0
+    assert "2.5" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_onnx_of_the_run_is_the_narrow_net(run, capsys):
+    assert cli.run(["export", str(run), "--format", "onnx"]) == 0
+    parameters = json.loads((run / "result.json").read_text())["parameters"]
+    assert (run / "pruned.onnx").stat().st_size < 4 * parameters["pruned"] + 50_000 < 4 * parameters["dense"]
+
+
+@pytest.mark.slow
+def test_inference_is_measured_dense_and_narrow(run, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("gsm_sgd.export.inference.BATCHES", (2,))
+    monkeypatch.setattr("gsm_sgd.export.inference.THREADS", (1,))
+    folder = shutil.copytree(run, tmp_path / run.name)
+    assert cli.run(["bench", "inference", str(folder)]) == 0
+    engines = [row["engine"] for row in json.loads((folder / "inference.json").read_text())["rows"]]
+    assert engines == ["torch, dense", "torch, narrow", "onnxruntime, dense", "onnxruntime, narrow"]
+    assert "The narrow net is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["prune", "lenet5", "--pattern", "channels"], "pattern takes weight or channel"),
+        (["prune", "lenet5", "--pattern", "channel", "--macs", "0"], "macs must be above 0 and at most 1, not 0"),
+        (["prune", "lenet5", "--pattern", "channel", "--macs", "0.001"], "below the smallest possible"),
+        (["lottery", "lenet5", "--pattern", "channel"], "a lottery is for single weights: leave out --pattern channel"),
+    ],
+)
+def test_bad_usage(words, message, tmp_path, capsys):
+    assert message in fails(capsys, *words, "--dataset", "synthetic", "--out", tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
