@@ -17,6 +17,7 @@ from .branches import Branch, find_branches
 from .choice import Choice
 from .cost import KINDS, Cost, Products, Term
 from .graph import STAYS, Channels
+from .latency import measured
 from .surgery import TOLERANCE, difference, narrowed, silenced
 from .tracing import traced
 
@@ -44,6 +45,7 @@ class ChannelGroups(Pattern):
     signed = True
     averaged = True
     spares_layers = True
+    _per_cost = True
 
     @classmethod
     def trace(
@@ -171,7 +173,34 @@ class ChannelGroups(Pattern):
 
     def _set_cost(self, kind: str) -> None:
         self._cost = self._costs[kind]
-        self._savings = self._cost.savings(self._sizes, self._choice.blocks, self._choice.block_sizes)
+        savings = self._cost.savings(self._sizes, self._choice.blocks, self._choice.block_sizes)
+        self._savings = savings if self._per_cost else self._choice.block_sizes.double()
+
+    def measure_latency(
+        self, model: nn.Module, inputs: Tensor | tuple[Any, ...] | None = None, times: Mapping[str, int] | None = None
+    ) -> dict[str, int]:
+        """Measure on this machine how long layers of several widths take, for a budget of `latency`.
+
+        Call it with as many threads, and the batch, that the narrow net is for; the layout of the inputs, such as
+        channels-last, is that of the layers. It takes some seconds, and the machine should do nothing else.
+
+        Args:
+            model: what was traced, on the device that it is for.
+            inputs: positional arguments, or the only one; None takes those it was traced with.
+            times: what an earlier call returned: so a run that goes on has the same budget, and nothing is measured.
+
+        Returns:
+            Nanoseconds by a description of what was measured, as JSON can hold it.
+
+        Raises:
+            ValueError: the model is not what was traced, or a layer with channels is none of torch's.
+        """
+        if {name: tuple(param.shape) for name, param in model.named_parameters()} != self.shapes:
+            raise ValueError("the model is not what it was when its channels were traced: trace it again")
+        given = self.example_inputs if inputs is None else inputs if isinstance(inputs, tuple) else (inputs,)
+        found = dict(times or {})
+        self._costs["latency"] = measured(model, self.channels, self.families, self._side, given, found)
+        return found
 
     def cost_of(self, kept: Tensor) -> float:
         """Return the cost of a net with these units, in the unit of the budget."""
@@ -195,6 +224,12 @@ class ChannelGroups(Pattern):
             raise ValueError(f"a pattern of channels takes one of {', '.join(KINDS)}, not {kind}")
         bound = copy.copy(self)
         bound._set_cost(kind)
+        return bound
+
+    def by_score(self) -> Self:
+        """Return the pattern that drops the channels of the lowest scores, whatever they cost."""
+        bound = copy.copy(self)
+        bound._per_cost, bound._savings = False, self._choice.block_sizes.double()
         return bound
 
     def over(self, names: Sequence[str]) -> Self:
