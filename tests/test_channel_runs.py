@@ -85,6 +85,21 @@ def test_show_says_what_was_saved(run, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["slimming", "group_l1", "uniform"])
+def test_rivals_prune_to_the_same_budget(method, tmp_path):
+    words = [*RUN, "--model", "resnet20", "--gsm.epochs", "2", "--base.epochs", "1"]
+    words[words.index("lenet5")] = "resnet20"
+    words[words.index("0.2")] = "1"
+    assert cli.run([*words, "--method", method, "--out", str(tmp_path)]) == 0
+    (folder,) = tmp_path.iterdir()
+    result = json.loads((folder / "result.json").read_text())
+    assert result["method"] == method
+    assert 0.2 * 40_813_184 < result["macs"]["pruned"] <= 0.4 * 40_813_184
+    narrow = load_narrow(models.build("resnet20", 0), folder / "narrow.safetensors")
+    assert sum(weight.numel() for weight in narrow.parameters()) == result["parameters"]["pruned"]
+
+
+@pytest.mark.slow
 def test_the_report_takes_such_runs(run, tmp_path):
     assert cli.run(["report", str(run), "-o", str(tmp_path / "report.html")]) == 0
     assert "2.5" in (tmp_path / "report.html").read_text()
@@ -114,6 +129,10 @@ def test_inference_is_measured_dense_and_narrow(run, monkeypatch, capsys, tmp_pa
         (["prune", "lenet5", "--pattern", "channels"], "pattern takes weight or channel"),
         (["prune", "lenet5", "--pattern", "channel", "--macs", "0"], "macs must be above 0 and at most 1, not 0"),
         (["prune", "lenet5", "--pattern", "channel", "--macs", "0.001"], "below the smallest possible"),
+        (["prune", "lenet5", "--method", "slimming"], "slimming is for --pattern channel"),
+        (["prune", "lenet5", "--method", "rigl", "--pattern", "channel"], "rigl is for --pattern weight"),
+        (["prune", "lenet5", "--method", "slimming", "--pattern", "channel"], "no norm scales the channels of"),
+        (["compare", "lenet5", "--pattern", "channel"], "gsm compare is of single weights"),
         (["lottery", "lenet5", "--pattern", "channel"], "a lottery is for single weights: leave out --pattern channel"),
     ],
 )

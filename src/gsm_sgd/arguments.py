@@ -19,6 +19,7 @@ from .experiments.reading import cause, read_yaml
 from .experiments.recipes import (
     OURS,
     RECIPES,
+    RIVALS,
     Preset,
     Recipe,
     Training,
@@ -159,7 +160,7 @@ def _methods(words: Sequence[str]) -> list[str]:
     named = given.method
     for path in given.config:
         named = given.method or read_yaml(path).get("method", named)
-        if others := [method for method in METHODS if method in read_yaml(path) and method != named]:
+        if others := [method for method in RIVALS if method in read_yaml(path) and method != named]:
             raise UsageError(f"{path} has settings of {others[0]}: leave out --method {named}")
     find_settings(method := str(named or OURS))
     return parse_methods(given.methods) if words[:1] == ["compare"] and method == OURS else [method]
@@ -250,7 +251,7 @@ def _add_run_options(parser: ArgumentParser, recipe: Recipe, command: str) -> No
     several = "C; of N prunable weights floor(N / C) are kept; or several runs, like 20,60,200"
     _option(parser, "--compression", float | str, recipe.compression, several)
     if command == "prune":
-        _option(parser, "--method", str, recipe.method, f"what prunes: {', '.join((OURS, *METHODS))}")
+        _option(parser, "--method", str, recipe.method, f"what prunes: {', '.join((OURS, *RIVALS))}")
         parser.add_argument("--baseline", action="store_true", help="also train the dense net, for as many epochs")
         what = "of a sparse file, like 20KB, which then is exported; in place of --compression"
         _option(parser, "--target-size", str | None, None, what)
@@ -300,7 +301,7 @@ class _Parser(ArgumentParser):
         misspelt = re.match(r"unrecognized arguments: --?([^ =]+)", message)
         if misspelt and ex is None:  # else it has been said by the parser of a subcommand
             method, dot, _ = misspelt[1].partition(".")
-            if dot and method in METHODS and f"--{method}" not in self._option_string_actions:
+            if dot and method in RIVALS and f"--{method}" not in self._option_string_actions:
                 super().error(f"{misspelt[0]} is a setting of --method {method}: add that?", ex)
             options = [option for option in self._option_string_actions if option.startswith("--")]
             names = {

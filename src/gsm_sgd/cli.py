@@ -276,7 +276,7 @@ def _check_optimizer(recipe: Recipe) -> None:
             if recipe.method == OURS:
                 gsm(model, recipe, steps_per_epoch=1_000, groups=groups)
             else:
-                method_of(recipe, plain_sgd(model, recipe.gsm), steps_per_epoch=1_000)
+                method_of(recipe, plain_sgd(model, recipe.gsm), 1_000, model, groups)
     except ValueError as error:
         raise UsageError(in_options(str(error))) from error
 

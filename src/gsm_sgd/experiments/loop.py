@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..methods import Method
 from ..optim.checks import CutWarning
+from ..structured.methods import ChannelMethod
 from . import ranks
 from .recipes import Precision, Recipe, Training
 from .rundir import Record, Stage
@@ -52,7 +53,7 @@ class Observer(Protocol):
         """Tell what an epoch came to: the record that metrics.jsonl gets."""
 
 
-_Parts = dict[str, nn.Module | Optimizer | LambdaLR | Probe | Method]  # what has a state_dict
+_Parts = dict[str, nn.Module | Optimizer | LambdaLR | Probe | Method | ChannelMethod]  # what has a state_dict
 
 
 def train(
@@ -64,7 +65,7 @@ def train(
     stage: Stage,
     observer: Observer,
     probe: Probe | None = None,
-    method: Method | None = None,
+    method: Method | ChannelMethod | None = None,
 ) -> None:
     """Train `model` for `training.epochs`, from where the stage was interrupted if it was.
 

@@ -18,6 +18,8 @@ from ..names import prunable_parameters
 from ..optim.gsm import GSM
 from ..schedules import Schedule
 from ..structured.channels import ChannelGroups
+from ..structured.methods import METHODS as OF_CHANNELS
+from ..structured.methods import ChannelMethod
 from ..structured.remove import remove_channels
 from . import UsageError, models
 from .channels import costs, find_channels, silencing_parameters, weight_masks
@@ -66,12 +68,13 @@ def prune_steps(job: Job) -> tuple[nn.Module, dict[str, float], Record]:
 
     # 3. Train with GSM: all but Q weights shrink to nothing. They may be cut before the end. Or by another method.
     steps = steps_per_epoch(job.data, recipe)
+    groups = find_channels(model, next(iter(test.batches(1)))[0]) if recipe.pattern == "channel" else None
     if recipe.method != OURS:
         sgd = plain_sgd(model, recipe.gsm)
-        train_stage(job, recipe.method, model, recipe.gsm, sgd, method=method_of(recipe, sgd, steps))
+        method = method_of(recipe, sgd, steps, model, groups)
+        train_stage(job, recipe.method, model, recipe.gsm, sgd, method=method, groups=groups)
         top1["before_cut"] = evaluate(model, test)
-        return _cut(job, model, top1, "after_cut")
-    groups = find_channels(model, next(iter(test.batches(1)))[0]) if recipe.pattern == "channel" else None
+        return _cut(job, model, top1, "after_cut", groups)
     optimizer = gsm(model, recipe, steps, groups)
     train_stage(job, "gsm", model, recipe.gsm, optimizer, probe=CutNow(model, optimizer, recipe, test, steps))
     if recipe.cut_epoch < recipe.gsm.epochs:
@@ -88,11 +91,15 @@ def prune_steps(job: Job) -> tuple[nn.Module, dict[str, float], Record]:
 
     # 4. Cut. The optimizer has the masks, unless the stage was over before this process began.
     if not run.has_weights("masks"):
-        kept = optimizer.would_keep()
-        if groups is not None:
-            run.save_masks("channels", kept)
-        run.save_masks("masks", kept if groups is None else weight_masks(model, groups, kept))
+        _save_masks(run, model, optimizer.would_keep(), groups)
     return _cut(job, model, top1, "gsm_after_cut", groups)
+
+
+def _save_masks(run: RunFolder, model: nn.Module, kept: Masks, groups: ChannelGroups | None) -> None:
+    """Save masks of single weights; of channels, what is kept of the parameters that silence them as well."""
+    if groups is not None:
+        run.save_masks("channels", kept)
+    run.save_masks("masks", kept if groups is None else weight_masks(model, groups, kept))
 
 
 def _cut(
@@ -146,7 +153,8 @@ def train_stage(
     optimizer: Optimizer,
     masks: Masks | None = None,
     probe: Probe | None = None,
-    method: Method | None = None,
+    method: Method | ChannelMethod | None = None,
+    groups: ChannelGroups | None = None,
 ) -> None:
     """Train `model` as one stage of the run, or load what the stage left if it is over.
 
@@ -160,7 +168,8 @@ def train_stage(
             keep_masked(optimizer, masks)
         train(model, optimizer, training, job.recipe, job.data, stage, job.observer, probe, method)
         if method is not None:  # first: once the stage's weights are there, nobody knows the masks any more
-            job.run.save_masks("masks", method.final_masks())
+            masks_of_method = method.finalize() if isinstance(method, ChannelMethod) else method.final_masks()
+            _save_masks(job.run, model, masks_of_method, groups)
         weights = prunable_parameters(model)
         for key, mask in masks.items():
             if weights[key][~mask].any():
@@ -197,9 +206,19 @@ def gsm(model: nn.Module, recipe: Recipe, steps_per_epoch: int, groups: ChannelG
     )
 
 
-def method_of(recipe: Recipe, optimizer: Optimizer, steps_per_epoch: int) -> Method:
-    """Return the method of a recipe, other than GSM, on an optimizer."""
-    method, total_steps = METHODS[recipe.method], recipe.gsm.epochs * steps_per_epoch
+def method_of(
+    recipe: Recipe,
+    optimizer: Optimizer,
+    steps_per_epoch: int,
+    model: nn.Module | None = None,
+    groups: ChannelGroups | None = None,
+) -> Method | ChannelMethod:
+    """Return the method of a recipe, other than GSM, on an optimizer; of channels, of the model that it trains."""
+    total_steps = recipe.gsm.epochs * steps_per_epoch
+    if model is not None and groups is not None:
+        rival = OF_CHANNELS[recipe.method]
+        return rival(optimizer, total_steps, model, groups, macs=recipe.macs, **recipe.settings)
+    method = METHODS[recipe.method]
     seed = {"seed": recipe.seed} if "seed" in method.settings() else {}
     return method(optimizer, total_steps, compression=recipe.compression, **recipe.settings, **seed)
 

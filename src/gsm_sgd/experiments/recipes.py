@@ -9,13 +9,19 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from inspect import signature
 from typing import Any, Literal, get_args
 
-from ..methods import METHODS
+from ..budget import Budget
+from ..methods import METHODS, Method
 from ..scores import SCORES
+from ..structured.methods import METHODS as OF_CHANNELS
+from ..structured.methods import ChannelMethod
 from . import UsageError, suggestion
 
 OURS, DENSE = "gsm", "dense"  # the names of two methods
+RIVALS: dict[str, type[Method] | type[ChannelMethod]] = {**METHODS, **OF_CHANNELS}
+"""All methods but GSM."""
 Preset = Literal["fast", "paper", "repo"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Normalization = Literal["dataset", "imagenet"]
@@ -124,7 +130,8 @@ class Recipe:
             test set, for choosing settings.
         normalization: mean and deviation that pixels are normalised with: those usual for the data set, which are .5
             for CIFAR-10, or ImageNet's.
-        method: what prunes: gsm, or one of `gsm_sgd.METHODS`, which then trains with `gsm`'s settings.
+        method: what prunes: gsm, or one of `gsm_sgd.METHODS`, or with pattern channel of `gsm_sgd.structured.METHODS`;
+            these train with `gsm`'s settings.
         settings: of a method other than GSM; in a file they stand under the method's name.
     """
 
@@ -241,6 +248,9 @@ class Recipe:
         """Raise UsageError if a setting does not go with the method."""
         if self.method == OURS:
             return
+        if (self.method in OF_CHANNELS) != (self.pattern == "channel"):
+            fitting = "channel" if self.method in OF_CHANNELS else "weight"
+            raise UsageError(f"{self.method} is for --pattern {fitting}")
         if unknown := set(self.settings) - set(find_settings(self.method)):
             raise UsageError(f"{self.method} has no setting {min(unknown)!r}")
         if other := [key for key, value in OF_GSM.items() if getattr(self, key) != value]:
@@ -253,22 +263,23 @@ def find_settings(method: str) -> dict[str, Any]:
     Raises:
         UsageError: no method has that name; the nearest is suggested.
     """
-    if method not in (OURS, *METHODS):
-        raise UsageError(f"unknown method {method!r}: {suggestion(method, (OURS, *METHODS))}")
-    settings = {} if method == OURS else METHODS[method].settings()
+    if method not in (OURS, *RIVALS):
+        raise UsageError(f"unknown method {method!r}: {suggestion(method, (OURS, *RIVALS))}")
+    settings = {} if method == OURS else RIVALS[method].settings()
     return {key: value for key, value in settings.items() if key != "seed"}
 
 
 def add_settings(parser: Any, method: str) -> None:
     """Let a parser of jsonargparse's take the settings of a method as options: --rigl.every for RigL's `every`."""
     if settings := find_settings(method):
-        others = {one.name for one in fields(METHODS[method])} - set(settings)
-        parser.add_class_arguments(METHODS[method], method, skip=others)
+        # the parser looks into where a method passes its budget on to
+        others = {*signature(RIVALS[method]).parameters, *signature(Budget.of).parameters} - set(settings)
+        parser.add_class_arguments(RIVALS[method], method, skip=others)
 
 
 def method_title(method: str) -> str:
     """Return what to call a method in words; the name of one that is not known."""
-    known = METHODS.get(method)
+    known = RIVALS.get(method)
     return "GSM" if method == OURS else (known and known.title) or method
 
 
@@ -287,7 +298,7 @@ def check_stages(settings: object) -> None:
     if not isinstance(settings, Mapping):
         raise ValueError("it holds no settings")
     method = settings.get("method", OURS)
-    if method in METHODS:
+    if method in RIVALS:
         theirs = settings.get(method, {})
         if not (isinstance(theirs, Mapping) and set(find_settings(method)).issuperset(theirs)):
             raise ValueError(f"{method} has a setting that it does not know, or is not a group of settings")
