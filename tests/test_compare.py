@@ -179,6 +179,29 @@ def test_bad_usage(words, message, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_base_net_is_trained_once_for_all_methods(tmp_path, capsys, monkeypatch):
+    """A run that has its base net from another one ends in the bits, and with the metrics, of one that trained it."""
+    trained = []
+    epoch = observers.ProgressBars.epoch
+    monkeypatch.setattr(
+        observers.ProgressBars, "epoch", lambda self, record: (trained.append(record["stage"]), epoch(self, record))
+    )
+    words = [*SHORT, "--start", "base", "--base.epochs", "2", "--base.milestones", "[]", "--compression", "20"]
+    assert cli.run(["compare", "lenet300", *words, "--methods", "snip,random", "--out", str(tmp_path / "both")]) == 0
+    assert trained == ["base"] * 2 + ["snip"] * 2 + ["random"] * 2
+    other = ["--base.lr", "0.01"]  # another base net
+    assert cli.run(["compare", "lenet300", *words, *other, "--methods", "snip", "--out", str(tmp_path / "both")]) == 0
+    assert trained[6:] == ["base"] * 2 + ["snip"] * 2
+    assert cli.run(["compare", "lenet300", *words, "--methods", "random", "--out", str(tmp_path / "alone")]) == 0
+    (ours,), (theirs,) = ((tmp_path / name).glob("*random*") for name in ("both", "alone"))
+    assert ours.name == theirs.name
+    for name in ("base", "random", "pruned", "masks"):
+        assert (ours / f"{name}.safetensors").read_bytes() == (theirs / f"{name}.safetensors").read_bytes(), name
+    results = [json.loads((path / "result.json").read_text()) for path in (ours, theirs)]
+    assert results[0]["epochs"] == results[1]["epochs"] == {"base": 2, "random": 2}
+    assert results[0]["top1"] == results[1]["top1"]
+
+
 # --- how it plans ---
 
 

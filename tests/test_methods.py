@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -176,6 +177,24 @@ def test_frozen_parameters_and_other_groups_are_left_alone():
     assert (method.num_prunable, method.kept) == (128, 64)
     assert torch.equal(model[4].weight, before)
     assert list(method.masks) == ["0"]
+
+
+@pytest.mark.parametrize("as_keyword", [False, True])
+@pytest.mark.parametrize("name", ["gradual", "rigl", "snip"])
+def test_a_closure_comes_to_the_same(name, as_keyword):
+    models = [dense_net(), dense_net()]
+    for with_closure, model in enumerate(models):
+        optimizer = adamw(model)
+        method = built(name, optimizer)
+        for number in range(STEPS):
+            if not with_closure:
+                steps(model, optimizer, [number])
+                continue
+            closure = partial(backward, model, number)
+            loss = optimizer.step(closure=closure) if as_keyword else optimizer.step(closure)
+            assert loss > 0
+        method.finalize()
+    assert_same_bits(*models)
 
 
 def test_dense_is_the_optimizer_itself():

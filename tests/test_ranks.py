@@ -9,7 +9,7 @@ import textwrap
 import pytest
 import torch
 
-from gsm_sgd import cli
+from gsm_sgd import Masks, cli
 from gsm_sgd.experiments import ranks
 from gsm_sgd.experiments.splits import Images
 from test_cli import SHORT
@@ -74,6 +74,19 @@ def test_two_processes_train_as_one_does(tmp_path):
     assert result["nonzeros"] == result["prunable"] // 20
     (process,) = json.loads((two / "environment.json").read_text())["processes"]
     assert process["processes"] == 2
+
+
+def test_two_processes_prune_by_another_method_as_one_does(tmp_path):
+    """RigL's masks are chosen by gradients that are averages over all processes, and by a seed."""
+    words = ["prune", "lenet300", "--dataset", "synthetic", "--gsm.epochs", "2", "--batch-size", "512"]
+    words += ["--name", "mine", "--method", "rigl", "--rigl.every", "2", "--compression", "20"]
+    assert cli.run([*words, "--out", str(tmp_path / "one")]) == 0
+    done = torchrun(2, *words, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    one, two = (Masks.load(tmp_path / name / RUN / "masks.safetensors") for name in ("one", "two"))
+    assert one.num_kept == two.num_kept == 13_310
+    agree = sum(int((mask & two[key]).sum()) for key, mask in one.items())
+    assert agree > 0.99 * 13_310  # sums are rounded differently
 
 
 def test_a_run_goes_on_when_torchrun_starts_it_again(tmp_path):

@@ -34,7 +34,7 @@ from .export.sparse import Values
 from .methods import METHODS
 
 _RUNS = {
-    "prune": "train, train with GSM, cut; accuracy before and after",
+    "prune": "train, train with GSM or another method, cut; accuracy before and after",
     "lottery": "winning tickets found by GSM and by magnitude, retrained from one initialisation",
     "compare": "several methods at several ratios and seeds: table, figure, CSV and report",
 }
@@ -242,12 +242,13 @@ def _add_run_options(parser: ArgumentParser, recipe: Recipe, command: str) -> No
     _option(parser, "--preset", Preset, "fast", "whose settings")
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any fields of the recipe")
     _option(parser, "--seeds", str | None, None, "several runs, like 0,1,2 or 0-4")
-    _option(parser, "--name", str | None, None, "of the run's folder, before ratio and seed")
     _option(parser, "--epochs-scale", float, 1.0, "shorten every stage, milestones too")
     _shared(parser, "--out", "--data-dir", "--device")
     _option(parser, "--threads", int | None, None, "CPU threads")
     _option(parser, "--checkpoint-seconds", float, 20.0, "time between checkpoints")
-    parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard event files")
+    if command != "compare":
+        _option(parser, "--name", str | None, None, "of the run's folder, before ratio and seed")
+        parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard event files")
     several = "C; of N prunable weights floor(N / C) are kept; or several runs, like 20,60,200"
     _option(parser, "--compression", float | str, recipe.compression, several)
     if command == "prune":

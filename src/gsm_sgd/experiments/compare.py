@@ -19,14 +19,16 @@ from . import UsageError, models, suggestion
 from .loop import TrainingDivergedError, evaluate, steps_per_epoch
 from .observers import ProgressBars
 from .prune import Job, gsm, method_of, plain_sgd, prune
-from .reading import read_json
+from .reading import read_json, read_yaml
 from .recipes import DENSE, OF_GSM, OURS, Recipe, add_settings, find_settings
-from .rundir import RunFolder, dotted, read_metrics
+from .rundir import DEFAULTS, RunFolder, dotted, read_metrics
 from .splits import Dataset
+from .whole_files import atomic_write
 
 _STEPS = (5, 25)  # to warm up, and to measure
 _FIXED = ("recipe", "preset", "method", "compression", "seed", "holdout", "model", "dataset", "weights")
 _MOST_TRIALS = 1_000
+_OF_THE_BASE = ("model", "dataset", "weights", "batch_size", "seed", "precision", "holdout", "normalization")
 
 Settings = Mapping[str, Any]
 """Settings of a recipe by dotted names, like gsm.lr or rigl.every."""
@@ -144,12 +146,41 @@ def carry_out(cell: Cell, data: Dataset, device: torch.device, log: Console, che
         if folder.finished:
             return None
         folder.note_environment(device)
+        adopt_base(folder)
         with ProgressBars(log) as bars:
             try:
                 prune(Job(cell.recipe, data, folder, bars, device))
             except (TrainingDivergedError, NonFiniteGradientError) as error:
                 return str(error)
     return None
+
+
+def adopt_base(folder: RunFolder) -> None:
+    """Take over the base net, and its metrics, of a run beside this one whose base training was the same."""
+    recipe, path = folder.recipe, folder.path
+    if recipe.start != "base" or recipe.weights is not None or (path / "base.checkpoint").exists():
+        return
+    if folder.has_weights("base"):
+        return
+    for other in sorted(path.parent.iterdir()):
+        if (other / "base.safetensors").exists() and _same_base(other, path, recipe):
+            for record in read_metrics(other):
+                if record["stage"] == "base":
+                    folder.stage("base").log(record)
+            atomic_write(path / "base.safetensors", (other / "base.safetensors").read_bytes())
+            return
+
+
+def _same_base(other: Path, path: Path, recipe: Recipe) -> bool:
+    """Return whether another run, in its own folder, has trained the base net of this recipe on the same data."""
+    try:
+        theirs = {**DEFAULTS, **dotted(read_yaml(other / "recipe.yaml"))}
+        data = [(one / "data.json").read_bytes() if (one / "data.json").exists() else b"" for one in (other, path)]
+    except (OSError, ValueError, AttributeError):
+        return False
+    ours = dotted(recipe.as_dict())
+    same = [key for key in ours if key.startswith("base.") or key in _OF_THE_BASE]
+    return data[0] == data[1] and all(theirs.get(key) == ours[key] for key in same) and theirs["start"] == "base"
 
 
 # --- how long it takes ---

@@ -40,6 +40,8 @@ class RandomAtInit(Method):
 class MagnitudeAtInit(ByMagnitude):
     """The largest |w| of the initialisation.
 
+    Where layers are initialised on different scales, "global" may leave one of them almost nothing.
+
     Args:
         layers: "global" keeps the largest of the whole model, "uniform" and "erk" those of each layer.
     """

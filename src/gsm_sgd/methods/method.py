@@ -193,8 +193,23 @@ class Method(_Settings):
 
     # --- steps ---
 
+    def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """Prepare a step before it, or where a closure computes the gradients in it, after that."""
+        optimizer, *given = args
+        closure = given[0] if given else kwargs.get("closure")
+        if closure is None:
+            self._prepare()
+            return None
+
+        def prepared() -> Any:
+            loss = closure()
+            self._prepare()
+            return loss
+
+        return (optimizer, prepared), {}
+
     @torch.no_grad()
-    def _before(self, *_: Any) -> None:
+    def _prepare(self) -> None:
         if not self._is_final:
             self._change(self.before_step())
         for key, weight in self.weights.items():
