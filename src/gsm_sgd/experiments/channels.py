@@ -1,5 +1,6 @@
 """Channels of the recipes' nets: found, named as masks of weights, and counted."""
 
+import math
 from typing import Any
 
 import torch
@@ -41,15 +42,18 @@ def weight_masks(model: nn.Module, groups: ChannelGroups, masks: Masks) -> Masks
     return whole
 
 
-def costs(groups: ChannelGroups, masks: Masks) -> dict[str, Any]:
+def costs(groups: ChannelGroups, masks: Masks, narrow: nn.Module) -> dict[str, Any]:
     """Return what a result says of channels: MACs, parameters and the widths of layers, dense and pruned."""
     kept = groups.kept_by(masks)
     stays = torch.cat([kept, kept.new_ones(1)])
-    found: dict[str, Any] = {}
-    for kind in ("macs", "parameters"):
-        pattern = groups.for_budget(kind)
-        dense, pruned = (int(pattern.cost_of(units)) for units in (torch.ones_like(kept), kept))
-        found[kind] = {"dense": dense, "pruned": pruned}
+    macs = groups.for_budget("macs")
+    found: dict[str, Any] = {
+        "macs": {"dense": int(macs.cost_of(torch.ones_like(kept))), "pruned": int(macs.cost_of(kept))},
+        "parameters": {
+            "dense": sum(map(math.prod, groups.shapes.values())),
+            "pruned": sum(parameter.numel() for parameter in narrow.parameters()),
+        },
+    }
     assert STAYS == -1  # so that it finds the last entry
     found["widths"] = [
         {"name": layer.weight, "dense": len(layer.outputs), "pruned": int(stays[layer.outputs].sum())}

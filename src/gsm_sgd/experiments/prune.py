@@ -123,8 +123,9 @@ def _cut(
     run.save_weights("pruned", model)
     if groups is None:
         return model, top1, {}
-    run.save_narrow(remove_channels(model, groups, channels))
-    return model, top1, costs(groups, channels)
+    narrow = remove_channels(model, groups, channels)
+    run.save_narrow(narrow)
+    return model, top1, costs(groups, channels, narrow)
 
 
 def initial_net(job: Job) -> nn.Module:
