@@ -429,13 +429,11 @@ class SparseOptimizer(Optimizer):
 
     def _averaged(self, units: Sequence[Tensor]) -> list[Tensor]:
         """Return the root mean squares of the units' scores over recent steps, which the first group keeps."""
-        group = self.param_groups[0]
-        before = group["unit_scores"] or units
-        group["unit_scores"] = [
-            torch.lerp(mean.to(scores), scores.square(), _NEW) if before is not units else scores.square()
-            for mean, scores in zip(before, units, strict=True)
-        ]
-        return [mean.sqrt() for mean in group["unit_scores"]]
+        squares = [scores.square() for scores in units]
+        if before := self.param_groups[0]["unit_scores"]:
+            squares = [torch.lerp(mean.to(new), new, _NEW) for mean, new in zip(before, squares, strict=True)]
+        self.param_groups[0]["unit_scores"] = squares
+        return [mean.sqrt() for mean in squares]
 
     def _check_scores(self, parts: Sequence[Part]) -> None:
         """Raise ValueError if a score is NaN though neither weight nor gradient is."""
