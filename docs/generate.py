@@ -76,6 +76,26 @@ def accuracy(kind: str, *words: str) -> str:
     return _table(["", "epochs", "seeds", *map(_name, COLUMNS[kind])], rows)
 
 
+def narrow(*names: str) -> str:
+    """Return top-1 of runs that have pruned channels, what narrow nets cost, and how many times as fast they are."""
+    rows, places = [], [("torch", 1), ("torch", 16), ("torch", 256), ("onnxruntime", 1), ("onnxruntime", 256)]
+    for name in names:
+        record = _read(name)
+        first, ms = record["runs"][0], {}
+        for row in record["inference"]:
+            if row["threads"] == 1:
+                ms[row["engine"], row["batch"]] = row["milliseconds"]
+        times = [ms[f"{engine}, dense", batch] / ms[f"{engine}, narrow", batch] for engine, batch in places]
+        fewer = [first[kind]["dense"] / first[kind]["pruned"] for kind in ("macs", "parameters")]
+        recipe = record["recipe"]
+        title = _link(f"{_name(recipe['model'])}, {recipe.get('method', 'gsm')}", name)
+        cells = _cells(record["top1"], ("base", "gsm_after_cut", "pruned"))
+        seeds = ", ".join(map(str, record["seeds"]))
+        rows.append([title, str(recipe["gsm"]["epochs"]), seeds, *cells, *(f"{x:.2f}" for x in (*fewer, *times))])
+    titles = ["base net", "after the cut", "pruned net", "times fewer MACs", "times fewer parameters"]
+    return _table(["", "epochs", "seeds", *titles, *(f"{engine}, batch {batch}" for engine, batch in places)], rows)
+
+
 def figures(*names: str) -> str:
     """Return all means and deviations of benchmarks: a row for each net, method or variant."""
     records = [_read(name) for name in names]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from channel_nets import Net, images, plain, residual_net, small
-from gsm_sgd import GSM, Phase, Schedule
+from gsm_sgd import GSM, GSMAdamW, Phase, Schedule
 from gsm_sgd.experiments import models
 from gsm_sgd.structured import ChannelGroups, remove_channels
 from nets import assert_same_bits, saved_and_loaded
@@ -460,3 +460,28 @@ def test_replicas_choose_the_same_channels(ranks):
     one, other = ranks.run(trained_by_ddp)
     assert all(torch.equal(param, other[name]) for name, param in one.items())
     assert sum(map(torch.numel, one.values())) < sum(map(torch.numel, residual_net().parameters()))
+
+
+def test_adamw_trains_channels_away_as_well():
+    model = residual_net()
+    groups = ChannelGroups.trace(model, images())
+    schedule = Schedule(300, ramp=0.2, fade=0.3, cut=0.8)
+    optimizer = GSMAdamW(model.named_parameters(), lr=0.01, pattern=groups, macs=0.5, schedule=schedule)
+
+    def step(net, number):
+        optimizer.zero_grad()
+        inputs = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(number))
+        F.cross_entropy(net(inputs), torch.arange(8) % 3).backward()
+        optimizer.step()
+
+    for number in range(240):
+        step(model, number)
+    assert optimizer.passive_residual < 1e-3
+    masks = optimizer.finalize()
+    slim = remove_channels(model, groups, masks, optimizer)
+    before = [weight.clone() for weight in slim.parameters()]
+    step(slim, 240)
+    assert all((old != new).any() for old, new in zip(before, slim.parameters(), strict=True) if new.numel())
+    assert groups.for_budget("macs").total([torch.ones(1)]) // 2 >= ChannelGroups.trace(slim, images()).for_budget(
+        "macs"
+    ).total([torch.ones(1)])

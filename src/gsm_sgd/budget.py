@@ -49,6 +49,11 @@ class Budget(NamedTuple):
             raise ValueError(f"num_kept must be at least 1, not {value}")
         return cls(kind, value)
 
+    @classmethod
+    def given(cls, **amounts: float | None) -> Self | None:
+        """Return the one budget that is given, or None if none is."""
+        return cls.of(**amounts) if any(amount is not None for amount in amounts.values()) else None  # type: ignore[arg-type]
+
     def num_kept(self, num_prunable: int) -> int:
         """Return Q, the number of weights that are kept of N: floor(N / C), floor(N density), floor(N (1 - sparsity)).
 

@@ -116,9 +116,10 @@ class GSM(SparseOptimizer):
         fused: bool | None = None,
         check_ranks: bool | None = None,
     ) -> None:
-        amounts = {"compression": compression, "density": density, "sparsity": sparsity, "num_kept": num_kept}
-        amounts |= {"macs": macs, "parameters": parameters, "channels": channels, "latency": latency}
-        budget = Budget.of(**amounts) if any(amount is not None for amount in amounts.values()) else None  # type: ignore[arg-type]
+        budget = Budget.given(
+            **{"compression": compression, "density": density, "sparsity": sparsity, "num_kept": num_kept},
+            **{"macs": macs, "parameters": parameters, "channels": channels, "latency": latency},
+        )
         defaults = {
             "lr": lr,
             "momentum": momentum,

@@ -86,6 +86,10 @@ class GSMAdamW(SparseOptimizer):
         density: float | None = None,
         sparsity: float | None = None,
         num_kept: int | None = None,
+        macs: float | None = None,
+        parameters: float | None = None,
+        channels: float | None = None,
+        latency: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
@@ -98,8 +102,10 @@ class GSMAdamW(SparseOptimizer):
         fused: bool | None = None,
         check_ranks: bool | None = None,
     ) -> None:
-        amounts = (compression, density, sparsity, num_kept)
-        budget = None if amounts == (None,) * 4 else Budget.of(*amounts)
+        budget = Budget.given(
+            **{"compression": compression, "density": density, "sparsity": sparsity, "num_kept": num_kept},
+            **{"macs": macs, "parameters": parameters, "channels": channels, "latency": latency},
+        )
         defaults = {
             "lr": lr,
             "betas": betas,
