@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.utils import benchmark
 
 from .cost import Grid, Interpolated, Side
 from .graph import STAYS, Channels, Layer
@@ -21,9 +20,9 @@ _SECONDS = 0.02  # that a measurement takes at least
 
 def nanoseconds(module: nn.Module, *inputs: Any) -> int:
     """Return how long a call takes: the median of several, after some to warm up, with torch's number of threads."""
-    timer = benchmark.Timer(
-        "module(*inputs)", globals={"module": module, "inputs": inputs}, num_threads=torch.get_num_threads()
-    )
+    from torch.utils.benchmark import Timer  # says that there is no CUDA when it is imported
+
+    timer = Timer("module(*inputs)", globals={"module": module, "inputs": inputs}, num_threads=torch.get_num_threads())
     with torch.inference_mode():
         return round(timer.blocked_autorange(min_run_time=_SECONDS).median * 1e9)
 
