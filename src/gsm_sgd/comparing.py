@@ -1,4 +1,4 @@
-"""The command `gsm compare`: several methods at several ratios, tuned alike, and what they came to."""
+"""The command `gsm compare`: several methods at several ratios, tuned alike, with their results."""
 
 import hashlib
 import json

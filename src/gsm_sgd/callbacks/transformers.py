@@ -26,8 +26,8 @@ class TransformersCallback(TrainerCallback):  # type: ignore[misc]
         masks: what is kept, once training is over.
 
     Raises:
-        ValueError: a share is out of range; when training begins, the Trainer's optimizer is none of this library's, or
-            has a schedule of another number of steps.
+        ValueError: a share is out of range; when training begins, the Trainer's optimizer is not one of this library's,
+            or has a schedule of another number of steps.
 
     Example:
         >>> groups = parameter_groups(model, weight_decay=0.01, dense=["embeddings", "head"])
