@@ -25,14 +25,18 @@ class Budget(NamedTuple):
         density: float | None = None,
         sparsity: float | None = None,
         num_kept: int | None = None,
-        **shares: float | None,
+        macs: float | None = None,
+        parameters: float | None = None,
+        channels: float | None = None,
+        latency: float | None = None,
     ) -> Self:
         """Return the one budget that is given, of weights or, by one of `SHARES`, of channels.
 
         Raises:
             ValueError: none is given, or several, or its value is out of range.
         """
-        given = {"compression": compression, "density": density, "sparsity": sparsity, "num_kept": num_kept, **shares}
+        given = {"compression": compression, "density": density, "sparsity": sparsity, "num_kept": num_kept}
+        given |= {"macs": macs, "parameters": parameters, "channels": channels, "latency": latency}
         found = [(kind, value) for kind, value in given.items() if value is not None]
         if len(found) != 1:
             names = " and ".join(kind for kind, _ in found) or "none"

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ..masks import Masks
 from ..names import prunable_parameters
 from ..structured.channels import ChannelGroups
-from ..structured.graph import STAYS
-from ..structured.surgery import indices
+from ..structured.labels import along_axis
+from ..structured.surgery import with_stays
 from . import UsageError
 
 
@@ -30,33 +30,26 @@ def silencing_parameters(model: nn.Module, groups: ChannelGroups) -> dict[str, n
 
 def weight_masks(model: nn.Module, groups: ChannelGroups, masks: Masks) -> Masks:
     """Return masks of all prunable weights, given those of what silences channels: what a narrow net is left with."""
-    left = indices(groups.channels, groups.kept_by(masks))
-    whole = Masks()
-    for name, weight in prunable_parameters(model).items():
-        mask = torch.ones_like(weight, dtype=torch.bool)
-        for dim, index in left.get(name, {}).items():
-            gone = torch.ones(weight.shape[dim], dtype=torch.bool)
-            gone[index] = False
-            mask.index_fill_(dim, gone.nonzero().squeeze(1).to(mask.device), value=False)
-        whole[name] = mask
+    stays = with_stays(groups.kept_by(masks))
+    whole = Masks({key: torch.ones_like(w, dtype=torch.bool) for key, w in prunable_parameters(model).items()})
+    for (name, dim), units in groups.channels.slots.items():
+        if name in whole:
+            whole[name] &= along_axis(stays[units], dim, whole[name].ndim).to(whole[name].device)
     return whole
 
 
 def costs(groups: ChannelGroups, masks: Masks, narrow: nn.Module) -> dict[str, Any]:
     """Return what a result says of channels: MACs, parameters and the widths of layers, dense and pruned."""
     kept = groups.kept_by(masks)
-    stays = torch.cat([kept, kept.new_ones(1)])
-    macs = groups.for_budget("macs")
-    found: dict[str, Any] = {
+    stays, macs = with_stays(kept), groups.for_budget("macs")
+    return {
         "macs": {"dense": int(macs.cost_of(torch.ones_like(kept))), "pruned": int(macs.cost_of(kept))},
         "parameters": {
             "dense": sum(map(math.prod, groups.shapes.values())),
             "pruned": sum(parameter.numel() for parameter in narrow.parameters()),
         },
+        "widths": [
+            {"name": layer.weight, "dense": len(layer.outputs), "pruned": int(stays[layer.outputs].sum())}
+            for layer in groups.channels.layers
+        ],
     }
-    assert STAYS == -1  # so that it finds the last entry
-    found["widths"] = [
-        {"name": layer.weight, "dense": len(layer.outputs), "pruned": int(stays[layer.outputs].sum())}
-        for layer in groups.channels.layers
-    ]
-    return found

@@ -38,6 +38,7 @@ _KEYS = ("stage", *_OF_NUMBERS, "warning")
 _NEEDED = {"stage", *_NUMBERS}
 _LONGEST_METRICS = 2**27  # bytes: what four stages of 100,000 epochs take, and more
 
+NARROW_FILE = "narrow.safetensors"
 _HASH = "gsm_sgd.sha256"  # in the metadata of our weight files
 
 
@@ -174,7 +175,7 @@ class RunFolder:
     def save_narrow(self, model: nn.Module) -> None:
         """Write a narrow net with its widths to narrow.safetensors."""
         if self.writes:
-            save_narrow(model, self.path / "narrow.safetensors")
+            save_narrow(model, self.path / NARROW_FILE)
         ranks.barrier()
 
     def save_masks(self, name: str, masks: Masks) -> None:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from ..experiments import bench
 from ..experiments.environment import environment
+from ..experiments.rundir import NARROW_FILE
 from ..experiments.whole_files import atomic_write
 from ..reports.runs import read_run
 from .csr import as_sparse, linear_layers, turns_of
 from .extras import needed
 from .onnx_file import to_onnx
-from .rebuild import NARROW_FILE, narrow_net, pruned_net
+from .rebuild import narrow_net, pruned_net
 
 Engines = dict[str, Callable[[Tensor], Any]]  # each from images to logits
 

@@ -12,7 +12,7 @@ from ..experiments import UsageError, data, models
 from ..experiments.loop import evaluate
 from ..experiments.models import check_named
 from ..experiments.recipes import OURS, RECIPES, Recipe, add_settings, check_stages
-from ..experiments.rundir import read_weights
+from ..experiments.rundir import NARROW_FILE, read_weights
 from ..experiments.splits import Dataset
 from ..experiments.states import load_state
 from ..names import prunable_parameters
@@ -21,7 +21,6 @@ from ..reports.runs import Run
 from ..structured.remove import load_narrow
 from .sparse import SparseFile
 
-NARROW_FILE = "narrow.safetensors"
 _SAME = 0.05  # points of accuracy that a machine's arithmetic may turn
 
 

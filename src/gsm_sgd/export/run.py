@@ -8,12 +8,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..experiments import UsageError
-from ..experiments.rundir import read_weights
+from ..experiments.rundir import NARROW_FILE, read_weights
 from ..experiments.whole_files import write_output
 from ..reports.runs import WEIGHTS, Run, read_run
 from .hdf5_file import to_hdf5
 from .onnx_file import to_onnx
-from .rebuild import NARROW_FILE, measure, narrow_net, pruned_net, recipe_of
+from .rebuild import measure, narrow_net, pruned_net, recipe_of
 from .sparse import Values, rounded, save_sparse
 
 Format = Literal["sparse", "safetensors", "onnx", "hdf5"]

@@ -422,13 +422,16 @@ class SparseOptimizer(Optimizer):
             return self._buffer.active(threshold)
         if not finite:
             check_finite()
-        keys = {id(param): key for key, param in prunable_in(self).items()}
-        pattern = self._pattern.over([keys[id(owner)] for part in parts for owner in part.owners])
-        averaged = self._averaged if self._pattern.averaged else lambda units: units
-        return choose(self._buffer.views, num_active, pattern, positive=True, averaged=averaged, shards=shards)
+        pattern = self._pattern.over(self._keys_of(parts))
+        return choose(self._buffer.views, num_active, pattern, positive=True, averaged=self._averaged, shards=shards)
 
-    def _averaged(self, units: Sequence[Tensor]) -> list[Tensor]:
-        """Return the root mean squares of the units' scores over recent steps, which the first group keeps."""
+    def _averaged(self, units: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the root mean squares of the units' scores over recent steps, which the first group keeps.
+
+        Of a pattern that does not average, the scores as they are.
+        """
+        if not self._pattern.averaged:
+            return units
         squares = [scores.square() for scores in units]
         if before := self.param_groups[0]["unit_scores"]:
             squares = [torch.lerp(mean.to(new), new, _NEW) for mean, new in zip(before, squares, strict=True)]
@@ -460,19 +463,23 @@ class SparseOptimizer(Optimizer):
             self._compiled_for.add(params)
         return params in self._compiled_for
 
+    def _keys_of(self, parts: Sequence[Part]) -> list[str]:
+        """Return the keys that the masks of parameters get."""
+        keys = {id(param): key for key, param in prunable_in(self).items()}
+        return [keys[id(owner)] for part in parts for owner in part.owners]
+
     def _score_states(self, parts: Sequence[Part]) -> list[dict[str, Any]]:
         """Return what a score may know of each weight beside its gradient."""
         owners = [owner for part in parts for owner in part.owners]
-        if self._score in (taylor, magnitude):
+        if self._score in (taylor, first_order, magnitude):
             return [{}] * len(owners)
-        keys = {id(param): key for key, param in prunable_in(self).items()}
         columns = [{**part.buffers, **({"step": part.own_steps} if part.own_steps else {})} for part in parts]
         states = [
             {name: column[i] for name, column in mine.items()}
             for part, mine in zip(parts, columns, strict=True)
             for i in range(len(part.owners))
         ]
-        seeds = [seed_of(keys[id(owner)], offsets(owner)) for owner in owners]
+        seeds = [seed_of(key, offsets(owner)) for key, owner in zip(self._keys_of(parts), owners, strict=True)]
         return [{**mine, "seed": seed} for mine, seed in zip(states, seeds, strict=True)]
 
     def _parts(self, everything: bool) -> tuple[list[Part], list[Part], list[Part]]:

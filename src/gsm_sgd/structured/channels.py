@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..budget import SHARES
 from ..names import own_names
 from ..patterns import Pattern, Top
 from ..schedules import whole_number
 from .branches import Branch, find_branches
 from .choice import Choice
-from .cost import KINDS, Cost, Products, Term
+from .cost import Cost, Products, Term
 from .graph import STAYS, Channels
+from .labels import along_axis
 from .latency import measured
-from .surgery import TOLERANCE, difference, narrowed, silenced
+from .surgery import TOLERANCE, difference, narrowed, silenced, with_stays
 from .tracing import traced
 
 
@@ -106,6 +108,11 @@ class ChannelGroups(Pattern):
         }
         self._set_cost("macs")
         self._try(model)
+
+    def check_model(self, parameters: Mapping[str, Tensor]) -> None:
+        """Raise ValueError unless a model's parameters are those that were traced."""
+        if {name: tuple(param.shape) for name, param in parameters.items()} != self.shapes:
+            raise ValueError("the model is not what it was when its channels were traced: trace it again")
 
     # --- trial ---
 
@@ -196,8 +203,7 @@ class ChannelGroups(Pattern):
         Raises:
             ValueError: the model is not what was traced, or a layer with channels is none of torch's.
         """
-        if {name: tuple(param.shape) for name, param in model.named_parameters()} != self.shapes:
-            raise ValueError("the model is not what it was when its channels were traced: trace it again")
+        self.check_model(dict(model.named_parameters()))
         given = self.example_inputs if inputs is None else inputs if isinstance(inputs, tuple) else (inputs,)
         found = dict(times or {})
         self._costs["latency"] = measured(model, self.channels, self.families, self._side, given, found)
@@ -222,7 +228,7 @@ class ChannelGroups(Pattern):
         if kind == "latency" and kind not in self._costs:
             raise ValueError("call measure_latency before you give latency=")
         if kind not in self._costs:
-            raise ValueError(f"a pattern of channels takes one of {', '.join(KINDS)}, not {kind}")
+            raise ValueError(f"a pattern of channels takes one of {', '.join(SHARES)}, not {kind}")
         bound = copy.copy(self)
         bound._set_cost(kind)
         return bound
@@ -311,12 +317,11 @@ class ChannelGroups(Pattern):
 
     def expand(self, kept: Sequence[Tensor], scores: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return masks of the parameters; what belongs to no unit is kept."""
-        stays = torch.cat([kept[0], kept[0].new_ones(1)])
-        masks = []
+        stays, masks = with_stays(kept[0]), []
         for name, score in zip(self._names, scores, strict=True):
             dim, units = self.channels.rows[name]
-            shape = [-1 if axis == dim else 1 for axis in range(score.ndim)]
-            masks.append(stays[units.to(score.device)].view(shape).expand(score.shape).contiguous())
+            mine = along_axis(stays[units.to(score.device)], dim, score.ndim)
+            masks.append(mine.expand(score.shape).contiguous())
         return masks
 
     def kept_by(self, masks: Mapping[str, Tensor]) -> Tensor:

@@ -5,7 +5,6 @@ compactor, a matrix of D x D whose row j makes channel j; m_j is 0 where row j i
 """
 
 import copy
-import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -22,7 +21,8 @@ from ..optim.checks import CutWarning
 from ..schedules import real_number, whole_number
 from .channels import ChannelGroups
 from .graph import STAYS
-from .methods import ChannelMethod
+from .labels import along_axis
+from .methods import Penalized
 from .remove import remove_channels
 from .surgery import replace
 
@@ -64,8 +64,7 @@ def insert_compactors(model: nn.Module, groups: ChannelGroups) -> nn.Module:
     Raises:
         ValueError: the model is not what was traced, or has no inner layer with a batch norm.
     """
-    if {name: tuple(param.shape) for name, param in model.named_parameters()} != groups.shapes:
-        raise ValueError("the model is not what it was when its channels were traced: trace it again")
+    groups.check_model(dict(model.named_parameters()))
     compacted = copy.deepcopy(model)
     inner = list(_inner_layers(compacted, groups))
     if not inner:
@@ -106,7 +105,7 @@ def resrep_parameters(model: nn.Module, momentum: float = 0.99) -> list[dict[str
     ]
 
 
-class ResRep(ChannelMethod):
+class ResRep(Penalized):
     """Let rows of compactors forget until the budget is met.
 
     In each step the gradient of row j becomes m_j dL/dQ_j + lambda Q_j / ||Q_j||. Every few steps the masks m are
@@ -156,14 +155,12 @@ class ResRep(ChannelMethod):
         **budget: float,
     ) -> None:
         self.every, self.at_once = whole_number("every", every), whole_number("at_once", at_once)
-        self.begin, self.strength = real_number("begin", begin), real_number("strength", strength)
+        self.begin = real_number("begin", begin)
         if min(self.every, self.at_once) < 1:
             raise ValueError(f"every and at_once must be at least 1, not {every} and {at_once}")
         if not 0 <= self.begin <= 1:
             raise ValueError(f"begin is a share, from 0 to 1, not {self.begin:g}")
-        if not 0 <= self.strength < math.inf:
-            raise ValueError(f"strength must be finite and at least 0, not {strength}")
-        super().__init__(optimizer, total_steps, model, groups, cut=cut, **budget)
+        super().__init__(optimizer, total_steps, model, groups, cut=cut, strength=strength, **budget)
 
     @staticmethod
     def _parameters_of(model: nn.Module) -> dict[str, Tensor]:
@@ -225,17 +222,16 @@ class ResRep(ChannelMethod):
         for matrix, units in self._compactors:
             if matrix.grad is None:
                 continue
-            column = [-1] + [1] * (matrix.ndim - 1)
             if self.kept is not None:
-                matrix.grad.mul_(self.kept[units].to(matrix).view(column))
+                matrix.grad.mul_(along_axis(self.kept[units].to(matrix), 0, matrix.ndim))
             lengths = matrix.flatten(1).norm(dim=1)
             inverse = torch.where(lengths > 0, 1 / lengths, 0)
-            matrix.grad.add_(matrix * inverse.view(column), alpha=self.strength)
+            matrix.grad.add_(matrix * along_axis(inverse, 0, matrix.ndim), alpha=self.strength)
 
     def _cut(self, kept: Tensor) -> list[tuple[Tensor, Tensor]]:
         gone = [~kept[units].to(matrix.device) for matrix, units in self._compactors]
         return [
-            (matrix, rows.view([-1] + [1] * (matrix.ndim - 1)).expand_as(matrix))
+            (matrix, along_axis(rows, 0, matrix.ndim).expand_as(matrix))
             for (matrix, _), rows in zip(self._compactors, gone, strict=True)
         ]
 

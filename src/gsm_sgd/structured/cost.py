@@ -6,8 +6,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-KINDS = ("macs", "parameters", "channels", "latency")
-
 
 class Cost(Protocol):
     """A cost of a net; families are channels that cost the same."""

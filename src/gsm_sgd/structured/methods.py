@@ -17,6 +17,7 @@ from ..names import bare_names
 from ..schedules import real_number, whole_number
 from .channels import ChannelGroups
 from .graph import STAYS
+from .labels import along_axis
 
 
 class ChannelMethod:
@@ -101,8 +102,7 @@ class ChannelMethod:
     def _find(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
         """Return the model's parameters by the names that were traced."""
         parameters = self._parameters_of(model)
-        if {name: tuple(param.shape) for name, param in parameters.items()} != self.groups.shapes:
-            raise ValueError("the model is not what it was when its channels were traced: trace it again")
+        self.groups.check_model(parameters)
         self._check_trained({name: parameters[name] for name in self.groups.channels.rows}, optimizer)
         return parameters
 
@@ -220,7 +220,7 @@ class ChannelMethod:
         return totals[:-1]
 
 
-class _Penalty(ChannelMethod):
+class Penalized(ChannelMethod):
     """A method with a penalty of some strength."""
 
     def __init__(
@@ -240,7 +240,7 @@ class _Penalty(ChannelMethod):
         super().__init__(optimizer, total_steps, model, groups, cut=cut, **budget)
 
 
-class Slimming(_Penalty):
+class Slimming(Penalized):
     """L1 on the scales gamma of batch norm, of which the smallest go: the gradient of gamma gets lambda sign(gamma).
 
     Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", 2017. Where channels are added,
@@ -276,7 +276,7 @@ class Slimming(_Penalty):
                 gamma.grad.add_(gamma.sign() * (units != STAYS).to(gamma), alpha=self.strength)
 
 
-class GroupL1(_Penalty):
+class GroupL1(Penalized):
     """Group lasso over all that belongs to a unit, of which those with the smallest norm go.
 
     These are its filters, norms and biases, and the slices that followers read it with (Fang et al., "DepGraph: Towards
@@ -307,8 +307,7 @@ class GroupL1(_Penalty):
         inverse = torch.cat([torch.where(norms > 0, 1 / norms, 0), norms.new_zeros(1)])  # STAYS is the last
         for weight, dim, units in self._slots:
             if weight.requires_grad and weight.grad is not None:
-                shape = [-1 if axis == dim else 1 for axis in range(weight.ndim)]
-                scale = inverse[units.to(inverse.device)].view(shape).to(weight)
+                scale = along_axis(inverse[units.to(inverse.device)], dim, weight.ndim).to(weight)
                 weight.grad.add_(weight * scale, alpha=self.strength)
 
 

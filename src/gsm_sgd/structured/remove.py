@@ -62,8 +62,7 @@ def remove_channels(
         >>> ...  # train
         >>> slim = remove_channels(model, groups, optimizer.finalize(), optimizer)
     """
-    if {name: tuple(param.shape) for name, param in model.named_parameters()} != groups.shapes:
-        raise ValueError("the model is not what it was when its channels were traced: trace it again")
+    groups.check_model(dict(model.named_parameters()))
     kept = groups.kept_by(masks)
     slim = narrowed(model, groups.channels, kept)
     try:

@@ -54,7 +54,7 @@ def narrowed(model: nn.Module, channels: Channels, kept: Tensor) -> nn.Module:
         kept: bool, one for each unit.
     """
     slim = copy.deepcopy(model)
-    stays = _with_stays(kept)
+    stays = with_stays(kept.cpu())
     constants = _make_constants(slim, channels, stays)
     tensors = {**dict(slim.named_parameters()), **dict(slim.named_buffers())}
     left = {name: dims for name, dims in indices(channels, kept).items() if name in tensors.keys() - constants}
@@ -69,7 +69,7 @@ def narrowed(model: nn.Module, channels: Channels, kept: Tensor) -> nn.Module:
 
 def indices(channels: Channels, kept: Tensor) -> dict[str, dict[int, Tensor]]:
     """Return what is left of each tensor that loses something: name -> dimension -> indices."""
-    stays = _with_stays(kept)
+    stays = with_stays(kept.cpu())
     left: dict[str, dict[int, Tensor]] = {}
     for (name, dim), units in channels.slots.items():
         if not stays[units].all():
@@ -109,7 +109,7 @@ def sliced(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
 def silenced(model: nn.Module, channels: Channels, kept: Tensor) -> nn.Module:
     """Return a copy of a model in which the units that are not kept are zero."""
     quiet = copy.deepcopy(model)
-    stays = _with_stays(kept)
+    stays = with_stays(kept.cpu())
     parameters = dict(quiet.named_parameters())
     with torch.no_grad():
         for name, (dim, units) in channels.rows.items():
@@ -149,9 +149,9 @@ def _placed_as(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return moved
 
 
-def _with_stays(kept: Tensor) -> Tensor:
+def with_stays(kept: Tensor) -> Tensor:
     """Return what is kept of units, and last, where `STAYS` looks for it, of what is always kept."""
-    return torch.cat([kept.cpu(), torch.ones(1, dtype=torch.bool)])
+    return torch.cat([kept, kept.new_ones(1)])
 
 
 def _make_constants(slim: nn.Module, channels: Channels, stays: Tensor) -> set[str]:
