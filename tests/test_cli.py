@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from gsm_sgd import __version__, cli
+from gsm_sgd.cli.arguments import parse
 from gsm_sgd.experiments import UsageError, bench, observers
+from gsm_sgd.experiments.plan import parse_ratios
 from gsm_sgd.experiments.recipes import Recipe
 from gsm_sgd.experiments.rundir import RunFolder, read_weights
 from gsm_sgd.export import save_sparse
@@ -347,7 +350,7 @@ def test_show_does_not_write_where_a_link_leads(unfinished, tmp_path):
         (["export", "run", "--form", "onnx"], "unrecognized arguments: --form onnx; did you mean --format?"),
         (["ticket", "save", "run", "--meth", "gsm"], "unrecognized arguments: --meth gsm; did you mean --method?"),
         (["show", "run", "--jso", "x"], "unrecognized arguments: --jso x; did you mean --json?"),
-        (["--versio"], "unrecognized arguments: --versio; did you mean --version?"),
+        (["--versio"], "unknown option '--versio': did you mean '--version'?"),
         (["prune"], "the following arguments are required: recipe; gsm prune --help shows what there is"),
         (["bench"], "the following arguments are required: subject, names"),
         (["prune", "lenet300", "--preset", "best"], "preset takes fast or paper or repo, not 'best'"),
@@ -361,7 +364,7 @@ def test_show_does_not_write_where_a_link_leads(unfinished, tmp_path):
         (["data", "minst"], "unknown data set 'minst': did you mean 'mnist'?"),
         (["bench", "steps"], "unknown benchmark 'steps': did you mean 'step'?"),
         (["bench", "step", "resnet"], "no parameter shapes are known for 'resnet': did you mean 'resnet56'?"),
-        (["frobnicate"], "unknown command 'frobnicate': choose one of list, prune, lottery, compare"),
+        (["frobnicate"], "unknown command 'frobnicate': choose one of prune, lottery, compare, list"),
         (["prun", "lenet300"], "unknown command 'prun': did you mean 'prune'?"),
         (["ticket", "rply"], "unknown action 'rply': did you mean 'replay'?"),
     ],
@@ -374,11 +377,86 @@ def test_bad_usage(words, message, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_without_arguments_the_help_is_shown(capsys):
+def test_the_help_needs_no_torch():
+    """So it is there at once: torch takes seconds to import."""
+    code = "import sys; sys.modules['torch'] = None; from gsm_sgd.__main__ import main; sys.exit(main())"
+    for words in ([], ["--help"], ["-h"]):
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        for group in cli.COMMANDS.values():
+            for name, text in group.items():
+                assert f"  {name} " in done.stdout
+                assert text in done.stdout
+        assert max(map(len, done.stdout.splitlines())) <= 80
+    done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=False)
+    assert done.stdout == f"gsm-sgd {__version__}\n"
+
+
+@pytest.mark.parametrize("command", [name for group in cli.COMMANDS.values() for name in group])
+def test_help_is_for_people(command, capsys, monkeypatch):
+    """No types of Python's, 80 columns, and two examples, which are commands that the parser takes."""
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as exit_:
-        cli.run([])
+        cli.run([command, "--help"])
     assert exit_.value.code == 0
-    assert "lottery" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    for word in ("type:", "<class", "Literal", "NoneType", " None", "jsonargparse", "(required"):
+        assert word not in out
+    assert max(map(len, out.splitlines())) <= 80
+    for example in cli.EXAMPLES[command]:
+        assert f"  {example}\n" in out
+        words = example.partition("|")[0].split()
+        assert words[0] == "gsm"
+        assert parse(words[1:]).command.split()[0] == command
+
+
+@pytest.mark.parametrize(
+    ("words", "ratios"),
+    [
+        (["--sparsity", "0.95"], [20]),
+        (["--density", "0.05,0.1"], [20, 10]),
+        (["--sparsity=0.9,0.99"], [10, 100]),
+        (["--compression", "7.5"], [7.5]),
+    ],
+)
+def test_a_budget_in_the_librarys_words(words, ratios):
+    assert parse_ratios(parse(["prune", "lenet300", *words]).compression) == ratios
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sparsity", "1"], "--sparsity takes shares of the weights, like 0.9 or 0.9,0.95, not '1'"),
+        (["--density", "half"], "--density takes shares of the weights"),
+        (["--density", "0"], "--density takes shares of the weights"),
+        (["--density", "1e400"], "--density takes shares of the weights"),
+        (["--sparsity", "0.9", "--compression", "5"], "--compression and --sparsity are two budgets: leave out one"),
+        (["--sparsity", "0.9", "--pattern", "channel", "--macs=.5"], "--sparsity and --macs are two budgets"),
+    ],
+)
+def test_budgets_that_cannot_be(words, message, capsys, tmp_path):
+    assert message in fails(capsys, "prune", "lenet300", *words, "--out", tmp_path)
+
+
+def test_a_trial_run_goes_through_everything_and_keeps_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    words = ["--dataset", "synthetic", "--start", "base", "--fast-dev-run", "--baseline", "--tensorboard"]
+    assert cli.run(["prune", "lenet300", *words, "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert "4 epochs of 4 batches went through all stages, of 2 run(s); none was kept" in said.out
+    assert "base: epoch 4/4" in said.err
+    assert not list(tmp_path.iterdir())
+    assert "choose another --model" in fails(capsys, "prune", "lenet5", *words, "--model", "torchvision:alexnet")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_to_do_next_is_told(tmp_path, capsys):
+    assert cli.run(["prune", "lenet300", *SHORT, "--out", str(tmp_path)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    (run,) = tmp_path.iterdir()
+    assert last == f"next: gsm report {run} (or gsm export, gsm bench inference)"
+    assert parse(last.removeprefix("next: gsm ").partition(" (")[0].split()).runs == [run]
 
 
 def test_other_recipe_in_the_folder(runs, capsys):
@@ -718,7 +796,7 @@ def test_however_often_it_is_interrupted_it_says_so_in_one_line(words, hint, whe
         atexit.register(interrupt)
         from gsm_sgd.__main__ import main
         if {when!r} == "run":
-            sys.modules["gsm_sgd.cli"] = types.SimpleNamespace(run=run)
+            sys.modules["gsm_sgd.cli"] = types.SimpleNamespace(load=lambda argv: lambda: run(argv))
         sys.exit(main())
     """
     # `python -m` would have imported the package already

@@ -59,7 +59,11 @@ def same(ours, theirs):
 def test_export_sparse_and_verify(own, capsys):
     said = gsm(capsys, "export", own)
     path = own / "pruned.sparse.safetensors.xz"
-    assert said.startswith(f"{path}: {path.stat().st_size:,} bytes; pruned.safetensors: 1,067,000, ")
+    size = path.stat().st_size
+    assert (
+        said
+        == f"{path}: {size / 1000:.1f} kB, {1_067_000 / size:.1f} times smaller than the 1.1 MB of pruned.safetensors\n"
+    )
     assert same(load_sparse(path), load_file(own / "pruned.safetensors"))
     said = gsm(capsys, "verify", path)
     assert "verified: 13,310 of 266,200 weights" in said
@@ -114,13 +118,16 @@ def test_export_onnx(own, capsys):
         (["export", "{run}", "--out", "/dev/null/x"], "cannot write /dev/null/x: Not a directory"),
         (["verify", "nowhere"], "cannot read nowhere: No such file"),
         (["verify", "{run}/pruned.safetensors"], "is not a sparse file, or damaged: its format is not"),
-        (["ticket"], "ticket.action"),
+        (["ticket"], "gsm ticket takes an action: save or replay"),
         (["ticket", "save", "{run}", "--method", "chance"], "method"),
         (["ticket", "replay", "nowhere"], "cannot read nowhere: No such file"),
         (["ticket", "replay", "{run}/pruned.safetensors"], "is not a sparse file, or damaged"),
         (["prune", "lenet300", "--target-size", "20"], "a size is a number with B, KB, KiB, MB or MiB, like 20KB"),
         (["prune", "lenet300", "--target-size", "1KB"], "which is the smallest --target-size"),
-        (["prune", "lenet300", "--target-size", "20KB", "--compression=5"], "leave out --compression"),
+        (
+            ["prune", "lenet300", "--target-size", "20KB", "--compression=5"],
+            "--compression and --target-size are two",
+        ),
         (["lottery", "lenet300", "--target-size", "20KB"], "unrecognized arguments: --target-size"),
     ],
 )
@@ -264,11 +271,43 @@ def test_a_recipe_that_is_none_is_told(own, capsys):
     honest = path.read_bytes()
     for fields in (
         {"base": 3}, {"base": {"epochs": "many"}}, {"model": ["lenet300"]}, {"x": 1}, {"compression": "sixty"},
-        {"recipe": "../../elsewhere"}, {"preset": "/elsewhere"}, {"seed": 1.5}, {"dataset": "module:function"},
+        {"recipe": "../../elsewhere"}, {"preset": "/elsewhere"}, {"seed": 1.5}, {"dataset": "elsewhere"},
         {"compression": 0.5}, {"base": {"class_path": "evil.Training", "init_args": {}}},
     ):  # fmt: skip
         path.write_bytes(edited(honest, lambda about, _, fields=fields: about["recipe"].update(fields)))
         assert "states no recipe of this version" in fails(capsys, "verify", path, "--accuracy")
+
+
+# --- eval ---
+
+
+def test_eval_of_a_run_and_of_each_of_its_files(own, capsys, tmp_path):
+    top1 = json.loads((own / "result.json").read_text())["top1"]
+    for kind in ("sparse", "hdf5", "onnx", "safetensors"):
+        gsm(capsys, "export", own, "--format", kind)
+    pruned, stated = f"{top1['pruned']:.2f} % of 512 images of synthetic", f"; {top1['pruned']:.2f} % was stated\n"
+    assert gsm(capsys, "eval", own) == f"{own}: {pruned}{stated}"
+    sparse = own / "pruned.sparse.safetensors.xz"
+    assert gsm(capsys, "eval", sparse) == f"{sparse}: {pruned}{stated}"
+    for name in ("pruned.hdf5", "pruned.onnx", "pruned.dense.safetensors", "pruned.safetensors"):
+        assert gsm(capsys, "eval", own / name) == f"{own / name}: {pruned}\n"
+    assert f"{top1['base']:.2f} % of" in gsm(capsys, "eval", own / "base.safetensors")
+
+    (tmp_path / "away").mkdir()
+    moved = shutil.copy(own / "pruned.onnx", tmp_path / "away")
+    said = fails(capsys, "eval", moved)
+    assert said.endswith("away/recipe.yaml does not exist: add --recipe RUN/recipe.yaml, of the file's run")
+    assert pruned in gsm(capsys, "eval", moved, "--recipe", own / "recipe.yaml")
+
+
+def test_eval_of_what_is_no_net(own, capsys, tmp_path):
+    assert "nowhere does not exist: give a run's folder, or a file of one" in fails(capsys, "eval", "nowhere")
+    assert "is not a run's folder" in fails(capsys, "eval", tmp_path)
+    (own / "x.onnx").write_bytes(b"no")
+    assert "x.onnx is no ONNX file that onnxruntime can read" in fails(capsys, "eval", own / "x.onnx")
+    assert "result.json is not a safetensors file" in fails(capsys, "eval", own / "result.json")
+    (own / "recipe.yaml").write_text("{")
+    assert "recipe.yaml is damaged" in fails(capsys, "eval", own / "pruned.safetensors")
 
 
 # --- a size to prune to ---

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gsm_sgd import sparsity_table
-from gsm_sgd.arguments import parse
+from gsm_sgd.cli.arguments import parse
 from gsm_sgd.experiments.recipes import find_recipe
 
 ROOT = Path(__file__).parent.parent

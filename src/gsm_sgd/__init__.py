@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .optim.gsm_adamw import GSMAdamW
     from .optim.one_phase import one_phase, parameter_groups
     from .patterns import NM, Block
+    from .reports.rows import load_metrics, load_runs
     from .schedules import Phase, Schedule
     from .selection.stored import select_top
 
@@ -30,6 +31,8 @@ __all__ = [
     "Phase",
     "Schedule",
     "keep_masked",
+    "load_metrics",
+    "load_runs",
     "magnitude_masks",
     "one_phase",
     "parameter_groups",
@@ -49,6 +52,7 @@ _MODULES = (
     "schedules",
     "selection.stored",
     "methods",
+    "reports.rows",
 )
 
 

@@ -8,20 +8,17 @@ _INTERRUPTED = 130
 
 
 def main() -> int:
-    """Run the command line and return its exit status; say what to install if the extras are missing."""
+    """Run the command line and return its exit status."""
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else somebody wants it ignored, like nohup
     if ours:  # some packages swallow a KeyboardInterrupt while they are imported, and nothing is there to clean up
         signal.signal(signal.SIGINT, lambda *_: os._exit(_say_interrupted()))
-    try:
-        from .cli import run
-    except ModuleNotFoundError as error:
-        advice = "in a clone of gsm-sgd, pip install -e '.[experiments]'"
-        print(f"gsm: error: {error.name} is missing: {advice}", file=sys.stderr)
-        return 2
+    from .cli import load
+
+    command = load(sys.argv[1:])
     try:
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        return run(sys.argv[1:])
+        return command()
     except KeyboardInterrupt:
         return _say_interrupted()
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from . import UsageError, cifar10, image_folder, mnist, suggestion
+from . import UsageError, cifar10, image_folder, mnist, own_data, suggestion
+from .own import is_own
 from .recipes import Normalization
 from .splits import Dataset, Images
 
@@ -15,8 +16,11 @@ _PATTERNS = 10
 
 def load(name: str, data_dir: Path | None = None, normalization: Normalization = "dataset") -> Dataset:
     """Return a data set by name, fetched first if it is nowhere on this machine; `Recipe` has the normalization."""
+    if is_own(name):
+        return own_data.load(name)
     if name not in DATASETS:
-        raise UsageError(f"unknown dataset {name!r}: {suggestion(name, DATASETS)}")
+        known = [*DATASETS, "FILE.py:FUNCTION", "MODULE:FUNCTION"]
+        raise UsageError(f"unknown dataset {name!r}: {suggestion(name, known)}")
     if (name, normalization) == ("cifar10", "imagenet"):
         return cifar10.load(data_dir, image_folder.MEAN, image_folder.STD)
     return DATASETS[name](data_dir)

@@ -60,14 +60,8 @@ class Folder(Split):
         numbers = torch.arange(len(self)) if order is None else order
         batches = [numbers[place].tolist() for place in places]
         seed = int(torch.randint(2**62, (), generator=generator))
-        loader: DataLoader[tuple[Tensor, int]] = DataLoader(
-            _Decoded(self.samples, self.size, seed if self.training and order is not None else None),
-            batch_sampler=batches,
-            num_workers=min(_WORKERS, len(batches)),
-            worker_init_fn=_say_nothing,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # else it draws a number from the one that dropout draws from
-        )
+        decoded = _Decoded(self.samples, self.size, seed if self.training and order is not None else None)
+        loader = in_workers(decoded, batches, self.device)
         mean, std = (torch.tensor(values, device=self.device).view(-1, 1, 1) for values in (MEAN, STD))
         for images, labels in loader:
             if labels.min() < 0:
@@ -104,6 +98,20 @@ class _Decoded(TorchDataset[tuple[Tensor, int]]):
                 return self._transform(image), label
         except Exception:  # a damaged file can fail in any way, and what a worker raises loses its message
             return torch.zeros(3, self._size, self._size, dtype=torch.uint8), -1 - index
+
+
+def in_workers(
+    dataset: TorchDataset[tuple[Tensor, int]], batches: list[list[int]], device: torch.device
+) -> DataLoader[tuple[Tensor, int]]:
+    """Return what yields batches of a data set, by the numbers of their items, made by workers ahead of time."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=min(_WORKERS, len(batches)),
+        worker_init_fn=_say_nothing,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # else it draws a number from the one that dropout draws from
+    )
 
 
 def _say_nothing(_worker: int) -> None:

@@ -101,8 +101,8 @@ class Recipe:
         recipe: name of the published experiment.
         preset: whose settings these are.
         model: network to train: one of the recipes', "torchvision:NAME", "file.py:function" or "module:function".
-        dataset: images to train it on; "imagenet" is any folder of images by class, "synthetic" is made up, for trying
-            things out without data.
+        dataset: images to train it on: "mnist", "cifar10"; "imagenet", any folder of images by class; "synthetic",
+            which is made up; or "file.py:function" or "module:function", which returns two of torch's data sets.
         base: training of the base net, and of a ticket.
         gsm: training with GSM, or by another method.
         compression: C; of N prunable weights floor(N / C) are kept. 1 keeps all and trains by plain SGD: the dense

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..experiments import bench
 from ..experiments.environment import environment
+from ..experiments.own import NOTHING, Trusted
 from ..experiments.rundir import NARROW_FILE
 from ..experiments.whole_files import atomic_write
 from ..reports.runs import read_run
@@ -43,13 +44,13 @@ class Latency(NamedTuple):
 
 
 def measure_inference(
-    folder: Path, allowed: str | None = None, progress: Callable[[str], object] = lambda _: None
+    folder: Path, trusted: Trusted = NOTHING, progress: Callable[[str], object] = lambda _: None
 ) -> list[Latency]:
     """Measure the pruned net of a run on random images, and leave the figures in its folder as inference.json.
 
     Args:
         folder: the run's.
-        allowed: as of `recipe_of`.
+        trusted: as of `recipe_of`.
         progress: told of each of the `MEASUREMENTS` before it is taken.
 
     Raises:
@@ -57,7 +58,7 @@ def measure_inference(
         RuntimeError: an engine computes something else.
     """
     run = read_run(folder)
-    model, shape = pruned_net(run, allowed)
+    model, shape = pruned_net(run, trusted)
     nets = {DENSE: model, NARROW: narrow_net(run, model)} if (folder / NARROW_FILE).exists() else {DENSE: model}
     contents = {ONNX: to_onnx(copy.deepcopy(model), shape).content}
     if NARROW in nets:

@@ -8,9 +8,9 @@ from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor, nn
 
 from ..budget import kept_weights
-from ..experiments import UsageError, data, models
+from ..experiments import UsageError, data, models, own_data
 from ..experiments.loop import evaluate
-from ..experiments.models import check_named
+from ..experiments.own import NOTHING, Trusted, is_own
 from ..experiments.recipes import OURS, RECIPES, Recipe, add_settings, check_stages
 from ..experiments.rundir import NARROW_FILE, read_weights
 from ..experiments.splits import Dataset
@@ -28,11 +28,11 @@ class CertificateError(Exception):
     """A net is not what its file's certificate says."""
 
 
-def recipe_of(fields: Mapping[str, Any], source: Path, allowed: str | None = None) -> Recipe:
+def recipe_of(fields: Mapping[str, Any], source: Path, trusted: Trusted = NOTHING) -> Recipe:
     """Return the recipe that a file, `source`, states.
 
     Raises:
-        UsageError: it is no recipe, or code builds its net that is neither part of gsm-sgd nor `allowed` by the user.
+        UsageError: it is no recipe, or names code that is neither part of gsm-sgd nor `trusted` by the user.
     """
     types = ArgumentParser(exit_on_error=False)
     types.add_class_arguments(Recipe, skip={"settings"})
@@ -41,11 +41,16 @@ def recipe_of(fields: Mapping[str, Any], source: Path, allowed: str | None = Non
         add_settings(types, str(fields.get("method", OURS)))
         recipe = Recipe.from_dict(types.parse_object(dict(fields)).as_dict())
         recipe.check()
-        if not recipe.compression >= 1 or recipe.recipe not in RECIPES or recipe.dataset not in data.DATASETS:
+        if (
+            not recipe.compression >= 1
+            or recipe.recipe not in RECIPES
+            or not (recipe.dataset in data.DATASETS or is_own(recipe.dataset))
+        ):
             raise ValueError("no compression ratio, no recipe's name, or no data set's")
     except (ArgumentError, TypeError, KeyError, ValueError, AttributeError) as error:
         raise UsageError(f"{source} states no recipe of this version") from error
-    check_named(recipe.model, source, allowed)
+    trusted.check("model", recipe.model, source)
+    trusted.check("dataset", recipe.dataset, source)
     return recipe
 
 
@@ -60,8 +65,10 @@ def load_data(recipe: Recipe, data_dir: Path | None) -> Dataset:
     return dataset.hold_out(recipe.holdout) if recipe.holdout else dataset
 
 
-def image_shape(recipe: Recipe) -> tuple[int, int, int]:
+def image_shape(recipe: Recipe) -> tuple[int, ...]:
     """Return the shape of the images that a recipe trains on: (channels, height, width)."""
+    if is_own(recipe.dataset):
+        return own_data.shape_of(recipe.dataset)
     return data.IMAGE_SHAPES.get(recipe.dataset) or models.fitting_images(recipe.model)[0]
 
 
@@ -75,9 +82,9 @@ def build(recipe: Recipe, tensors: Mapping[str, Tensor], classes: int | None = N
     return model
 
 
-def pruned_net(run: Run, allowed: str | None = None) -> tuple[nn.Module, tuple[int, ...]]:
-    """Return the pruned net of a finished run, and the shape of an image that it takes; `allowed` as in `recipe_of`."""
-    recipe = recipe_of(run.recipe, run.path, allowed)
+def pruned_net(run: Run, trusted: Trusted = NOTHING) -> tuple[nn.Module, tuple[int, ...]]:
+    """Return the pruned net of a finished run, and the shape of an image that it takes; `trusted` as in `recipe_of`."""
+    recipe = recipe_of(run.recipe, run.path, trusted)
     classes = len(list(prunable_weights(run, run.net).values())[-1])
     model = build(recipe, read_weights(run.path / f"{run.net}.safetensors"), classes)
     return model, image_shape(recipe)
@@ -100,8 +107,8 @@ def measure(recipe: Recipe, tensors: Mapping[str, Tensor], data_dir: Path | None
     return evaluate(build(recipe, tensors, dataset.classes), dataset.test)
 
 
-def verify_accuracy(path: Path, file: SparseFile, data_dir: Path | None, allowed: str | None) -> str:
-    """Measure the accuracy of a sparse file's net again, and return what was found; `allowed` as in `recipe_of`.
+def verify_accuracy(path: Path, file: SparseFile, data_dir: Path | None, trusted: Trusted) -> str:
+    """Measure the accuracy of a sparse file's net again, and return what was found; `trusted` as in `recipe_of`.
 
     Raises:
         UsageError: the file states no accuracy or recipe, or the data cannot be had.
@@ -110,7 +117,7 @@ def verify_accuracy(path: Path, file: SparseFile, data_dir: Path | None, allowed
     certificate, stated = file.certificate, file.certificate.top1
     if stated is None or file.recipe is None:
         raise UsageError(f"{path} states no accuracy: do without --accuracy")
-    recipe = recipe_of(file.recipe, path, allowed)
+    recipe = recipe_of(file.recipe, path, trusted)
     dataset = load_data(recipe, data_dir)
     model = build(recipe, file.tensors, dataset.classes)
     if other := sorted(set(prunable_parameters(model)) ^ set(file.prunable)):

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
+from rich.filesize import decimal
 from safetensors.torch import save
 from torch import Tensor
 
 from ..experiments import UsageError
+from ..experiments.own import NOTHING, Trusted
 from ..experiments.rundir import NARROW_FILE, read_weights
 from ..experiments.whole_files import write_output
 from ..reports.runs import WEIGHTS, Run, read_run
@@ -31,7 +33,7 @@ def export(
     out: Path | None = None,
     values: Values = "float32",
     data_dir: Path | None = None,
-    allowed: str | None = None,
+    trusted: Trusted = NOTHING,
 ) -> str:
     """Write the pruned net of a run to a file, and return a line on what came out.
 
@@ -42,7 +44,7 @@ def export(
             rounded.
         values: of a sparse file; if they are rounded, accuracy is measured again.
         data_dir: folder of the data for that; default $GSM_DATA.
-        allowed: as of `recipe_of`; for files that take more than the weights.
+        trusted: as of `recipe_of`; for files that take more than the weights.
 
     Raises:
         UsageError: the run is not over, or the file cannot be made or written.
@@ -61,15 +63,16 @@ def export(
     remark = ""
     match kind:
         case "sparse":
-            _save_sparse(run, tensors, out, values, data_dir, allowed)
+            _save_sparse(run, tensors, out, values, data_dir, trusted)
         case "safetensors":
             write_output(out, save(tensors), "--out")
         case "hdf5":
             write_output(out, to_hdf5(tensors, run.recipe.get("model", "")), "--out")
         case "onnx":
-            remark = _save_onnx(run, out, allowed)
+            remark = _save_onnx(run, out, trusted)
     size, dense = out.stat().st_size, weights.stat().st_size
-    return f"{out}: {size:,} bytes; {weights.name}: {dense:,}, {dense / size:.1f} times as many{remark}"
+    smaller = f"{dense / size:.3g} times smaller than" if size < dense else "as large as"
+    return f"{out}: {decimal(size)}, {smaller} the {decimal(dense)} of {weights.name}{remark}"
 
 
 def export_name(net: str, kind: Format, values: Values = "float32") -> str:
@@ -78,19 +81,19 @@ def export_name(net: str, kind: Format, values: Values = "float32") -> str:
 
 
 def _save_sparse(
-    run: Run, tensors: Mapping[str, Tensor], out: Path, values: Values, data_dir: Path | None, allowed: str | None
+    run: Run, tensors: Mapping[str, Tensor], out: Path, values: Values, data_dir: Path | None, trusted: Trusted
 ) -> None:
     result = run.finished()
     prunable = [layer["name"] for layer in result["layers"]]
     top1 = result["top1"][run.net.replace("-", "_")]
     if values != "float32":
-        top1 = measure(recipe_of(run.recipe, run.path, allowed), rounded(tensors, prunable, values), data_dir)
+        top1 = measure(recipe_of(run.recipe, run.path, trusted), rounded(tensors, prunable, values), data_dir)
     save_sparse(out, tensors, prunable=prunable, values=values, recipe=run.recipe, top1=top1)
 
 
-def _save_onnx(run: Run, out: Path, allowed: str | None) -> str:
+def _save_onnx(run: Run, out: Path, trusted: Trusted) -> str:
     """Write a net as ONNX and return how exact it is."""
-    net, shape = pruned_net(run, allowed)
+    net, shape = pruned_net(run, trusted)
     if (run.path / NARROW_FILE).exists():  # which is smaller and faster, and computes the same
         net = narrow_net(run, net)
     file = to_onnx(net, shape)

@@ -1,14 +1,9 @@
 """The networks by name: those of the paper, torchvision's, and the user's own."""
 
-import importlib
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cache, partial
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
-from types import ModuleType
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +12,7 @@ from torch import Tensor, nn
 from ...names import is_prunable, prunable_parameters
 from .. import UsageError, suggestion
 from ..data import IMAGE_SHAPES, Shape
+from ..own import find_function, is_own
 from ..states import plain_state
 from .densenet_cifar import densenet
 from .lenet import lenet5, lenet300
@@ -70,17 +66,6 @@ def build(name: str, seed: int, classes: int | None = None) -> nn.Module:
         if not isinstance(model, nn.Module):
             raise UsageError(f"{name} returned {type(model).__name__}, not a torch.nn.Module")
     return model.to(memory_format=torch.channels_last)
-
-
-def check_named(name: str, source: Path, allowed: str | None) -> None:
-    """Raise UsageError if a file, `source`, names a function of somebody's own that the user has not `allowed`."""
-    if allowed not in (None, name):
-        raise UsageError(f"{source} says that {name!r} builds its net, not {allowed!r}: leave out --model")
-    if name not in MODELS and torchvision_name(name) is None and name != allowed:
-        raise UsageError(
-            f"{source} says that {name!r} builds its net, which is not part of gsm-sgd: "
-            f"if you trust that code, add --model {name}"
-        )
 
 
 def check_fits(model: nn.Module, name: str, dataset: str, shape: Sequence[int], classes: int) -> None:
@@ -157,33 +142,7 @@ def _maker(name: str, classes: int | None) -> Callable[[], nn.Module]:
             # without the classifiers that are for training alone, with the pixels that torchvision's weights are for
             options |= {"aux_logits": False, "transform_input": True}
         return partial(models.get_model, theirs, weights=None, **options)
-    module_name, colon, function = name.rpartition(":")
-    if not colon:
+    if not is_own(name):
         known = [*MODELS, "resnet50", "torchvision:NAME", "FILE.py:FUNCTION", "MODULE:FUNCTION"]
         raise UsageError(f"unknown model {name!r}: {suggestion(name, known)}")
-    try:
-        make = getattr(_module(module_name), function)
-    except Exception as error:  # a module of anybody's can fail in any way
-        raise UsageError(f"model {name!r} cannot be imported from {Path.cwd()}: {error}") from error
-    if not callable(make):
-        raise UsageError(f"model {name!r} is not a function")
-    return make  # type: ignore[no-any-return]  # what it returns is checked when it is called
-
-
-def _module(name: str) -> ModuleType:
-    """Return a module of the user's own, by its name or its file, and let it import its neighbours."""
-    file = Path(name).resolve()
-    folder = str(file.parent if file.suffix == ".py" else Path.cwd())
-    if folder not in sys.path:  # a console command does not look there
-        sys.path.insert(0, folder)
-    return _load(file) if file.suffix == ".py" else importlib.import_module(name)
-
-
-@cache
-def _load(file: Path) -> ModuleType:
-    spec = spec_from_file_location(str(file), file)  # under its whole path: its name may be another module's too
-    assert spec is not None  # the suffix is Python's
-    assert spec.loader is not None
-    sys.modules[spec.name] = module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return find_function("model", name)

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from rich.console import Console
 
-from .experiments import UsageError
-from .experiments.compare import (
+from ..experiments import UsageError
+from ..experiments.compare import (
     Cell,
     Settings,
     at_ratio,
@@ -31,16 +30,17 @@ from .experiments.compare import (
     unique,
     with_settings,
 )
-from .experiments.environment import environment
-from .experiments.plan import folder_of, parse_ratios, parse_seeds
-from .experiments.recipes import DENSE, Recipe, by_method, method_title, net_name
-from .experiments.rundir import Record, RunFolder
-from .experiments.whole_files import atomic_write
-from .export.rebuild import load_data
-from .export.run import export
-from .optim.checks import CutWarning
-from .reports import figures, html
-from .reports.frontier import (
+from ..experiments.environment import environment
+from ..experiments.loop import fitting_precision
+from ..experiments.plan import folder_of, parse_ratios, parse_seeds
+from ..experiments.recipes import DENSE, OURS, Recipe, by_method, method_title, net_name
+from ..experiments.rundir import Record, RunFolder
+from ..experiments.whole_files import atomic_write
+from ..export.rebuild import load_data
+from ..export.run import export
+from ..optim.checks import CutWarning
+from ..reports import figures, html
+from ..reports.frontier import (
     Series,
     frontier_csv,
     frontier_figure,
@@ -50,7 +50,9 @@ from .reports.frontier import (
     sparse_bytes,
     verdicts,
 )
-from .reports.runs import Run, by_recipe, over_seeds, read_run
+from ..reports.runs import Run, by_recipe, over_seeds, read_run
+from .console import Console, find_device, set_threads
+from .runs import check_net, check_planned, check_running, recipe_of_options
 
 _TUNING = "tuning"  # the folder of trials, in the one of the runs
 _DIGITS = 6
@@ -98,6 +100,27 @@ class Comparison:
         parts = [sorted(map(repr, self.recipes.items())), self.ratios, self.seeds, self.trials]
         digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:_DIGITS]
         return self.out / f"{net_name(self.recipe.recipe, self.recipe.model)}-compare-{self.recipe.preset}-{digest}"
+
+
+def compare_methods(options: Namespace, console: Console, log: Console) -> int:
+    """Compare methods, and return the exit status."""
+    check_running(options)
+    device = find_device(options.device)
+    set_threads(options.threads)
+    recipe = recipe_of_options(options).scaled(options.epochs_scale)
+    if recipe.method != OURS:
+        raise UsageError("a comparison starts from a recipe of GSM: leave out --method, name all in --methods")
+    if recipe.pattern == "channel":
+        raise UsageError("gsm compare is of single weights: compare runs of channels by gsm report")
+    recipe = replace(recipe, precision=fitting_precision(recipe.precision, device))
+    plan = planned(recipe, options, device)
+    runs = {cell.path: cell.recipe for cell in possible_runs(plan)}
+    check_planned(runs)
+    check_net(runs, load_data(recipe, options.data_dir).classes)
+    failures = compare(plan, options, console, log, console.say)
+    for failure in failures:
+        log.say(f"failed: {failure}")
+    return 1 if failures else 0
 
 
 def planned(recipe: Recipe, options: Namespace, device: torch.device) -> Comparison:
