@@ -311,7 +311,7 @@ def test_the_figure_has_a_line_for_each_method(series):
     assert list(bars["GSM"].get_xdata()) == [20.0, 60.0]
     assert list(bars["RigL"].get_ydata()) == pytest.approx([2.9, 2.3])
     assert drawn["dense net"].get_ydata()[0] == pytest.approx(1.4)
-    by_size = frontier_figure(series, by_size=True).axes[0]
+    by_size = frontier_figure(series, "KiB of the sparse file").axes[0]
     assert [container.get_label() for container in by_size.containers] == ["GSM"]
     assert list(by_size.containers[0][0].get_xdata()) == [2.0]
 

@@ -102,6 +102,7 @@ ORDER = [
     "reports/blocks",
     "reports/figures",
     "reports/frontier",
+    "reports/answer",
     "reports/sweep",
     "reports/rows",
     "reports/accuracy",

@@ -17,6 +17,7 @@ import yaml
 from gsm_sgd import cli
 from gsm_sgd.reports import accuracy, figures, nets, structure
 from gsm_sgd.reports import sweep as overview
+from gsm_sgd.reports.answer import answer
 from gsm_sgd.reports.blocks import Group
 from gsm_sgd.reports.runs import read_run
 from made_runs import empty, make_run
@@ -88,13 +89,14 @@ def test_accuracies_are_those_of_the_results(lotteries, tmp_path, capsys):
     page, missing = report(capsys, tmp_path, *(path for path, _ in lotteries))
     assert missing == []
     (table,) = page.tables["Top-1 in %, mean ± standard deviation over the seeds; last ten: mean of ten epochs"]
-    assert table[0] == ["net", "mean ± sd", "the paper", "difference", "seed 0", "seed 1", "seed 2", "last ten"]
+    assert table[0] == ["net", "mean ± sd", "seed 0", "seed 1", "seed 2", "last ten", "the paper", "difference"]
     rows = {row[0]: row[1:] for row in table[1:]}
     titles = {"base net": "base", "pruned net": "pruned", "ticket by magnitude, retrained": "ticket_magnitude"}
     for title, key in titles.items():
         values, paper = [result["top1"][key] for _, result in lotteries], lotteries[0][1]["paper"][key]
-        mean = [f"{fmean(values):.2f} ± {stdev(values):.2f}", f"{paper:.2f}", f"{fmean(values) - paper:+.2f}"]
-        assert rows[title][:6] == [*mean, *(f"{value:.2f}" for value in values)]
+        own = [f"{fmean(values):.2f} ± {stdev(values):.2f}", *(f"{value:.2f}" for value in values)]
+        assert rows[title][:4] == own
+        assert rows[title][5:] == [f"{paper:.2f}", f"{fmean(values) - paper:+.2f}"]
         assert f"{100 - fmean(values):.2f}" in page.drawn
     assert "4,436 of 266,200 weights are kept" in page.text
 
@@ -183,14 +185,14 @@ def test_groups_side_by_side(lotteries, tmp_path, capsys):
     pruned, _ = make_run(tmp_path / "pruned", command="prune")
     page, missing = report(capsys, tmp_path, *(path for path, _ in lotteries), *others, long, pruned)
     assert missing == []
-    (table,) = page.tables["Top-1 in %"][:1]
-    assert [row[:3] for row in table[1:]] == [
-        ["lenet300 at 60x, preset fast, command lottery, base.epochs 5, gsm.epochs 5", "0, 1, 2", "4,436 of 266,200"],
-        ["lenet300 at 100x, preset fast", "0, 1", "2,662 of 266,200"],
-        ["lenet300 at 60x, preset fast, command lottery, base.epochs 7, gsm.epochs 7", "0", "4,436 of 266,200"],
-        ["lenet300 at 60x, preset fast, command prune, base.epochs 5, gsm.epochs 5", "0", "4,436 of 266,200"],
+    (table,) = page.tables["Top-1 in % of all runs"]
+    assert table[0][:3] == ["runs", "pruned net", "weights kept"]  # none knows the dense net
+    assert [[row[0], *row[2:3], row[6]] for row in table[1:]] == [
+        ["lenet300 at 60x, preset fast, command lottery, base.epochs 5, gsm.epochs 5", "4,436 of 266,200", "0, 1, 2"],
+        ["lenet300 at 100x, preset fast", "2,662 of 266,200", "0, 1"],
+        ["lenet300 at 60x, preset fast, command lottery, base.epochs 7, gsm.epochs 7", "4,436 of 266,200", "0"],
+        ["lenet300 at 60x, preset fast, command prune, base.epochs 5, gsm.epochs 5", "4,436 of 266,200", "0"],
     ]
-    assert "There is one mask only" in page.text
     assert "no choice by magnitude to compare with" in page.text
 
 
@@ -206,7 +208,7 @@ def test_unfinished_runs_are_shown_as_far_as_they_are(lotteries, tmp_path, capsy
     assert "No epoch has been logged yet." in page.text
     assert "environment.json is not there." in page.text
     page, _ = report(capsys, tmp_path, path)
-    assert page.text.count("No run is finished yet.") == 4
+    assert page.text.count("No run is finished yet.") == 3
 
 
 def written(text):
@@ -350,7 +352,7 @@ def test_what_does_not_belong_together_is_left_out(tmp_path, capsys):
     why = "is not a run's folder: there is no recipe.yaml in it"
     left_out = f"missing: {again} is left out: it is the same recipe and seed as {one}"
     assert missing == [f"missing: {tmp_path / 'nowhere'} {why}", f"missing: {one / 'result.json'} {why}", left_out]
-    assert "1 run:" in page.text
+    assert "Top-1 of 1 run, on the full test set" in page.text
     (tmp_path / "page" / "report.html").unlink()
     _, said = report(capsys, tmp_path, one / "result.json", tmp_path / "nowhere", status=2)
     assert said == [f"gsm: error: {one / 'result.json'} {why}; {tmp_path / 'nowhere'} {why}"]
@@ -442,13 +444,117 @@ def test_many_runs_are_shown_together(sweep, tmp_path, capsys):
     assert "At 20x GSM leads by 0.10, more than one deviation" in page.text
     assert "At 60x RigL leads by 0.20, more than one deviation" in page.text
     (sizes,) = page.tables["KiB of the sparse file, mean over the seeds"]
-    assert sizes[1:] == [["GSM", "1.0", ""], ["RigL", "", ""], ["gradual magnitude", "", ""], ["dense net", "", ""]]
-    (overview,) = page.tables["Top-1 in %"]
-    assert len(overview) == 8
+    assert sizes[1:] == [["GSM", "1", ""], ["RigL", "", ""], ["gradual magnitude", "", ""], ["dense net", "", ""]]
+    (together,) = page.tables["Top-1 in % of all runs"]
+    assert len(together) == 8
     for text in ("Top-1 error by epoch at 20x", "Top-1 error by epoch at 60x", "A report of fewer runs has the layers"):
         assert text in page.text
-    assert not {"layers-title", "masks-title"} & set(page.ids)
+    assert not {"layers", "diagnostics"} & set(page.ids)
     assert len(page.source) < 300_000
+
+
+def test_the_page_begins_with_the_answer(lotteries, tmp_path, capsys):
+    paths = [path for path, _ in lotteries]
+    for path in paths:
+        (path / "pruned.sparse.safetensors.xz").write_bytes(bytes(22_100))
+    page, _ = report(capsys, tmp_path, *paths)
+    text = " ".join(page.text.split())
+    head = text.partition("Top-1 of 3 runs")[0]
+    assert "lenet300 at 60x, preset fast 98.32 ± 0.03 % with 4,436 of 266,200 weights (60x)" in head
+    assert head.endswith("base net 98.38 ± 0.03 · 22.1 kB · the cut cost 0.01 points ")
+    assert cli.run(["show", *map(str, paths)]) == 0
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said == (
+        "lenet300 at 60x, preset fast: 98.32 ± 0.03 % with 4,436 of 266,200 weights (60x): base net 98.38 ± 0.03, "
+        "22.1 kB, the cut cost 0.01 points"
+    )
+    for path in paths:
+        (path / "pruned.sparse.safetensors.xz").unlink()
+
+
+def test_what_a_run_came_to_in_a_line(tmp_path):
+    def said(name, change=None, **fields):
+        path, result = make_run(tmp_path / name, command="prune", **fields)
+        result["top1"] |= change or {}
+        result |= {"macs": {"dense": 210, "pruned": 100}} if name == "narrow" else {}
+        (path / "result.json").write_text(json.dumps(result))
+        return str(answer([read_run(path)]))
+
+    assert said("a", {"dense": 98.46, "gsm_after_cut": 98.07}) == (
+        "98.35 % with 4,436 of 266,200 weights (60x): dense net 98.46, lossless cut"
+    )
+    assert said("narrow") == "98.35 % with 2.10 times fewer MACs: the cut cost 0.01 points"
+    assert said("gradual", method="gradual").startswith("98.35 % with 4,436 of 266,200 weights (60x): the cut")
+    assert said("dense", method="dense", compression=1.0) == "98.35 % by the dense net"
+
+
+def test_channels_are_not_compared_with_weights(tmp_path, capsys):
+    """Ten times fewer weights and twice fewer MACs are not on one axis."""
+    weights, _ = make_run(tmp_path / "weights", command="prune", compression=10.0)
+    narrow, _ = make_run(tmp_path / "narrow", command="prune", compression=2.0, pattern="channel")
+    page, _ = report(capsys, tmp_path, weights, narrow)
+    assert "Accuracy against" not in page.text
+    more, _ = make_run(tmp_path / "more", command="prune", compression=4.0, pattern="channel")
+    page, _ = report(capsys, tmp_path, weights, narrow, more)
+    assert "lenet300 on mnist, by channels" in page.text
+    assert "Accuracy against compression ratio" in page.text
+
+
+def test_accuracy_stands_against_all_that_is_known(sweep, tmp_path):
+    groups = [Group(str(number), [read_run(path) for path in sweep[number : number + 2]]) for number in (0, 4)]
+    assert [block.heading for block in overview.frontier(groups)] == [
+        "Accuracy against compression ratio",
+        "Accuracy against KiB of the sparse file",
+    ]
+    rows = [
+        {"engine": engine, "batch": batch, "threads": threads, "milliseconds": milliseconds, "ratio": 1.0}
+        for engine, batch, threads, milliseconds in (
+            ("a", 1, 1, 3.0),
+            ("b", 1, 1, 2.5),
+            ("b", 1, 2, 1.0),
+            ("b", 16, 1, 1.0),
+        )
+    ]
+    path = shutil.copytree(sweep[0], tmp_path / "measured")
+    (path / "inference.json").write_text(json.dumps({"rows": rows}))
+    result = json.loads((path / "result.json").read_text())
+    (path / "result.json").write_text(json.dumps({**result, "macs": {"dense": 10, "pruned": 7}}))
+    groups[0].runs[0] = read_run(path)
+    *_, macs, speed = overview.frontier(groups)
+    assert [block.tables[0].caption for block in (macs, speed)] == [
+        "MACs, mean over the seeds",
+        "milliseconds, batch 1, one thread, mean over the seeds",
+    ]
+    assert [block.tables[0].rows[0][1] for block in (macs, speed)] == ["7", "2.5"]
+    (path / "inference.json").write_text("{")
+    groups[0].runs[0] = read_run(path)
+    assert overview.frontier(groups)[-1].heading == "Accuracy against MACs"
+
+
+def test_figures_show_the_best_of_many_settings(tmp_path):
+    groups = []
+    for number in range(13):
+        figures = {"pruned": 90.0 + (number * 5) % 13 / 2, "gsm_after_cut": 90.0}
+        path, _ = make_run(tmp_path / str(number), command="prune", top1=figures, batch_size=32 + number)
+        groups.append(Group("", [read_run(path)]))
+    block = overview.frontier(groups)[0]
+    assert block.texts == ["The figures show the 10 best of 13 settings, the table all."]
+    assert len(block.tables[0].rows) == 13
+    drawn = [container.get_label() for container in block.figure.axes[0].containers]
+    worst = {f"GSM, batch_size {32 + number}" for number in range(13) if (number * 5) % 13 < 3}
+    assert (len(drawn), worst & {*drawn}) == (10, set())
+
+
+def test_smoothed_losses_are_marked(tmp_path):
+    path, _ = make_run(tmp_path / "run")
+    recipe = yaml.safe_load((path / "recipe.yaml").read_text())
+    recipe["gsm"]["label_smoothing"] = 0.1
+    (path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    loss, error = accuracy.training_panels(Group("", [read_run(path)]))
+    assert [line.label for line in loss.lines] == [
+        "base net", "GSM, labels smoothed by 0.1", "ticket by GSM", "ticket by magnitude",
+    ]  # fmt: skip
+    assert "smoothed" not in "".join(line.label for line in error.lines)
 
 
 def test_methods_are_laid_over_each_other_by_epoch(sweep):

@@ -13,6 +13,7 @@ from ..experiments.whole_files import write_output
 from ..export.files import layers_in
 from ..masks import LayerSparsity
 from ..reports import sweep, tables
+from ..reports.answer import answer
 from ..reports.blocks import Group, tried
 from ..reports.frontier import frontier_table, ratios_of, series_of, verdicts
 from ..reports.rows import as_csv, load_metrics, load_runs
@@ -75,6 +76,7 @@ def _print_results(runs: Sequence[Run], console: Console) -> None:
     """Print accuracies of runs of one recipe, and what each layer of the first keeps."""
     result: Record | None = runs[0].result
     assert result is not None
+    console.say(f"{runs[0].title}: {answer(runs)}")
     layers = [LayerSparsity(**layer) for layer in result["layers"]]
     console.print(tables.results_table(runs))
     replayed = result["command"] == "replay"

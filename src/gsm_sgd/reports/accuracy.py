@@ -38,18 +38,16 @@ def comparison(groups: Sequence[Group]) -> Block:
         seconds = fmean(sum(result["seconds"].values()) for result in group.results)
         cost = [f"{sum(first['epochs'].values())}", f"{seconds:,.0f}"]
         rows.append(
-            [group.title, listed(group.seeds), kept, *shown[:3], pruned, shown[3], *_beside_the_papers(last), *cost]
+            [group.title, pruned, shown[3], kept, *shown[:3], listed(group.seeds), *cost, *_beside_the_papers(last)]
         )
         marks.append(_errors_of(last, group.title))
-    columns = ["runs", "seeds", "weights kept", "base net", "before the cut", "after the cut", "pruned net"]
-    table = Table(
-        "Top-1 in %",
-        [*columns, "dense net", "the paper", "difference", "epochs", "seconds"],
-        rows,
-        texts=2,
-        sortable=True,
-    )
-    if len(groups) > _MANY:  # the figure would be as long as the table
+    columns = ["runs", "pruned net", "dense net", "weights kept", "base net", "before the cut", "after the cut"]
+    columns += ["seeds", "epochs", "seconds", "the paper", "difference"]
+    used = [index for index in range(len(columns)) if any(row[index] for row in rows)]
+    columns, rows = [columns[index] for index in used], [[row[index] for index in used] for row in rows]
+    many = len(groups) > _MANY
+    table = Table("Top-1 in % of all runs", columns, rows, sortable=True, folded=many)
+    if many:  # the figure would be as long as the table
         return Block(tables=[table])
     return _top1(marks, "Top-1 error of the pruned nets of all runs, beside the paper's.", table)
 
@@ -57,19 +55,20 @@ def comparison(groups: Sequence[Group]) -> Block:
 def results(group: Group) -> list[Block]:
     """Return accuracies beside the paper's, with mean and deviation over the seeds."""
     found = outcomes(group.runs)
-    rows = [
-        [one.title, *([one.shown] if one.std is not None else []), *_beside_the_papers(one)]
-        + [f"{value:.2f}" for value in one.values]
-        + ["" if one.last_ten_mean is None else f"{one.last_ten_mean:.2f}"]
-        for one in found
-    ]
-    mean = ["mean ± sd"] if len(group.runs) > 1 else []
-    columns = ["net", *mean, "the paper", "difference", *(f"seed {seed}" for seed in group.seeds), "last ten"]
+    has_paper = any(one.paper is not None for one in found)
+    several = len(group.runs) > 1
+    rows = []
+    for one in found:
+        last_ten = "" if one.last_ten_mean is None else f"{one.last_ten_mean:.2f}"
+        own = [*([one.shown] if several else []), *(f"{value:.2f}" for value in one.values), last_ten]
+        rows.append([one.title, *own, *(_beside_the_papers(one) if has_paper else [])])
+    columns = ["net", *(["mean ± sd"] if several else []), *(f"seed {seed}" for seed in group.seeds), "last ten"]
+    columns += ["the paper", "difference"] if has_paper else []
     over_seeds = group.over_seeds(", mean ± standard deviation over the seeds")
     table = Table(f"Top-1 in %{over_seeds}; last ten: mean of ten epochs", columns, rows)
     first = group.results[0]
     texts = [
-        f"{first['nonzeros']:,} of {first['prunable']:,} weights are kept; {group.runs[0].measured_on}.",
+        f"{first['nonzeros']:,} of {first['prunable']:,} weights are kept; accuracy is {group.runs[0].measured_on}.",
         *([cut_line(group.runs)] if "pruned" in first["top1"] and cut_line(group.runs) else []),
         *empty_layers_of(group.runs),
     ]
@@ -104,7 +103,6 @@ def curves(group: Group) -> list[Block]:
     return [
         _curve(loss, group.over_seeds("Thin lines are the seeds, thick ones their mean.")),
         _curve(error, lossless),
-        *(_cut_now(group) if _has_cuts(group) else []),
         Block(tables=[_epochs(group, stage) for stage in stages]),
     ]
 
@@ -117,12 +115,15 @@ def training_panels(group: Group) -> list[Panel]:
     if _has_cuts(group):
         errors.append(_errors(_line(group, "gsm", "cut_top1", label="GSM, if cut then", colour="purple", dash="-.")))
         cut = group.runs[0].cut_epoch
-    loss = Panel("Training loss", "training loss", [_line(group, stage, "loss") for stage in stages])
+    losses = [_line(group, stage, "loss", label=_style(stage).label + _smoothed(group, stage)) for stage in stages]
+    loss = Panel("Training loss", "training loss", losses)
     return [loss, Panel("Top-1 error", "top-1 error, %", errors, cut)]
 
 
-def _cut_now(group: Group) -> list[Block]:
-    """Return the curves of what a cut would take at each epoch of GSM training."""
+def cut_now(group: Group) -> list[Block]:
+    """Return the curves of what a cut would take at each epoch of GSM training, if that was measured."""
+    if not _has_cuts(group):
+        return []
     entered = _line(group, "gsm", "entered", label="entered")
     returned = _line(group, "gsm", "returned", label="of these kept before", colour="orange", dash="--")
     panels = {
@@ -153,6 +154,13 @@ def _line(group: Group, stage: str, key: str, **changes: Any) -> Line:
 def _style(stage: str) -> Line:
     """Return how a stage is drawn: one of a method other than GSM has its name."""
     return _STAGES.get(stage) or _STAGES[OURS]._replace(label=method_title(stage))
+
+
+def _smoothed(group: Group, stage: str) -> str:
+    """Return the label smoothing of a stage for a legend, if it has any: such a loss is no other's like."""
+    training = group.runs[0].recipe["base" if stage == "base" or stage.startswith("ticket") else "gsm"]
+    smoothing = training.get("label_smoothing", 0.0)
+    return f", labels smoothed by {smoothing:g}" if smoothing else ""
 
 
 def _errors(line: Line) -> Line:

@@ -168,7 +168,7 @@ def frontier(lines: Sequence[Points], dense: Points | None, unit: str = "compres
     if len(places) > 1:
         axes.set_xscale("log")
     if len(places) <= _FEW_ROWS and unit == "compression ratio":
-        axes.set_xticks(places, [f"{place:g}x" for place in places])
+        axes.set_xticks(places, [f"{place:.4g}x" for place in places])
     else:
         _log(axes.xaxis, places)
     axes.minorticks_off()

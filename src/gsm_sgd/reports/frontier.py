@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -10,9 +10,10 @@ from statistics import fmean
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from ..experiments import UsageError
 from ..experiments.recipes import DENSE, method_title
 from . import figures
-from .runs import Outcome, Run, outcome
+from .runs import Outcome, Run, outcome, read_inference
 
 _SETTING = 40  # characters of a setting in a label
 
@@ -30,16 +31,45 @@ class Series:
         runs = self.runs.get(1.0 if self.method == DENSE else ratio)
         return outcome(runs, "pruned") if runs else None
 
-    def kib_at(self, ratio: float) -> float | None:
-        """Return the mean size of the nets' sparse files in KiB, if there are any."""
-        sizes = [size for run in self.runs.get(ratio, ()) if (size := sparse_bytes(run.path)) is not None]
-        return fmean(sizes) / 1024 if sizes else None
+    def mean_at(self, ratio: float, quantity: str) -> float | None:
+        """Return the mean of one of `QUANTITIES` at a ratio, of the runs that have it."""
+        found = [QUANTITIES[quantity](run) for run in self.runs.get(ratio, ())]
+        known = [value for value in found if value is not None]
+        return fmean(known) if known else None
 
 
 def sparse_bytes(folder: Path) -> int | None:
     """Return the size of a run's sparse file, if it has been exported."""
     path = folder / "pruned.sparse.safetensors.xz"
     return path.stat().st_size if path.is_file() else None
+
+
+def _kib(run: Run) -> float | None:
+    size = sparse_bytes(run.path)
+    return None if size is None else size / 1024
+
+
+def _macs(run: Run) -> float | None:
+    counts = run.finished().get("macs")
+    return None if counts is None else float(counts["pruned"])
+
+
+def _milliseconds(run: Run) -> float | None:
+    """Return what the fastest form of the pruned net takes."""
+    try:
+        rows = read_inference(run.path) or []
+    except UsageError:
+        return None  # the section on speed says so
+    return min((row["milliseconds"] for row in rows if (row["batch"], row["threads"]) == (1, 1)), default=None)
+
+
+QUANTITIES: dict[str, Callable[[Run], float | None]] = {
+    "compression ratio": lambda run: float(run.recipe["compression"]),
+    "KiB of the sparse file": _kib,
+    "MACs": _macs,
+    "milliseconds, batch 1, one thread": _milliseconds,
+}
+"""What accuracy stands against, as runs have it."""
 
 
 def series_of(groups: Sequence[Sequence[Run]]) -> list[Series]:
@@ -78,7 +108,7 @@ def frontier_table(series: Sequence[Series], title: str, caption: str) -> Table:
     ratios = ratios_of(series)
     table = Table("method", title=title, caption=caption)
     for ratio in ratios:
-        table.add_column(f"{ratio:g}x", justify="right")
+        table.add_column(f"{ratio:.4g}x", justify="right")
     for one in series:
         found = [one.at(ratio) for ratio in ratios]
         table.add_row(one.label, *("" if cell is None else cell.shown for cell in found))
@@ -98,28 +128,39 @@ def verdicts(series: Sequence[Series]) -> list[str]:
         ahead = f"{first} {best.shown} against {second} {next_best.shown}"
         known = [one for one in deviations if one is not None]
         if len(known) < len(deviations):
-            texts.append(f"At {ratio:g}x one seed tells no lead: {ahead}.")
+            texts.append(f"At {ratio:.4g}x one seed tells no lead: {ahead}.")
         elif lead > max(known):
-            texts.append(f"At {ratio:g}x {first} leads by {lead:.2f}, more than one deviation: {ahead}.")
+            texts.append(f"At {ratio:.4g}x {first} leads by {lead:.2f}, more than one deviation: {ahead}.")
         else:
-            texts.append(f"At {ratio:g}x nobody leads by more than one deviation: {ahead}.")
+            texts.append(f"At {ratio:.4g}x nobody leads by more than one deviation: {ahead}.")
     return texts
 
 
-def frontier_figure(series: Sequence[Series], by_size: bool = False) -> Figure:
-    """Return top-1 errors against compression, or the size of the sparse files, with the dense net's."""
+def frontier_figure(series: Sequence[Series], quantity: str = "compression ratio") -> Figure:
+    """Return top-1 errors against one of `QUANTITIES`, with the dense net's."""
     lines, dense = [], None
     for one in series:
         if one.method == DENSE:
             found = one.at(1.0)
             dense = None if found is None else figures.Points(one.label, [1.0], [100 - found.mean], [0.0])
             continue
-        places = {ratio: one.kib_at(ratio) if by_size else ratio for ratio in one.runs}
+        places = {ratio: one.mean_at(ratio, quantity) for ratio in one.runs}
         cells = [(place, one.at(ratio)) for ratio, place in places.items() if place is not None]
-        points = [(place, 100 - cell.mean, cell.std or 0.0) for place, cell in cells if cell is not None]
+        points = sorted((place, 100 - cell.mean, cell.std or 0.0) for place, cell in cells if cell is not None)
         if points:
             lines.append(figures.Points(one.label, *(list(column) for column in zip(*points, strict=True))))
-    return figures.frontier(lines, dense, "KiB of the sparse file" if by_size else "compression ratio")
+    return figures.frontier(lines, dense, quantity)
+
+
+def best_of(series: Sequence[Series], most: int) -> list[Series]:
+    """Return the series with the best accuracies at the ratios that they have, at most so many, in their order."""
+    ranks: dict[str, list[int]] = {}
+    for ratio in ratios_of(series):
+        found = [(one.label, cell.mean) for one in series if (cell := one.at(ratio)) is not None]
+        for rank, (label, _) in enumerate(sorted(found, key=lambda pair: -pair[1])):
+            ranks.setdefault(label, []).append(rank)
+    best = sorted(series, key=lambda one: fmean(ranks.get(one.label, [len(series)])))[:most]
+    return [one for one in series if one in best]
 
 
 def frontier_csv(series: Sequence[Series]) -> str:

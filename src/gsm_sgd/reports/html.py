@@ -14,6 +14,7 @@ from ..experiments import UsageError
 from ..experiments.rundir import Record
 from ..experiments.whole_files import write_output
 from . import accuracy, figures, production, structure, sweep
+from .answer import answer
 from .blocks import Block, Group, Table, tried
 from .runs import PROGRESS, Run, by_recipe, comparable, read_run
 
@@ -21,9 +22,9 @@ _PANELS = {
     "results": "Results",
     "curves": "Curves",
     "layers": "Layers",
-    "masks": "Masks",
     "size": "Size and speed",
     "recipe": "Recipe and environment",
+    "diagnostics": "Diagnostics",
 }
 _SETTING = 60  # characters of a setting in a title
 _MANY = 6  # groups of runs: with more each has no parts of its own
@@ -73,24 +74,29 @@ def _page(groups: Sequence[Group], missing: list[str]) -> str:
     """Return the page; what turns out to be missing on the way goes to `missing`."""
     panels: dict[str, list[tuple[str, Sequence[Block]]]] = {key: [] for key in _PANELS}
     finished = [group for group in groups if group.results]
-    if len(finished) > 1:
-        panels["results"].append(("All runs side by side", [accuracy.comparison(finished)]))
-    for title, family in sweep.families(finished).items():
+    families = sweep.families(finished)
+    for title, family in families.items():
         panels["results"] += [(title, blocks)] if (blocks := sweep.frontier(family)) else []
         panels["curves"] += [(title, blocks)] if (blocks := sweep.curves(family)) else []
+    if len(finished) > 1:
+        panels["results"].append(("All runs side by side", [accuracy.comparison(finished)]))
     many = len(groups) > _MANY
     for group in () if many else groups:
-        said = {"curves": accuracy.curves(group), "recipe": production.recipe_and_environment(group)}
+        said = {
+            "curves": accuracy.curves(group),
+            "diagnostics": accuracy.cut_now(group),
+            "recipe": production.recipe_and_environment(group),
+        }
         if group.results:
             masks = structure.read_masks(group, missing)
             said |= {
                 "results": accuracy.results(group),
                 "layers": structure.layers(group, masks),
-                "masks": structure.agreement(group, masks),
                 "size": production.size_and_speed(group, missing),
+                "diagnostics": [*said["diagnostics"], *structure.agreement(group, masks)],
             }
         for key, blocks in said.items():
-            panels[key].append((group.title, blocks))
+            panels[key] += [(group.title, blocks)] if blocks else []
     runs = [run for group in groups for run in group.runs]
     unfinished = [run for run in runs if run.result is None and run.progress]
     progress = [Table(str(run.path), list(PROGRESS), run.progress) for run in unfinished]
@@ -114,6 +120,9 @@ def _page(groups: Sequence[Group], missing: list[str]) -> str:
         "many": many,
         "titles": titles,
         "panels": panels,
+        "answers": [(group.title, answer(group.runs)) for group in finished] if not many else [],
+        "measured": "; ".join(dict.fromkeys(run.measured_on for run in runs)),
+        "verdicts": {title: sweep.leaders(family) for title, family in families.items()},
         "missing": missing,
         "progress": progress,
         "drawn": drawn,

@@ -1,24 +1,20 @@
 """Sections of a report on what a pruned net costs, and on how it was made."""
 
-from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import yaml
 
-from ..experiments import UsageError
-from ..experiments.reading import cause, read_json
-from ..experiments.rundir import Record
 from . import figures
 from .blocks import Block, Group, Table, listed, tried
 from .figures import Row
+from .runs import read_inference
 
 _OF_A_PROCESS = (
     *("command", "commit", "version", "torch", "python", "processor", "instructions", "cores", "threads", "processes"),
     *("device", "started", "system"),
 )
 _KIB = 1024
-_MOST = 100  # measurements, and processes, of a run: a page for people to read
+_MOST = 100  # processes of a run: a page for people to read
 
 
 def size_and_speed(group: Group, missing: list[str]) -> list[Block]:
@@ -52,7 +48,9 @@ def _sizes(group: Group) -> Block:
 
 
 def _latency(group: Group, missing: list[str]) -> list[Block]:
-    measured = [(run.recipe["seed"], row) for run in group.runs for row in tried(missing, _inference, run.path) or []]
+    measured = [
+        (run.recipe["seed"], row) for run in group.runs for row in tried(missing, read_inference, run.path) or []
+    ]
     if not measured:
         return [Block("Latency", [f"Not measured yet: gsm bench inference {group.runs[0].path} does it."])]
     rows = []
@@ -72,22 +70,6 @@ def _latency(group: Group, missing: list[str]) -> list[Block]:
         heading = f"Latency, {threads} thread{'s' if threads > 1 else ''}"
         blocks.append(Block(heading, [], figure, f"{heading}: milliseconds by engine and batch."))
     return [*blocks, Block(tables=[table])]
-
-
-def _inference(folder: Path) -> list[Record] | None:
-    """Return what `gsm bench inference` has measured, or None if it has not."""
-    path = folder / "inference.json"
-    number = (int, float)
-    kinds: dict[str, Any] = {"engine": str, "batch": int, "threads": int, "milliseconds": number, "ratio": number}
-    try:
-        rows: list[Record] = read_json(path)["rows"]
-        if len(rows) > _MOST or not all(isinstance(row[key], kind) for row in rows for key, kind in kinds.items()):
-            raise ValueError("it has no such rows")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is damaged ({cause(error)}): delete it and measure again") from error
-    return rows
 
 
 def recipe_and_environment(group: Group) -> list[Block]:

@@ -62,6 +62,7 @@ _LAYER: Record = {"name": str, "shape": list, "params": int, "nonzeros": int}
 
 _ADDED: Record = {"cut": 1.0, "holdout": 0, "model": "", "dataset": "", "method": OURS}  # what a recipe may lack
 _MOST_LAYERS = 10_000
+_MOST_MEASUREMENTS = 100
 _PERCENT = 100
 
 _LAST = 10  # evaluations in the mean that the authors' code reports
@@ -139,10 +140,10 @@ class Run:
     def measured_on(self) -> str:
         """What accuracies are of."""
         if self.recipe.get("holdout"):
-            return f"accuracy on {self.recipe['holdout']:,} held-out training images, not on the test set"
+            return f"on {self.recipe['holdout']:,} held-out training images, not on the test set"
         if self.recipe.get("dataset") == "synthetic":
             return "on made-up data: not comparable with the paper"
-        return "accuracy on the full test set after the last epoch, or at the cut"
+        return "on the full test set after the last epoch, or at the cut"
 
     @property
     def progress(self) -> list[list[str]]:
@@ -199,6 +200,28 @@ def read_run(path: Path) -> Run:
     if not {record["stage"] for record in metrics} <= set(run.stages.values()):
         raise UsageError(f"{path / 'metrics.jsonl'} is damaged (it has a stage that no run has): delete it")
     return run
+
+
+def read_inference(folder: Path) -> list[Record] | None:
+    """Return what `gsm bench inference` has measured in a run's folder, or None if it has not.
+
+    Raises:
+        UsageError: its file is damaged.
+    """
+    path = folder / "inference.json"
+    number = (int, float)
+    kinds: dict[str, Any] = {"engine": str, "batch": int, "threads": int, "milliseconds": number, "ratio": number}
+    try:
+        rows: list[Record] = read_json(path)["rows"]
+        if len(rows) > _MOST_MEASUREMENTS or not all(
+            isinstance(row[key], kind) for row in rows for key, kind in kinds.items()
+        ):
+            raise ValueError("it has no such rows")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is damaged ({cause(error)}): delete it and measure again") from error
+    return rows
 
 
 def _checked(result: object, method: str) -> Record:

@@ -101,9 +101,7 @@ def agreement(group: Group, masks: Masks) -> list[Block]:
     """Return how far the masks of methods and seeds agree, against what chance would give."""
     found = [(method, seed, mask) for method, of_seeds in masks.items() for seed, mask in of_seeds.items()]
     if len(found) < 2:
-        return [
-            Block(texts=["There is one mask only: a second seed, or a base net, gives something to compare it with."])
-        ]
+        return []  # a second seed, or a base net, would give something to compare it with
     pairs: dict[str, list[tuple[dict[str, Tensor], dict[str, Tensor]]]] = {}
     for (method, seed, ours), (other, other_seed, theirs) in itertools.combinations(found, 2):
         seeds = "same seed" if seed == other_seed else "different seeds"
@@ -124,4 +122,6 @@ def agreement(group: Group, masks: Masks) -> list[Block]:
     if len(found) > 2:
         overlaps = [[100 * nets.agreement(ours, theirs).overlap for *_, theirs in found] for *_, ours in found]
         figure = figures.matrix([f"{method}, {seed}" for method, seed, _ in found], overlaps)
-    return [Block("", [text], figure, "Overlap in % between the masks of all methods and seeds.", [table])]
+    return [
+        Block("Agreement of masks", [text], figure, "Overlap in % between the masks of all methods and seeds.", [table])
+    ]

@@ -24,7 +24,7 @@ def results_table(runs: Sequence[Run]) -> Table:
     seeds = ", ".join(str(result["seed"]) for result in results)
     title = f"{runs[0].title}, seed{'s' if len(results) > 1 else ''} {seeds}: "
     title += f"{first['nonzeros']:,} of {first['prunable']:,} weights"
-    caption = f"{runs[0].measured_on}; last ten: mean of the ten epochs up to it"
+    caption = f"accuracy {runs[0].measured_on}; last ten: mean of the ten epochs up to it"
     table = _table(title, ("net", "top-1 %", "last ten", "paper"), caption)
     for found in outcomes(runs):
         last_ten, paper = ("" if one is None else f"{one:.2f}" for one in (found.last_ten_mean, found.paper))
