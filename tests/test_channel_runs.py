@@ -132,10 +132,30 @@ def test_inference_is_measured_dense_and_narrow(run, monkeypatch, capsys, tmp_pa
         (["prune", "lenet5", "--method", "slimming"], "slimming is for --pattern channel"),
         (["prune", "lenet5", "--method", "rigl", "--pattern", "channel"], "rigl is for --pattern weight"),
         (["prune", "lenet5", "--method", "slimming", "--pattern", "channel"], "no norm scales the channels of"),
-        (["compare", "lenet5", "--pattern", "channel"], "gsm compare is of single weights"),
+        (["compare", "lenet5", "--pattern", "channel"], "gradual is for --pattern weight"),
+        (["compare", "lenet5", "--pattern", "channel", "--methods", "gsm,dense", "--macs", "0.5,x"], "like 20,60,200"),
         (["lottery", "lenet5", "--pattern", "channel"], "a lottery is for single weights: leave out --pattern channel"),
     ],
 )
 def test_bad_usage(words, message, tmp_path, capsys):
     assert message in fails(capsys, *words, "--dataset", "synthetic", "--out", tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+
+
+def test_methods_are_compared_on_channels(tmp_path, capsys):
+    """At shares of the MACs, beside the dense net; runs of gsm prune with the same settings are theirs too."""
+    words = ["lenet5", "--dataset", "synthetic", "--pattern", "channel", "--epochs-scale=0.2", "--out", str(tmp_path)]
+    assert cli.run(["prune", *words, "--macs", "0.4"]) == 0
+    capsys.readouterr()
+    assert cli.run(["compare", *words, "--macs", "0.4,0.3", "--methods", "gsm,uniform,dense"]) == 0
+    assert "5 runs, 1 of them over" in capsys.readouterr().out
+    (folder,) = tmp_path.glob("*-compare-*")
+    methods = json.loads((folder / "compare.json").read_text())["methods"]
+    assert [list(cells) for cells in methods.values()] == [["2.5", "3.33333"]] * 3
+    shares = []
+    for path in tmp_path.glob("*-prune-*macs*"):
+        result = json.loads((path / "result.json").read_text())
+        shares.append(float(path.name.partition("macs")[2].partition("-")[0]))
+        assert result["macs"]["pruned"] <= shares[-1] * result["macs"]["dense"]
+        assert "dense" in result["top1"]
+    assert sorted(shares) == [0.3, 0.3, 0.4, 0.4]

@@ -32,7 +32,6 @@ from ..experiments.recipes import (
 )
 from ..export.run import Format
 from ..export.sparse import Values
-from ..methods import METHODS
 from . import COMMANDS, EXAMPLES
 
 RUNS = ("prune", "lottery", "compare")
@@ -297,7 +296,7 @@ def _add_run_options(parser: ArgumentParser, recipe: Recipe, command: str) -> No
         group.add_argument("--baseline", action="store_true", help="also train the dense net, for as many epochs")
     elif command == "compare":
         group = parser.add_argument_group("comparison")
-        _option(group, "--methods", str, _COMPARED, f"what to compare: {', '.join((OURS, *METHODS))}")
+        _option(group, "--methods", str, _COMPARED, f"what to compare: {', '.join((OURS, *RIVALS))}")
         _option(group, "--jobs", int, 1, "runs at a time, each in a process of its own")
         grid = "settings to choose on --holdout images, like gsm.lr=0.05,0.1 rigl.fraction=0.3,0.5 gsm:ramp=0.3,0.4"
         group.add_argument("--tune", nargs="+", type=str, default=None, help=grid)
@@ -305,7 +304,7 @@ def _add_run_options(parser: ArgumentParser, recipe: Recipe, command: str) -> No
         _option(parser, "--method", str, recipe.method, argparse.SUPPRESS)
     _add_running(parser.add_argument_group("running"), command)
 
-    elsewhere = {"recipe", "preset", "compression", "method", "settings"}
+    elsewhere = {"recipe", "preset", "compression", "method", "settings", *(["macs"] if command == "compare" else [])}
     defaults = {
         key: value for key, value in recipe.as_dict().items() if key not in {*elsewhere, recipe.method} - {OURS}
     }
@@ -324,7 +323,10 @@ def _add_budgets(parser: Group, recipe: Recipe, command: str) -> None:
     _option(parser, "--density", str | None, None, "share of the weights that is kept, like 0.1, or 0.1,0.05")
     ratio = "C, of N weights floor(N / C) are kept, or several, like 20,60"
     _option(parser, "--compression", float | str, recipe.compression, ratio)
-    if command == "prune":
+    if command == "compare":
+        shares = "with --pattern channel: shares of the dense net's multiply-accumulates, like 0.5,0.4"
+        _option(parser, "--macs", float | str, recipe.macs, shares)
+    elif command == "prune":
         _option(parser, "--target-size", str | None, None, "of a sparse file, like 20KB, which then is exported")
 
 

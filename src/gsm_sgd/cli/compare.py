@@ -32,7 +32,7 @@ from ..experiments.compare import (
 )
 from ..experiments.environment import environment
 from ..experiments.loop import fitting_precision
-from ..experiments.plan import folder_of, parse_ratios, parse_seeds
+from ..experiments.plan import dense_of, folder_of, parse_ratios, parse_seeds
 from ..experiments.recipes import DENSE, OURS, Recipe, by_method, method_title, net_name
 from ..experiments.rundir import Record, RunFolder
 from ..experiments.whole_files import atomic_write
@@ -110,8 +110,6 @@ def compare_methods(options: Namespace, console: Console, log: Console) -> int:
     recipe = recipe_of_options(options).scaled(options.epochs_scale)
     if recipe.method != OURS:
         raise UsageError("a comparison starts from a recipe of GSM: leave out --method, name all in --methods")
-    if recipe.pattern == "channel":
-        raise UsageError("gsm compare is of single weights: compare runs of channels by gsm report")
     recipe = replace(recipe, precision=fitting_precision(recipe.precision, device))
     plan = planned(recipe, options, device)
     runs = {cell.path: cell.recipe for cell in possible_runs(plan)}
@@ -139,11 +137,13 @@ def planned(recipe: Recipe, options: Namespace, device: torch.device) -> Compari
         raise UsageError("--tune chooses settings on held-out training images: add --holdout 5000, say")
     recipes = {}
     for method in methods:
-        one = by_method(recipe, method)
+        one = dense_of(recipe) if method == DENSE else by_method(recipe, method)
         own = options.get(method) if one.settings else None
         recipes[method] = replace(one, settings={**one.settings, **own.as_dict()}) if own else one
     seeds = [recipe.seed] if options.seeds is None else parse_seeds(options.seeds)
     ratios = parse_ratios(options.compression)
+    if recipe.pattern == "channel":
+        ratios = [1 / share for share in parse_ratios(options.macs)]
     return Comparison(recipe, recipes, ratios, seeds, trials, options.out, device)
 
 

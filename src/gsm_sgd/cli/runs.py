@@ -241,6 +241,7 @@ def recipe_of_options(options: Namespace) -> Recipe:
         if not isinstance(given[stage], dict):
             raise UsageError(f"{stage} must be settings of its own, like {stage}.epochs, not {given[stage]}")
     given["compression"] = parse_ratios(given["compression"])[0]
+    given["macs"] = parse_ratios(given["macs"])[0]
     if given["pattern"] == "channel" and given["macs"] > 0:
         given["compression"] = 1 / given["macs"]
     names = {*(field.name for field in fields(Recipe)), given["method"]} - {"settings"}

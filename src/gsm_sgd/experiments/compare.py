@@ -13,21 +13,34 @@ from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 from torch.nn import functional as F
 
-from ..methods import METHODS
 from ..optim.checks import NonFiniteGradientError
 from . import UsageError, models, suggestion
+from .channels import find_channels
 from .loop import TrainingDivergedError, evaluate, steps_per_epoch
 from .observers import ProgressBars
 from .prune import Job, gsm, method_of, plain_sgd, prune
 from .reading import read_json, read_yaml
-from .recipes import DENSE, OF_GSM, OURS, Recipe, add_settings, find_settings
+from .recipes import DENSE, OF_GSM, OURS, RIVALS, Recipe, add_settings, find_settings
 from .rundir import DEFAULTS, RunFolder, dotted, read_metrics
 from .splits import Dataset
 from .whole_files import atomic_write
 
 _STEPS = (5, 25)  # to warm up, and to measure
-_FIXED = ("recipe", "preset", "method", "compression", "seed", "holdout", "model", "dataset", "weights")
+_FIXED = (
+    "recipe",
+    "preset",
+    "method",
+    "compression",
+    "pattern",
+    "macs",
+    "seed",
+    "holdout",
+    "model",
+    "dataset",
+    "weights",
+)
 _MOST_TRIALS = 1_000
+_SHARE = ".12g"  # of MACs: more digits than anybody writes, fewer than a rounding error takes
 _OF_THE_BASE = ("model", "dataset", "weights", "batch_size", "seed", "precision", "holdout", "normalization")
 
 Settings = Mapping[str, Any]
@@ -74,7 +87,7 @@ def parse_grid(words: Sequence[str], methods: Sequence[str]) -> dict[str, list[d
         if not (equals and values and name):
             raise UsageError(f"--tune takes settings like gsm.lr=0.05,0.1 or rigl:gsm.momentum=0.9,0.95, not {word!r}")
         owner = name.partition(".")[0]
-        if owner in METHODS:
+        if owner in RIVALS:
             only = only or owner
         elif name in OF_GSM:
             only = only or OURS
@@ -204,11 +217,12 @@ def seconds_of_runs(cells: Iterable[Cell], data: Dataset, device: torch.device) 
 def _seconds(recipe: Recipe, data: Dataset, device: torch.device) -> float:
     model = models.build(recipe.model, recipe.seed, data.classes).to(device)
     steps = steps_per_epoch(data, recipe)
+    groups = find_channels(model, next(iter(data.test.batches(1)))[0]) if recipe.pattern == "channel" else None
     if recipe.method == OURS:
-        optimizer: torch.optim.Optimizer = gsm(model, recipe, steps)
+        optimizer: torch.optim.Optimizer = gsm(model, recipe, steps, groups)
     else:
         optimizer = plain_sgd(model, recipe.gsm)
-        method_of(recipe, optimizer, steps)
+        method_of(recipe, optimizer, steps, model, groups)
     warm_up, measured = _STEPS
     began, taken = 0.0, 0
     for images, labels in data.train.shuffled(recipe.batch_size, recipe.seed, epoch=0):
@@ -237,5 +251,9 @@ def unique(cells: Iterable[Cell]) -> list[Cell]:
 
 
 def at_ratio(recipe: Recipe, ratio: float) -> Recipe:
-    """Return a recipe with another compression ratio; the dense net has none."""
-    return recipe if recipe.method == DENSE else replace(recipe, compression=ratio)
+    """Return a recipe with another compression ratio, of channels that of the MACs; the dense net has none."""
+    if recipe.method == DENSE:
+        return recipe
+    if recipe.pattern == "channel":
+        return replace(recipe, compression=ratio, macs=float(f"{1 / ratio:{_SHARE}}"))
+    return replace(recipe, compression=ratio)
