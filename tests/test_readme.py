@@ -3,43 +3,21 @@
 import importlib.util
 import json
 import re
-import shlex
 from dataclasses import replace
 from itertools import chain
-from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from gsm_sgd import sparsity_table
-from gsm_sgd.arguments import parse
 from gsm_sgd.experiments.recipes import find_recipe
+from pages import PAGES, ROOT, check_commands, commands, run_snippets
 
-ROOT = Path(__file__).parent.parent
 RESULTS = sorted((ROOT / "results").glob("*.json"))
-SNIPPETS = ("README.md", "docs/guide.md")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
 generate = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(generate)
-
-
-def what_snippets_expect():
-    """Return a fresh model, its batches and the number of steps, and what one has imported."""
-    batches = [(torch.randn(8, 64), torch.randint(10, (8,))) for _ in range(40)]
-    model = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
-    return {"model": model, "batches": batches, "T": len(batches), "torch": torch, "F": nn.functional}
-
-
-def run_snippets(page):
-    """Run a page's blocks of Python one after the other, each with a fresh model, and yield what is defined."""
-    names = {}
-    for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)):
-        names |= what_snippets_expect()
-        exec(compile(block, f"{page}, snippet {number + 1}", "exec"), names)
-        yield names
 
 
 def test_snippets_of_the_readme_run(tmp_path, monkeypatch):
@@ -56,25 +34,14 @@ def test_snippets_of_the_readme_run(tmp_path, monkeypatch):
     assert next(blocks)["optimizer"].num_kept == 116  # a tenth of 1,184, in whole blocks of four
 
 
-def test_snippets_of_the_guide_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert len(list(run_snippets("docs/guide.md"))) == 10
-
-
-@pytest.mark.parametrize("page", SNIPPETS)
-def test_commands_parse(page):
-    """A command or an option that does not exist, or a value of the wrong kind, is a UsageError."""
-    text = (ROOT / page).read_text()
-    lines = re.findall(r"^    (?:gsm|torchrun .* -m gsm_sgd) (.*)", text, re.M) + re.findall(r"`gsm (\w+ [^`]+)`", text)
-    assert lines
-    for line in lines:
-        words = shlex.split(line, comments=True)
-        assert parse(words).command in (words[0], " ".join(words[:2]))
+def test_commands_parse():
+    assert commands("README.md")
+    check_commands("README.md")
 
 
 def test_targets_of_make_exist():
     made = {target for page in PAGES for target in re.findall(r"`make (\w+)`", page.read_text())}
-    assert made == {"demo", "test"}
+    assert made == {"demo", "docs", "test"}
     assert made <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
 
 
