@@ -26,6 +26,8 @@ myst_enable_extensions = ["colon_fence"]
 smartquotes_action = "D"  # dashes; docstrings quote code, which wants plain quotes
 highlight_language = "none"
 
+pygments_dark_style = "github-dark"
+
 html_theme = "furo"
 html_title = "gsm-sgd"
 html_static_path = ["_static"]
@@ -46,10 +48,9 @@ toc_object_entries_show_parents = "hide"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
 napoleon_use_rtype = False
 napoleon_use_param = False  # several arguments that share a description stay together
-napoleon_custom_sections = [("Warns", "returns_style")]
+napoleon_custom_sections = [("Warns", "returns_style"), ("Attributes", "params_style")]
 default_role = "code"  # `name` in a docstring is code, as everywhere but in reStructuredText
 
 
@@ -57,14 +58,14 @@ def as_rst(lines: list[str]) -> list[str]:
     """Return a docstring, which is written to be read as it stands, in reStructuredText.
 
     What is indented below a paragraph that ends in a colon is preformatted. Bars, stars and underscores stand for
-    themselves.
+    themselves, but in examples.
     """
     text, preformatted = [], False
     for number, line in enumerate(lines):
         if line.strip() and not line.startswith("    "):
             preformatted = line.endswith(":") and lines[number + 1 : number + 2] == [""]
             line = f"{line}:" if preformatted else line
-        if not preformatted or not line.startswith("    "):
+        if not (preformatted and line.startswith("    ") or line.lstrip().startswith((">>>", "..."))):
             line = re.sub(r"(`[^`]*`)|([|*])|(?<=\w)(_)(?!\w)", lambda m: m[1] or f"\\{m[2] or m[3]}", line)
         text.append(line)
     return text

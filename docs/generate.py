@@ -229,7 +229,7 @@ def settings(path: str) -> str:
         names = list(keys)
         values = dict.fromkeys(json.dumps(v) if isinstance(v, str) else str(v) for v in map(defaults.get, names))
         rows.append([", ".join(f"`{key}`" for key in names), ", ".join(f"`{value}`" for value in values), text])
-    return _table(["setting", "default", ""], rows) if rows else "It has no settings of its own."
+    return _table(["setting", "default", "meaning"], rows) if rows else "It has no settings of its own."
 
 
 def _argument(made: Any, key: str) -> str:
