@@ -58,15 +58,17 @@ default_role = "code"  # `name` in a docstring is code, as everywhere but in reS
 def as_rst(lines: list[str]) -> list[str]:
     """Return a docstring, which is written to be read as it stands, in reStructuredText.
 
-    What is indented below a paragraph that ends in a colon is preformatted. Bars, stars and underscores stand for
-    themselves, but in examples.
+    What is indented below an empty line is preformatted. Bars, stars and underscores stand for themselves, but in
+    examples.
     """
     text, preformatted = [], False
     for number, line in enumerate(lines):
-        if line.strip() and not line.startswith("    "):
-            preformatted = line.endswith(":") and lines[number + 1 : number + 2] == [""]
-            line = f"{line}:" if preformatted else line
-        if not (preformatted and line.startswith("    ") or line.lstrip().startswith((">>>", "..."))):
+        if line and not line.startswith("    "):
+            preformatted = False
+        elif line and not preformatted and number > 1 and not lines[number - 1] and lines[number - 2][:1].strip():
+            preformatted = True
+            text += ["::", ""]
+        if not (preformatted or line.lstrip().startswith((">>>", "..."))):
             line = re.sub(r"(`[^`]*`)|([|*])|(?<=\w)(_)(?!\w)", lambda m: m[1] or f"\\{m[2] or m[3]}", line)
         text.append(line)
     return text

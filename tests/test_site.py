@@ -95,6 +95,20 @@ def test_pages_fit_a_phone(site, address, page):
         assert page.evaluate(CUT_OFF) == [], name
 
 
+def test_docstrings_read_as_they_stand(address, page):
+    page.goto(f"{address}reference/schedules.html")
+    equations = "".join(page.locator("pre").all_inner_texts())
+    assert "z <- beta z + eta w\nw <- w - alpha z " in equations
+    assert "x = (1 - lambda) (lambda - beta) / lambda\nNesterov: " in equations
+    page.goto(f"{address}reference/optimizers.html")
+    text = page.inner_text("article")
+    assert '"taylor" |w g|, "fisher" |w| sqrt(v)' in text
+    page.goto(f"{address}reference/masks.html")
+    text = page.inner_text("article")
+    assert ".apply_(model)" in text
+    assert "\\" not in text
+
+
 def test_wide_tables_can_be_scrolled(address, page):
     page.goto(f"{address}results.html")
     table = page.locator(".table-wrapper").first
