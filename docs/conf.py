@@ -82,8 +82,8 @@ def convert_docstring(
 
 
 def keep_together(_app: Sphinx, _page: str, source: list[str]) -> None:
-    """Let no line end between a mean and its deviation, nor within a sum of epochs."""
-    source[0] = re.sub(r"(?<=\d) ([±+]) (?=\d)", "\u00a0\\1\u00a0", source[0])
+    """Let no line end between a mean and its deviation, nor within a range or a sum of epochs."""
+    source[0] = re.sub(r"(?<=\d) ([±+]|to) (?=\d)", "\u00a0\\1\u00a0", source[0])
 
 
 def setup(app: Sphinx) -> None:
