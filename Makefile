@@ -4,7 +4,7 @@ BIN := .venv/bin
 # a process for each core, each with one thread
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo test quick lint clean
+.PHONY: demo test quick lint docs clean
 
 demo: .venv/demo  ## lottery tickets of LeNet-300-100 at 60x on real MNIST, and a report of them
 	$(BIN)/gsm lottery lenet300
@@ -19,8 +19,13 @@ quick: .venv/installed  ## what to run after every edit, in under a minute
 
 lint: .venv/installed
 	$(BIN)/ruff check src tests benchmarks examples docs
-	$(BIN)/ruff format --check src tests benchmarks examples docs
+	$(BIN)/ruff format --check src tests benchmarks examples docs/*.py
+	$(BIN)/ruff format --check --line-length 88 --exclude '*.py' docs  # what a page shows without scrolling
 	$(BIN)/mypy
+
+docs: .venv/installed  ## the documentation site, in build/docs: a warning is an error
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/docs
+	@echo "open build/docs/index.html"
 
 # the demo does without what only the tests need
 .venv/demo: EXTRA := experiments

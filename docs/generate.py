@@ -1,20 +1,29 @@
-"""Write the tables of results in README.md and docs/ from results/*.json.
+"""Write the tables of results in README.md and docs/ from results/*.json, those of settings from the code.
 
 A table stands between `<!-- FUNCTION ARGUMENTS -->` and `<!-- end -->`; the functions are below.
 
     python docs/generate.py
 """
 
+import importlib
+import inspect
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from gsm_sgd.methods import METHODS
+from gsm_sgd.structured import METHODS as CHANNEL_METHODS
+
 ROOT = Path(__file__).parent.parent
-PAGES = {"README.md": "", "docs/results.md": "../", "docs/theory.md": "../"}
+PAGES = {
+    page: "../" * page.count("/")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    for page in [path.relative_to(ROOT).as_posix()]
+}
 """The pages, and how each gets to the root of the repository."""
 
 MODELS = {"lenet300": "LeNet-300-100", "lenet5": "LeNet-5", "resnet": "ResNet-", "gpt2": "GPT-2"}
@@ -74,6 +83,39 @@ def accuracy(kind: str, *words: str) -> str:
         seeds = ", ".join(map(str, record["seeds"]))
         rows.append([_link(f"{net}`{recipe['preset']}`", name), epochs, seeds, *_cells(values, COLUMNS[kind])])
     return _table(["", "epochs", "seeds", *map(_name, COLUMNS[kind])], rows)
+
+
+def headline(*words: str) -> str:
+    """Return what a dense net, GSM and the best other method reach in as many epochs.
+
+    A word is NAME@RATIO of a comparison, or NAME of runs of GSM alone or of the language model; an empty cell has not been
+    measured.
+    """
+    rows = []
+    for word in words:
+        name, _, ratio = word.partition("@")
+        record = _read(name)
+        if ratio:
+            net, length = f"{record['model']}, {ratio}x", f"{record['epochs']} epochs"
+            top1 = {method: of[ratio] for method, of in record["methods"].items() if ratio in of}
+            gsm, dense = top1.pop("GSM"), top1.pop("dense net")
+            best = max(top1, key=lambda method: top1[method]["mean"])
+            cells = [*map(_cell, (dense, gsm)), f"{_cell(top1[best])} ({best})"]
+        elif "top1" in record:
+            recipe, top1 = record["recipe"], record["top1"]
+            fewer = " fewer MACs, by channels" if recipe.get("pattern") == "channel" else ""
+            net, length = f"{recipe['model']}, {recipe['compression']:.3g}x{fewer}", f"{recipe['gsm']['epochs']} epochs"
+            base = f"; it starts from {_cell(top1['base'])}" if "base" in top1 else ""
+            cells = ["", f"{_cell(top1['pruned'])}{base}", ""]
+        else:
+            dense, pruned = (f"{row['bits_per_byte']:.2f}" for row in record["rows"])
+            net, length = (
+                f"transformer, {record['rows'][1]['compression']}x, bits per byte",
+                f"{record['steps']:,} steps",
+            )
+            cells = [dense, pruned, ""]
+        rows.append([_link(_name(net), name), length, *cells])
+    return _table(["net", "length", "dense net", "GSM", "best other method"], rows)
 
 
 def narrow(*names: str) -> str:
@@ -200,6 +242,67 @@ def sharded(name: str) -> str:
         ]
         rows.append([f"{weights:,}", *cells])
     return _table(titles, rows)
+
+
+# --- methods ---
+
+
+def settings(path: str) -> str:
+    """Return the settings of a class or function by its path, their defaults, and what its docstring says of them."""
+    module, _, name = path.rpartition(".")
+    made = getattr(importlib.import_module(module), name)
+    if hasattr(made, "settings"):  # those of a method, without its budget
+        defaults = made.settings()
+    else:
+        arguments = inspect.signature(made).parameters.values()
+        defaults = {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
+    texts = {key: _argument(made, key) for key in defaults}
+    rows = []
+    for text, keys in groupby(defaults, texts.__getitem__):
+        names = list(keys)
+        values = dict.fromkeys(json.dumps(v) if isinstance(v, str) else str(v) for v in map(defaults.get, names))
+        rows.append([", ".join(f"`{key}`" for key in names), ", ".join(f"`{value}`" for value in values), text])
+    return _table(["setting", "default", "meaning"], rows) if rows else "It has no settings of its own."
+
+
+def _argument(made: Any, key: str) -> str:
+    """Return the first sentence of a docstring about an argument, an inherited one if it only says "as of ..."."""
+    entry = re.compile(r"^    (\w[\w, ]*): (.*?)(?=\n    \w|\n\n|\Z)", re.MULTILINE | re.DOTALL)
+    documented = [one.__doc__ for one in (made.__mro__ if inspect.isclass(made) else [made]) if one.__doc__]
+    entries = [found for text in documented for found in entry.findall(inspect.cleandoc(text))]
+    texts = [" ".join(text.split()) for names, text in entries if key in names.split(", ")]
+    sentences = [re.split(r"(?<=[^.]\.)\s", text)[0].rstrip(".").replace("|", "\\|") for text in texts]
+    return next((text for text in sentences if not text.startswith("as of ")), sentences[0])
+
+
+def measured(method: str) -> str:
+    """Return what was measured of a method other than GSM: on channels as `narrow` has it, else beside GSM."""
+    records = {path.stem: _read(path.stem) for path in sorted((ROOT / "results").glob("*.json"))}
+    runs = [name for name, record in records.items() if record.get("recipe", {}).get("method") == method]
+    if runs and method in CHANNEL_METHODS:
+        return narrow(*runs)
+    rows = [row for name, record in records.items() for row in _against_gsm(method, name, record)]
+    if not rows:
+        return "Nothing has been measured yet."
+    return _table(["top-1 in %", "epochs", f"`{method}`", "`gsm`"], rows)
+
+
+def _against_gsm(method: str, name: str, record: Any) -> Iterator[list[str]]:
+    """Yield what a file says of a method on weights: net, epochs, its top-1, and GSM's on the same net."""
+    title = METHODS[method].title if method in METHODS else None
+    if title in record.get("methods", {}):
+        theirs, ours = record["methods"][title], record["methods"].get("GSM") or record["methods"]["GSM, fast"]
+        for ratio in theirs:
+            net = _name(f"{record['model']}, {ratio}x")
+            yield [_link(net, name), str(record["epochs"]), *_cells(theirs, [ratio]), *_cells(ours, [ratio])]
+    elif method == "one_shot" and record.get("benchmark") == "one-shot":
+        for row, top1 in record["rows"].items():
+            net, _, epochs = row.partition(", ")
+            yield [_link(_name(net), name), epochs.removesuffix(" epochs"), *_cells(top1, ["retrained", "pruned"])]
+    elif record.get("recipe", {}).get("method") == method:
+        recipe = record["recipe"]
+        net = _name(f"{recipe['model']}, {recipe['compression']:g}x")
+        yield [_link(net, name), str(recipe["gsm"]["epochs"]), *_cells(record["top1"], ["pruned"]), ""]
 
 
 # --- cells ---

@@ -3,78 +3,66 @@
 import importlib.util
 import json
 import re
-import shlex
 from dataclasses import replace
 from itertools import chain
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from gsm_sgd import sparsity_table
-from gsm_sgd.cli.arguments import parse
+import gsm_sgd
+from gsm_sgd import callbacks, sparsity_table
 from gsm_sgd.experiments.recipes import find_recipe
+from gsm_sgd.structured import ChannelGroups
+from pages import PAGES, ROOT, check_commands, commands, run_snippets
 
-ROOT = Path(__file__).parent.parent
 RESULTS = sorted((ROOT / "results").glob("*.json"))
-SNIPPETS = ("README.md", "docs/guide.md")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
 generate = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(generate)
 
 
-def what_snippets_expect():
-    """Return a fresh model, its batches and the number of steps, and what one has imported."""
-    batches = [(torch.randn(8, 64), torch.randint(10, (8,))) for _ in range(40)]
-    model = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
-    return {"model": model, "batches": batches, "T": len(batches), "torch": torch, "F": nn.functional}
-
-
-def run_snippets(page):
-    """Run a page's blocks of Python one after the other, each with a fresh model, and yield what is defined."""
-    names = {}
-    for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)):
-        names |= what_snippets_expect()
-        exec(compile(block, f"{page}, snippet {number + 1}", "exec"), names)
-        yield names
-
-
 def test_snippets_of_the_readme_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    blocks = run_snippets("README.md")
-    first = next(blocks)
+    (first,) = run_snippets("README.md")
     assert first["masks"].num_kept == sum(row.nonzeros for row in sparsity_table(first["model"])) == 473
     assert first["accuracy"] > 0.95
-    scheduled = [row.nonzeros for row in sparsity_table(next(blocks)["model"])]
-    assert sum(scheduled) == (64 * 16 + 16 * 10) // 10
-    assert next(blocks)["slim"][0].out_features == 8  # of 16, which is half of the MACs
-    assert [row.nonzeros for row in sparsity_table(next(blocks)["model"])] == scheduled
-    assert next(blocks)["optimizer"].num_kept == 116  # a tenth of 1,184, in whole blocks of four
 
 
-def test_snippets_of_the_guide_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert len(list(run_snippets("docs/guide.md"))) == 10
+def test_what_the_readme_offers_in_a_line_is_there():
+    """The table of what one has: each line's call, with what it leaves out."""
+    given = {
+        **{"T": 10, "x": torch.randn(2, 64), "TransformersCallback": callbacks.TransformersCallback},
+        **{"LightningCallback": callbacks.LightningCallback, "ChannelGroups": ChannelGroups, "Trainer": dict},
+        **vars(gsm_sgd),
+        **{name: getattr(gsm_sgd, name) for name in gsm_sgd.__all__},
+    }
+    lines = re.findall(r"^\| .*? \| (.*`\w+\(.*`.*) \|$", (ROOT / "README.md").read_text(), re.M)
+    calls = [call for line in lines for call in re.findall(r"`(\w+\(.*?\))`", line)]
+    assert len(calls) >= 6
+    for call in calls:
+        model = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 8))
+        filled = {
+            "one_phase(...,": "one_phase(model, total_steps=10, lr=0.1,",  # NM prescribes the density
+            "GSM(...,": "GSM(model.named_parameters(), lr=0.1,",
+            "(...)": "(model.named_parameters(), lr=0.1, sparsity=0.5)",
+            "(...,": "(",
+        }
+        for left_out, said in filled.items():
+            call = call.replace(left_out, said)
+        assert eval(call, {**given, "model": model}) is not None
 
 
-@pytest.mark.parametrize("page", SNIPPETS)
-def test_commands_parse(page):
-    """A command or an option that does not exist, or a value of the wrong kind, is a UsageError."""
-    text = (ROOT / page).read_text()
-    lines = re.findall(r"^    (?:gsm|torchrun .* -m gsm_sgd) (.*)", text, re.M) + re.findall(r"`gsm (\w+ [^`]+)`", text)
-    assert lines
-    for line in lines:
-        words = shlex.split(line, comments=True)
-        assert parse(words).command in (words[0], " ".join(words[:2]))
+def test_commands_parse():
+    assert commands("README.md")
+    check_commands("README.md")
 
 
 def test_targets_of_make_exist():
     made = {target for page in PAGES for target in re.findall(r"`make (\w+)`", page.read_text())}
-    assert made == {"demo", "test"}
+    assert made == {"demo", "docs", "test"}
     assert made <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
 
 

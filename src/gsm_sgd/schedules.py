@@ -18,10 +18,10 @@ prune", 2017; most weights become passive early, when there are many to choose f
 class Phase(StrEnum):
     """What a step does."""
 
-    RAMP = "ramp"  # the number of active weights falls to Q
-    SEARCH = "search"  # Q weights are active, chosen anew at every step
-    FADE = "fade"  # the masks are fixed; what they do not keep only decays
-    DONE = "done"  # it has been cut; the kept weights train alone
+    RAMP = "ramp"  #: the number of active weights falls to Q
+    SEARCH = "search"  #: Q weights are active, chosen again at every step
+    FADE = "fade"  #: the masks are fixed; what they do not keep only decays
+    DONE = "done"  #: it has been cut; the kept weights train alone
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Magnitude pruning: all at once, step by step, or by turns."""
+"""Magnitude pruning: all at once, step by step, or in alternation."""
 
 from typing import ClassVar, get_args
 
@@ -121,7 +121,7 @@ class Gradual(ByMagnitude):
 
 
 class ACDC(ByMagnitude):
-    """AC/DC (Peste et al., 2021): phases with the largest |w| alone and dense phases by turns, the last one sparse.
+    """AC/DC (Peste et al., 2021): phases of the largest |w| alone alternate with dense ones; the last is sparse.
 
     In a dense phase weights that were cut begin at zero, and all of the optimizer's momentum starts from zero.
     The defaults are the paper's on ImageNet: of 100 epochs 10 to begin with, phases of 5, a last dense one of 10, and

@@ -49,6 +49,7 @@ class GSMAdamW(SparseOptimizer):
             embeddings, positions, norms and the head, by "prunable": False; `one_phase` does.
         lr: learning rate alpha; a scheduler's highest may be what trains the dense net.
         compression, density, sparsity, num_kept: the budget, exactly one of them; see `GSM`.
+        macs, parameters, channels, latency: the budget of a pattern of channels, one of them; see `GSM`.
         betas: beta1 in [0, 1) and beta2 in (0, 1).
         eps: above 0.
         weight_decay: eta, decoupled as in `torch.optim.AdamW`.

@@ -314,7 +314,7 @@ class SparseOptimizer(Optimizer):
 
     @property
     def buffer_bytes(self) -> int:
-        """What is kept from step to step beside the state, in bytes: a score for each weight, or nothing."""
+        """Memory kept between steps besides the state, in bytes: a score for each weight, or nothing."""
         return self._buffer.whole.nbytes
 
     def passive_decay(self, group: dict[str, Any]) -> float:

@@ -69,7 +69,7 @@ class ChannelGroups(Pattern):
             example_inputs: its positional arguments, or its only one; a batch of any size.
             ignore: modules whose output channels all stay, by path; "*" stands for anything.
             floor: share of each layer's channels that stays at least. One always stays, except where a whole branch
-                beside a shortcut can go.
+                next to a shortcut can go.
             round_to: a layer keeps multiples of so many channels, or all.
 
         Raises:

@@ -109,7 +109,7 @@ class ResRep(Penalized):
     """Let rows of compactors forget until the budget is met.
 
     In each step the gradient of row j becomes m_j dL/dQ_j + lambda Q_j / ||Q_j||. Every few steps the masks m are
-    chosen anew: the smallest rows of all, until the budget is met or `at_once` more are masked than before. A layer
+    chosen again: the smallest rows of all, until the budget is met or `at_once` more are masked than before. A layer
     keeps one row at least; `floor` and `round_to` of the groups do not count here.
 
     Args:
