@@ -88,8 +88,8 @@ def accuracy(kind: str, *words: str) -> str:
 def headline(*words: str) -> str:
     """Return what a dense net, GSM and the best other method reach in as many epochs.
 
-    A word is NAME@RATIO of a comparison, or NAME of runs of GSM alone or of the language model; an empty cell has not been
-    measured.
+    A word is NAME@RATIO of a comparison, or NAME of runs of GSM alone or of the language model; what an empty cell
+    stands for has not been measured.
     """
     rows = []
     for word in words:
