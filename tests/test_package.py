@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import gsm_sgd
+
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("build") is None, reason="needs build: pip install build")]
 
 ROOT = Path(__file__).parent.parent
@@ -73,3 +75,19 @@ def test_wheel_works_in_an_empty_environment(built, tmp_path):
     found = run([python, "-c", "import gsm_sgd; print(gsm_sgd.GSM, gsm_sgd.__file__)"], cwd=tmp_path)
     assert found.split()[-1] == str(there / "gsm_sgd" / "__init__.py")
     assert "lenet300" in run([there.parents[2] / "bin" / "gsm", "list"], cwd=tmp_path)
+
+
+def tags():
+    """Return the tags of the checkout's commit."""
+    done = subprocess.run(["git", "tag", "--points-at", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return [tag for tag in done.stdout.split() if tag.startswith("v")]
+
+
+def test_the_version_is_the_one_that_the_package_states(built):
+    (wheel,) = built.glob("*.whl")
+    assert wheel.name.startswith(f"gsm_sgd-{gsm_sgd.__version__}-")
+    assert all(tag == f"v{gsm_sgd.__version__}" for tag in tags())
+
+
+def test_the_changelog_has_the_version():
+    assert f"\n## {gsm_sgd.__version__} (" in (ROOT / "CHANGELOG.md").read_text()
