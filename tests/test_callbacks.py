@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from gsm_sgd import GSM, GSMAdamW, Masks, Phase, Schedule, callbacks, sparsity_table
+from gsm_sgd import GSM, GSMAdamW, Masks, Phase, Schedule, callbacks, one_phase, sparsity_table
 from gsm_sgd.callbacks.loop import Loop
+from gsm_sgd.export import load_sparse, save_sparse
 from nets import assert_same_bits, dense_net
 
 pytestmark = pytest.mark.slow
@@ -281,3 +282,38 @@ def test_a_checkpoint_of_lightning_is_resumed_to_the_same_bits(tmp_path, epoch):
     assert trainer.global_step == 32
     assert_same_bits(resumed, straight)
     assert kept_of(resumed) == 44
+
+
+# --- files of Transformers ---
+
+
+@needs("transformers")
+@pytest.mark.filterwarnings("ignore::gsm_sgd.CutWarning")
+def test_a_pruned_model_goes_out_as_others_expect_it_and_comes_back(tmp_path):
+    """By save_pretrained and by a sparse file; embedding and head are one weight, before and after."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    special = {"bos_token_id": 0, "eos_token_id": 0}
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=64, n_positions=16, **special)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config)
+    optimizer, scheduler = one_phase(model, total_steps=8, lr=1e-3, sparsity=0.9, optimizer="adamw")
+    for _ in range(8):
+        tokens = torch.randint(64, (2, 8))
+        optimizer.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        scheduler.step()
+    masks = optimizer.finalize()
+    model.save_pretrained(tmp_path / "saved")
+    again = GPT2LMHeadModel.from_pretrained(tmp_path / "saved")
+    assert_same_bits(again, model)
+    weights = dict(again.named_parameters())
+    assert sum(int((weights[name] != 0).sum()) for name in masks) == masks.num_kept == optimizer.num_prunable // 10
+
+    size = save_sparse(tmp_path / "sparse", again.state_dict())
+    assert size < (tmp_path / "saved" / "model.safetensors").stat().st_size / 2
+    fresh = GPT2LMHeadModel(config)
+    fresh.load_state_dict(load_sparse(tmp_path / "sparse"))
+    assert_same_bits(fresh, model)
+    assert fresh.lm_head.weight is fresh.transformer.wte.weight
