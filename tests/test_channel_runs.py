@@ -12,6 +12,8 @@ from gsm_sgd.experiments.rundir import read_weights
 from gsm_sgd.structured import load_narrow
 from test_cli import fails
 
+pytestmark = pytest.mark.slow
+
 RUN = [
     *("prune", "lenet5", "--dataset", "synthetic", "--pattern", "channel", "--macs", "0.4", "--epochs-scale", "0.2"),
     *("--checkpoint-seconds", "0", "--name", "narrow"),

@@ -526,6 +526,7 @@ def check_damaged(content, path, honest):
     assert_same(found, load_sparse(honest))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compressed", [True, False])
 def test_files_that_are_cut_anywhere_are_refused(honest, tmp_path, compressed):
     content = honest.read_bytes() if compressed else lzma.decompress(honest.read_bytes())

@@ -11,6 +11,7 @@ NOTEBOOK = json.loads((Path(__file__).parent.parent / "examples" / "quickstart.i
 CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 
 
+@pytest.mark.slow
 def test_notebook(tmp_path, monkeypatch):
     plt = pytest.importorskip("matplotlib.pyplot")
     monkeypatch.chdir(tmp_path)

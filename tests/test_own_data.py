@@ -73,6 +73,7 @@ def file(tmp_path):
     own_data.load.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", ["tensors", "items"])
 def test_a_net_and_data_of_ones_own_go_through_all_commands(file, tmp_path, capsys, function):
     dataset, net = f"{file}:{function}", f"{file}:net"

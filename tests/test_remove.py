@@ -606,6 +606,7 @@ KINDS = ["conv", "norm", "depthwise", "grouped", "residual", "add", "multiply", 
 CALLS = st.tuples(st.sampled_from(KINDS), st.integers(0, 9), st.integers(0, 9), st.integers(2, 5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_random_nets_are_sliced_as_zeroed(count):
     @settings(max_examples=count, derandomize=True, database=None)

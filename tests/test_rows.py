@@ -7,7 +7,7 @@ import json
 import pytest
 
 import gsm_sgd
-from gsm_sgd import cli
+from gsm_sgd import METHODS, cli
 from gsm_sgd.experiments import UsageError
 from gsm_sgd.reports.rows import as_csv
 from made_runs import make_run
@@ -33,7 +33,7 @@ def test_a_row_for_each_run_below_a_folder(runs, tmp_path):
         assert (row["recipe.gsm.lr"], row["recipe.batch_size"], row["commit"]) == (0.1, 128, "0123456789ab")
         assert row["bytes"] is None
     assert [row["method"] for row in rows] == ["gsm", "gradual"]
-    assert rows[1]["recipe.gradual.end"] == 0.5
+    assert rows[1]["recipe.gradual.end"] == METHODS["gradual"].settings()["end"]
     (runs[0] / "pruned.sparse.safetensors.xz").write_bytes(b"12345")
     assert gsm_sgd.load_runs(runs[0])[0]["bytes"] == 5
 

@@ -544,6 +544,7 @@ def replicas_that_differ(check_ranks):
     return weight.detach().clone()
 
 
+@pytest.mark.slow
 def test_replicas_with_other_settings_are_refused_at_the_first_step(ranks):
     for message in ranks(2).errors(replicas_that_differ, None):
         assert "processes disagree about lr: it is 0.1 on one and 0.2 on another" in message

@@ -462,6 +462,7 @@ def test_replicas_choose_the_same_channels(ranks):
     assert sum(map(torch.numel, one.values())) < sum(map(torch.numel, residual_net().parameters()))
 
 
+@pytest.mark.slow
 def test_adamw_trains_channels_away_as_well():
     model = residual_net()
     groups = ChannelGroups.trace(model, images())

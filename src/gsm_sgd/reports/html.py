@@ -26,6 +26,7 @@ _PANELS = {
     "recipe": "Recipe and environment",
     "diagnostics": "Diagnostics",
 }
+_FOLDED = ("recipe", "diagnostics")  # parts that a reader opens
 _SETTING = 60  # characters of a setting in a title
 _MANY = 6  # groups of runs: with more each has no parts of its own
 
@@ -118,6 +119,7 @@ def _page(groups: Sequence[Group], missing: list[str]) -> str:
         "digest": digest,
         "sorts": sorts,
         "many": many,
+        "folded": _FOLDED,
         "titles": titles,
         "panels": panels,
         "answers": [(group.title, answer(group.runs)) for group in finished] if not many else [],

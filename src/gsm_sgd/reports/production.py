@@ -58,7 +58,7 @@ def _latency(group: Group, missing: list[str]) -> list[Block]:
         counts = (str(count) for count in (seed, row["batch"], row["threads"]))
         rows.append([row["engine"], *counts, _short(row["milliseconds"]), f"{row['ratio']:.2f}"])
     columns = ["engine", "seed", "batch", "threads", "milliseconds", "times as fast"]
-    table = Table("Inference; times as fast as torch's dense net", columns, rows)
+    table = Table("Inference; times as fast as torch's dense net", columns, rows, folded=True)
     blocks = []
     for threads in sorted({row["threads"] for _, row in measured}):
         found: dict[str, list[float]] = {}
