@@ -33,6 +33,7 @@ ORDER = [
     "optim/states",
     "optim/checks",
     "optim/update",
+    "optim/multipliers",
     "optim/sparse",
     "optim/gsm",
     "optim/gsm_adamw",

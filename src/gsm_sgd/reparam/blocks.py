@@ -98,7 +98,7 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return the sum of the branches; they all see the zeros at the borders, so norms in between are exact there."""
+        """Return the sum of the branches; all see the zeros at the borders, so norms in between are exact there."""
         rows, columns = self.padding
         inputs = F.pad(inputs, (columns, columns, rows, rows)) if rows or columns else inputs
         outputs: Tensor = sum(branch(inputs) for branch in self.branches)
