@@ -59,6 +59,7 @@ ORDER = [
     "structured/channels",
     "structured/remove",
     "structured/methods",
+    "structured/centripetal",
     "structured/compactor",
     "structured/__init__",
     "reparam/blocks",

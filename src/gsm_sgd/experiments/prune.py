@@ -17,8 +17,8 @@ from ..methods import METHODS, Method
 from ..names import prunable_parameters
 from ..optim.gsm import GSM
 from ..schedules import Schedule
+from ..structured import METHODS as OF_CHANNELS
 from ..structured.channels import ChannelGroups
-from ..structured.methods import METHODS as OF_CHANNELS
 from ..structured.methods import ChannelMethod
 from ..structured.remove import remove_channels
 from . import UsageError, models
