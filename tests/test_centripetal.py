@@ -139,7 +139,7 @@ def test_filters_become_the_same_and_the_merge_changes_nothing(groups):
             torch.testing.assert_close(
                 tensor[cluster], tensor[cluster[:1]].expand_as(tensor[cluster]), rtol=0, atol=1e-5
             )
-    before = model.eval()(IMAGES)
+    before = model.eval()(IMAGES).detach()
     masks = method.finalize()  # without a warning
     slim = remove_channels(model, groups, masks, optimizer)
     after = slim.eval()(IMAGES)

@@ -412,4 +412,5 @@ def test_settings_of_the_methods():
         "uniform": {"cut": 0.0},
         "resrep": {"cut": 1.0, "begin": 0.01, "every": 200, "at_once": 4, "strength": 1e-4},
         "c_sgd": {"cut": 1.0, "strength": 0.05},
+        "aofp": {"cut": 0.7, "every": 1000, "threshold": 0.01},
     }

@@ -60,6 +60,7 @@ ORDER = [
     "structured/remove",
     "structured/methods",
     "structured/centripetal",
+    "structured/aofp",
     "structured/compactor",
     "structured/__init__",
     "reparam/blocks",
