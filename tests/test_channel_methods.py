@@ -9,10 +9,11 @@ from torch.nn import functional as F
 from gsm_sgd import keep_masked
 from gsm_sgd.experiments.models.resnet_cifar import resnet_a
 from gsm_sgd.selection.stored import select_top
-from gsm_sgd.structured import ChannelGroups, remove_channels
-from gsm_sgd.structured.methods import METHODS, GroupL1, Slimming, Uniform
+from gsm_sgd.structured import METHODS, ChannelGroups, GroupL1, Slimming, Uniform, remove_channels
 from nets import assert_same_bits, saved_and_loaded
 
+SIMPLE = ("slimming", "group_l1", "uniform")  # that only silence channels
+PLAIN = (*SIMPLE, "c_sgd")  # that train a model as it is
 IMAGES = torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(1))
 
 
@@ -178,7 +179,7 @@ def test_uniform_takes_the_largest_share_that_fits(groups, share):
 # --- budgets, the cut, and what follows ---
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("budget", [{"macs": 0.5}, {"parameters": 0.4}, {"channels": 0.3}])
 def test_the_budget_is_met_and_used(groups, name, budget):
     model = Residual()
@@ -215,7 +216,7 @@ def test_the_schedule_cuts_and_the_rest_trains_on(groups, name):
     assert all(torch.equal(masks[key], mask) for key, mask in method.finalize().items())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SIMPLE)
 def test_after_the_cut_it_is_keep_masked(groups, name):
     model, twin = Residual(), Residual()
     optimizer, reference = sgd(model), sgd(twin)
@@ -284,7 +285,7 @@ def test_remove_lets_the_weights_move(groups):
 
 
 @pytest.mark.parametrize("make", [sgd, lambda model: torch.optim.AdamW(model.parameters(), lr=0.01)])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("stop", [2, 6])
 def test_resume_to_the_same_bits(groups, name, make, stop):
     def begin():
@@ -321,9 +322,9 @@ def test_a_deep_net_without_weights_in_its_shortcuts():
     model = resnet_a(8)
     images = torch.rand(2, 3, 16, 16)
     groups = ChannelGroups.trace(model, images)
-    for name, method in METHODS.items():
+    for name in PLAIN:
         net = copy.deepcopy(model)
-        masks = method(sgd(net), 100, net, groups, macs=0.5).finalize()
+        masks = METHODS[name](sgd(net), 100, net, groups, macs=0.5).finalize()
         bound = groups.for_budget("macs")
         used = bound.cost_of(groups.kept_by(masks)) / bound.total([images])
         assert 0.45 < used <= 0.5, name
@@ -409,4 +410,7 @@ def test_settings_of_the_methods():
         "slimming": {"cut": 0.7, "strength": 1e-4},
         "group_l1": {"cut": 0.7, "strength": 1e-4},
         "uniform": {"cut": 0.0},
+        "resrep": {"cut": 1.0, "begin": 0.01, "every": 200, "at_once": 4, "strength": 1e-4},
+        "c_sgd": {"cut": 1.0, "strength": 0.05},
+        "aofp": {"cut": 0.7, "every": 1000, "threshold": 0.01},
     }

@@ -9,7 +9,7 @@ import torch
 from gsm_sgd import cli
 from gsm_sgd.experiments import models
 from gsm_sgd.experiments.rundir import read_weights
-from gsm_sgd.structured import load_narrow
+from gsm_sgd.structured import METHODS, load_narrow
 from test_cli import fails
 
 pytestmark = pytest.mark.slow
@@ -87,7 +87,7 @@ def test_show_says_what_was_saved(run, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["slimming", "group_l1", "uniform"])
+@pytest.mark.parametrize("method", METHODS)
 def test_rivals_prune_to_the_same_budget(method, tmp_path):
     words = [*RUN, "--model", "resnet20", "--gsm.epochs", "2", "--base.epochs", "1"]
     words[words.index("lenet5")] = "resnet20"

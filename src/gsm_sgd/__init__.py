@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .optim.checks import CutWarning, NonFiniteGradientError
     from .optim.gsm import GSM
     from .optim.gsm_adamw import GSMAdamW
+    from .optim.multipliers import multiply_gradients
     from .optim.one_phase import one_phase, parameter_groups
     from .patterns import NM, Block
     from .reports.rows import load_metrics, load_runs
@@ -34,6 +35,7 @@ __all__ = [
     "load_metrics",
     "load_runs",
     "magnitude_masks",
+    "multiply_gradients",
     "one_phase",
     "parameter_groups",
     "prunable_parameters",
@@ -46,6 +48,7 @@ _MODULES = (
     "names",
     "optim.gsm",
     "optim.gsm_adamw",
+    "optim.multipliers",
     "optim.one_phase",
     "optim.checks",
     "patterns",

@@ -336,7 +336,7 @@ def keep_masked(optimizer: Optimizer, masks: Mapping[str, Tensor], model: nn.Mod
         ) from error
     zero_weights()
     zero_gradients()
-    return _Handles([*hooks, mask_gradients((parameter, away.mask) for parameter, away in cut)])
+    return Handles([*hooks, mask_gradients((parameter, away.mask) for parameter, away in cut)])
 
 
 def mask_gradients(cut: Iterable[tuple[Tensor, Tensor]]) -> RemovableHandle:
@@ -358,7 +358,7 @@ def mask_gradients(cut: Iterable[tuple[Tensor, Tensor]]) -> RemovableHandle:
             parameter.requires_grad_()
             handles.append(parameter.register_post_accumulate_grad_hook(Cut(away).zero_gradient_))
             parameter.requires_grad_(trained)
-    return _Handles(handles)
+    return Handles(handles)
 
 
 class Cut:
@@ -385,7 +385,7 @@ class Cut:
             self.zero_(to_local(grad))
 
 
-class _Handles(RemovableHandle):
+class Handles(RemovableHandle):
     """Several handles as one; a copy of it removes nothing."""
 
     handles: Sequence[RemovableHandle] = ()
@@ -395,6 +395,7 @@ class _Handles(RemovableHandle):
         self.handles = handles
 
     def remove(self) -> None:
+        """Remove all of them."""
         for handle in self.handles:
             handle.remove()
 

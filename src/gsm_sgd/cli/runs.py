@@ -18,7 +18,7 @@ from ..experiments.lottery import lottery
 from ..experiments.observers import ProgressBars
 from ..experiments.plan import dense_of, folder_of, parse_ratios, parse_seeds
 from ..experiments.pretrained import is_torchvisions, load_pretrained
-from ..experiments.prune import Job, gsm, method_of, plain_sgd, prune
+from ..experiments.prune import Job, gsm, prune, rival
 from ..experiments.reading import read_yaml
 from ..experiments.recipes import DENSE, OURS, Recipe
 from ..experiments.rundir import RunFolder, check_recipe
@@ -210,7 +210,7 @@ def _check_optimizer(recipe: Recipe) -> None:
             if recipe.method == OURS:
                 gsm(model, recipe, steps_per_epoch=1_000, groups=groups)
             else:
-                method_of(recipe, plain_sgd(model, recipe.gsm), 1_000, model, groups)
+                rival(recipe, model, 1_000, groups)
     except ValueError as error:
         raise UsageError(in_options(str(error))) from error
 

@@ -18,7 +18,7 @@ from . import UsageError, models, suggestion
 from .channels import find_channels
 from .loop import TrainingDivergedError, evaluate, steps_per_epoch
 from .observers import ProgressBars
-from .prune import Job, gsm, method_of, plain_sgd, prune
+from .prune import Job, gsm, prune, rival
 from .reading import read_json, read_yaml
 from .recipes import DENSE, OF_GSM, OURS, RIVALS, Recipe, add_settings, find_settings
 from .rundir import DEFAULTS, RunFolder, dotted, read_metrics
@@ -221,8 +221,7 @@ def _seconds(recipe: Recipe, data: Dataset, device: torch.device) -> float:
     if recipe.method == OURS:
         optimizer: torch.optim.Optimizer = gsm(model, recipe, steps, groups)
     else:
-        optimizer = plain_sgd(model, recipe.gsm)
-        method_of(recipe, optimizer, steps, model, groups)
+        model, optimizer, _ = rival(recipe, model, steps, groups)
     warm_up, measured = _STEPS
     began, taken = 0.0, 0
     for images, labels in data.train.shuffled(recipe.batch_size, recipe.seed, epoch=0):

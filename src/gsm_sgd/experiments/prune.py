@@ -17,8 +17,9 @@ from ..methods import METHODS, Method
 from ..names import prunable_parameters
 from ..optim.gsm import GSM
 from ..schedules import Schedule
+from ..structured import METHODS as OF_CHANNELS
 from ..structured.channels import ChannelGroups
-from ..structured.methods import METHODS as OF_CHANNELS
+from ..structured.compactor import ResRep, compactors, insert_compactors, merge, resrep_parameters
 from ..structured.methods import ChannelMethod
 from ..structured.remove import remove_channels
 from . import UsageError, models
@@ -70,11 +71,10 @@ def prune_steps(job: Job) -> tuple[nn.Module, dict[str, float], Record]:
     steps = steps_per_epoch(job.data, recipe)
     groups = find_channels(model, next(iter(test.batches(1)))[0]) if recipe.pattern == "channel" else None
     if recipe.method != OURS:
-        sgd = plain_sgd(model, recipe.gsm)
-        method = method_of(recipe, sgd, steps, model, groups)
-        train_stage(job, recipe.method, model, recipe.gsm, sgd, method=method, groups=groups)
-        top1["before_cut"] = evaluate(model, test)
-        return _cut(job, model, top1, "after_cut", groups)
+        trained, sgd, method = rival(recipe, model, steps, groups)
+        train_stage(job, recipe.method, trained, recipe.gsm, sgd, method=method, groups=groups)
+        top1["before_cut"] = evaluate(trained, test)
+        return _cut(job, merge(trained) if compactors(trained) else model, top1, "after_cut", groups)
     optimizer = gsm(model, recipe, steps, groups)
     train_stage(job, "gsm", model, recipe.gsm, optimizer, probe=CutNow(model, optimizer, recipe, test, steps))
     if recipe.cut_epoch < recipe.gsm.epochs:
@@ -99,7 +99,7 @@ def _save_masks(run: RunFolder, model: nn.Module, kept: Masks, groups: ChannelGr
     """Save masks of single weights; of channels, what is kept of the parameters that silence them as well."""
     if groups is not None:
         run.save_masks("channels", kept)
-    run.save_masks("masks", kept if groups is None else weight_masks(model, groups, kept))
+    run.save_masks("masks", kept if groups is None else weight_masks(merge(model), groups, kept))
 
 
 def _cut(
@@ -182,8 +182,9 @@ def train_stage(
 
 def plain_sgd(model: nn.Module, training: Training) -> SGD:
     """Return the optimizer of base nets and tickets."""
+    groups = parameter_groups(model, training)
     return SGD(
-        parameter_groups(model, training),
+        resrep_parameters(model, groups=groups) if compactors(model) else groups,
         lr=training.lr,
         momentum=training.momentum,
         nesterov=training.nesterov,
@@ -205,6 +206,16 @@ def gsm(model: nn.Module, recipe: Recipe, steps_per_epoch: int, groups: ChannelG
         passive_decay=recipe.gsm.weight_decay if recipe.passive_decay is None else recipe.passive_decay,
         score=recipe.score,
     )
+
+
+def rival(
+    recipe: Recipe, model: nn.Module, steps_per_epoch: int, groups: ChannelGroups | None = None
+) -> tuple[nn.Module, SGD, Method | ChannelMethod]:
+    """Return what a method other than GSM trains, a copy with compactors if it is ResRep; its optimizer, and itself."""
+    if groups is not None and recipe.method == ResRep.name:
+        model = insert_compactors(model, groups)
+    sgd = plain_sgd(model, recipe.gsm)
+    return model, sgd, method_of(recipe, sgd, steps_per_epoch, model, groups)
 
 
 def method_of(

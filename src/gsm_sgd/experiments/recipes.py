@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from ..budget import Budget
 from ..methods import METHODS, Method
 from ..scores import SCORES
-from ..structured.methods import METHODS as OF_CHANNELS
+from ..structured import METHODS as OF_CHANNELS
 from ..structured.methods import ChannelMethod
 from . import UsageError, suggestion
 

@@ -1,6 +1,6 @@
 """GSM: Global Sparse Momentum SGD (Ding et al., NeurIPS 2019)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -70,10 +70,13 @@ class GSM(SparseOptimizer):
             before the first step. True also compares weights and gradients, before each step, for finding mistakes:
             under DistributedDataParallel they are the same bits on each. False compares nothing, for processes that
             train different models.
+        multipliers: of gradients, by name and of the parameters' shapes, above 0; see `gsm_sgd.reparam.multipliers`.
+            Scores are of the gradients as they are, the change of the loss.
 
     A loaded state brings its budget and schedule, with a warning where they are not the ones given here; `compiled`,
-    `foreach`, `fused`, `score`, `pattern` and `check_ranks` stay as given here. States match by the parameters' names
-    where both sides have them. `state` has `momentum_buffer` for each parameter, and `mask` once the masks are fixed.
+    `foreach`, `fused`, `score`, `pattern`, `check_ranks` and `multipliers` stay as given here. States match by the
+    parameters' names where both sides have them. `state` has `momentum_buffer` for each parameter, and `mask` once the
+    masks are fixed.
 
     Raises:
         ValueError: a hyperparameter is out of range, nothing is prunable, a parameter is given twice, is complex, has
@@ -115,6 +118,7 @@ class GSM(SparseOptimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         check_ranks: bool | None = None,
+        multipliers: Mapping[str, Tensor] | None = None,
     ) -> None:
         budget = Budget.given(
             **{"compression": compression, "density": density, "sparsity": sparsity, "num_kept": num_kept},
@@ -132,7 +136,7 @@ class GSM(SparseOptimizer):
             "dampening": 0,
             "differentiable": False,
         }
-        super().__init__(params, defaults, budget, schedule, score, pattern, compiled, check_ranks)
+        super().__init__(params, defaults, budget, schedule, score, pattern, compiled, check_ranks, multipliers)
 
     def _buffer_names(self, group: dict[str, Any]) -> Sequence[str]:
         return ("momentum_buffer",) if group["momentum"] else ()

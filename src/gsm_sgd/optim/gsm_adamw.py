@@ -1,7 +1,7 @@
 """GSM for AdamW: the rule of Global Sparse Momentum SGD with moments."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -62,6 +62,7 @@ class GSMAdamW(SparseOptimizer):
         compiled: compile the passes over memory with torch.compile; see `GSM`.
         foreach, fused: which implementation of AdamW to use, as in `torch.optim.AdamW`; None is the quickest.
         check_ranks: what to compare over all processes; see `GSM`.
+        multipliers: of gradients and of updates, by name; see `GSM`. The decay is not multiplied.
 
     Raises:
         ValueError: as `GSM`, or betas or eps are out of range.
@@ -77,6 +78,7 @@ class GSMAdamW(SparseOptimizer):
 
     _rule = staticmethod(adamw_step)
     _own_steps = True
+    _multiplies_updates = True
 
     def __init__(
         self,
@@ -102,6 +104,7 @@ class GSMAdamW(SparseOptimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         check_ranks: bool | None = None,
+        multipliers: Mapping[str, Tensor] | None = None,
     ) -> None:
         budget = Budget.given(
             **{"compression": compression, "density": density, "sparsity": sparsity, "num_kept": num_kept},
@@ -121,7 +124,7 @@ class GSMAdamW(SparseOptimizer):
             "differentiable": False,
             "decoupled_weight_decay": True,
         }
-        super().__init__(params, defaults, budget, schedule, score, pattern, compiled, check_ranks)
+        super().__init__(params, defaults, budget, schedule, score, pattern, compiled, check_ranks, multipliers)
 
     def _buffer_names(self, group: dict[str, Any]) -> Sequence[str]:
         return ("exp_avg", "exp_avg_sq")

@@ -4,7 +4,7 @@ import math
 import warnings
 import weakref
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, overload
 
@@ -39,6 +39,7 @@ from ..selection.stored import ScoreBuffer
 from ..selection.streamed import STREAMED, Passes, streamed
 from ..selection.threshold import Local, NotFiniteError, ScoresOf, Threshold, find_threshold
 from .checks import CutWarning, check_gradients, check_masked, check_step, is_sparse, warn_of_cut, warn_of_zeros
+from .multipliers import check_multipliers, factors_of, multiplied, put_back_
 from .states import check_group, check_parameters, check_state, in_order_of, localise, plain
 from .update import (
     as_tensor,
@@ -75,6 +76,7 @@ class SparseOptimizer(Optimizer):
     """
 
     _rule: Rule
+    _multiplies_updates = False  # whether multipliers are for updates as well as for gradients
     _own_steps = False  # whether the state counts the steps of each parameter, as torch's Adam does
 
     def __init__(
@@ -87,6 +89,7 @@ class SparseOptimizer(Optimizer):
         pattern: Pattern | None,
         compiled: bool,
         check_ranks: bool | None,
+        multipliers: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._score, self._pattern = find_score(score), pattern or Unstructured()
         if not isinstance(self._pattern, Pattern) or whole_number("the pattern's size", self._pattern.size) < 1:
@@ -106,12 +109,14 @@ class SparseOptimizer(Optimizer):
             **{"pattern": repr(self._pattern), "unit_scores": None},
         }
         self._compiled, self._check_ranks_always = compiled, check_ranks
+        self._multipliers = dict(multipliers or {})
         self._prepare()
         if defaults["passive_decay"] is None and isinstance(schedule, Schedule):
             defaults = {**defaults, "passive_decay": "auto"}
         super().__init__(self._pattern.parameter_groups(params), {**defaults, "prunable": None})
         if self.num_prunable == 0:
             raise ValueError("nothing to prune: give a parameter with ndim >= 2, or a prunable group")
+        check_multipliers(self._multipliers, named_in(self), self._multiplies_updates)
         self._pattern.check_budget(self.num_kept)
         self._note_phase(self.num_prunable)
         self._warn_of_plan(stacklevel=4)
@@ -380,6 +385,8 @@ class SparseOptimizer(Optimizer):
             check_finite()
             active = [to_local(self.state[owner]["mask"]) for part in ruled for owner in part.owners]
         # update
+        if self._multipliers:
+            dense, ruled, active = self._multiplied(dense, ruled, active)
         if ruled:
             self._update_(ruled, active)
         for part in dense:
@@ -534,6 +541,8 @@ class SparseOptimizer(Optimizer):
 
     def _remember(self, part: Part) -> None:
         """Put the buffers of parameters that have been updated into the state."""
+        if self._multipliers:
+            put_back_(part, factors_of(self._multipliers, named_in(self)))
         for name, buffers in part.buffers.items():
             for owner, buffer in zip(part.owners, buffers, strict=True):
                 state = self.state[owner]
@@ -559,6 +568,19 @@ class SparseOptimizer(Optimizer):
             self.param_groups[0]["phase"] = (Phase.RAMP if ramping else Phase.SEARCH).value
 
     # --- the update ---
+
+    def _multiplied(
+        self, dense: list[Part], ruled: list[Part], active: Active
+    ) -> tuple[list[Part], list[Part], list[Tensor]]:
+        """Return what to update with multiplied gradients.
+
+        The scores are of the gradients as they are: |w g| is the first-order change of the loss, whatever a weight's
+        step is multiplied by.
+        """
+        if isinstance(active, Threshold):
+            active = masks_of(self._score, ruled, active)
+        factors, updates = factors_of(self._multipliers, named_in(self)), self._multiplies_updates
+        return multiplied(dense, factors, updates), multiplied(ruled, factors, updates), active
 
     def _update_(self, parts: Sequence[Part], active: Active) -> None:
         """Update parameters by the rule, given which weights are active; masks may be overwritten."""
@@ -745,7 +767,7 @@ class SparseOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs: beside the state, what the constructor was given."""
-        own = ("_score", "_pattern", "_model_wide", "_compiled", "_check_ranks_always")
+        own = ("_score", "_pattern", "_model_wide", "_compiled", "_check_ranks_always", "_multipliers")
         return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
     def _plain_groups(self) -> list[dict[str, Any]]:

@@ -146,7 +146,7 @@ class ChannelGroups(Pattern):
 
     def _survives(self, model: nn.Module, kept: Tensor) -> bool:
         """Return whether a removal is exact, in a copy of the model with noise in all tensors, so that zeros show."""
-        noisy = _noisy(model)
+        noisy = with_noise(model)
         try:
             pair = silenced(noisy, self.channels, kept), narrowed(noisy, self.channels, kept)
             return difference(*pair, self.example_inputs) <= TOLERANCE
@@ -374,7 +374,7 @@ def _axes_that_stay(channels: Channels, floor: float, branches: Sequence[Branch]
     return list(axes.values())
 
 
-def _noisy(model: nn.Module) -> nn.Module:
+def with_noise(model: nn.Module) -> nn.Module:
     """Return a copy of a model with noise in its tensors, so that nothing is zero or one by chance."""
     noisy = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)

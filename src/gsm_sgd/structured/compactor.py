@@ -7,7 +7,7 @@ compactor, a matrix of D x D whose row j makes channel j; m_j is 0 where row j i
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -95,12 +95,24 @@ def compactors(model: nn.Module) -> dict[str, Compacted]:
     return {path: module for path, module in model.named_modules() if isinstance(module, Compacted)}
 
 
-def resrep_parameters(model: nn.Module, momentum: float = 0.99) -> list[dict[str, Any]]:
-    """Return parameter groups for an optimizer: compactors, with a momentum of their own and no decay, and the rest."""
+def resrep_parameters(
+    model: nn.Module, momentum: float = 0.99, groups: Sequence[Mapping[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """Return parameter groups for an optimizer: compactors, with a momentum of their own and no decay, and the rest.
+
+    Args:
+        model: what `insert_compactors` has returned.
+        momentum: of the compactors.
+        groups: of all named parameters, where they are in several groups; None is one.
+    """
     own = {module.compactor.weight for module in compactors(model).values()}
     named = list(model.named_parameters())
+    groups = [{"params": named}] if groups is None else groups
     return [
-        {"params": [(name, param) for name, param in named if param not in own]},
+        *(
+            {**group, "params": [(name, param) for name, param in group["params"] if param not in own]}
+            for group in groups
+        ),
         {"params": [(name, param) for name, param in named if param in own], "momentum": momentum, "weight_decay": 0.0},
     ]
 

@@ -367,7 +367,3 @@ class Uniform(ChannelMethod):
 
         lowest = levels[bisect_left(range(len(levels) - 1), True, key=lambda i: fits(levels[i]))]
         return self.groups._select(scores, min(self._most, math.ceil(self.groups.cost_of(scores >= lowest))))
-
-
-METHODS: dict[str, type[ChannelMethod]] = {method.name: method for method in (Slimming, GroupL1, Uniform)}
-"""The methods by name."""
