@@ -58,7 +58,7 @@ def test_snippets_of_the_readme_run(tmp_path, monkeypatch):
 
 def test_snippets_of_the_guide_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert len(list(run_snippets("docs/guide.md"))) == 10
+    assert len(list(run_snippets("docs/guide.md"))) == 13
 
 
 @pytest.mark.parametrize("page", SNIPPETS)
