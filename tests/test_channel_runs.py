@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 import torch
+from torch import nn
 
 from gsm_sgd import cli
 from gsm_sgd.experiments import models
 from gsm_sgd.experiments.rundir import read_weights
-from gsm_sgd.structured import METHODS, load_narrow
+from gsm_sgd.structured import load_narrow
 from test_cli import fails
 
 pytestmark = pytest.mark.slow
@@ -86,8 +87,50 @@ def test_show_says_what_was_saved(run, capsys):
     assert f"{result['macs']['pruned']:,} of 2,293,000 MACs" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("method", ["c_sgd", "aofp"])
+def test_methods_that_need_no_norms_prune_a_small_net(method, tmp_path):
+    words = [word if word != "0.2" else "0.1" for word in RUN]
+    more = ["--aofp.every", "20"] if method == "aofp" else []
+    assert cli.run([*words, "--method", method, *more, "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / NAME / "result.json").read_text())
+    assert result["method"] == method
+    assert 0.2 * 2_293_000 < result["macs"]["pruned"] <= 0.4 * 2_293_000
+    pruned = models.build("lenet5", 0)
+    pruned.load_state_dict(read_weights(tmp_path / NAME / "pruned.safetensors"))
+    narrow = load_narrow(models.build("lenet5", 0), tmp_path / NAME / "narrow.safetensors")
+    torch.testing.assert_close(logits(narrow), logits(pruned), rtol=1e-5, atol=1e-5)
+
+
+def net_with_norms():
+    """Return a small net with norms, of which two layers are inner."""
+    first = nn.Conv2d(1, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, 2, bias=False), nn.BatchNorm2d(12)
+    return nn.Sequential(*first, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10))
+
+
+def test_resrep_prunes_by_compactors(tmp_path):
+    words = [word if word != "0.2" else "0.1" for word in RUN]
+    words += ["--model", f"{__file__}:net_with_norms", "--resrep.every", "5"]
+    assert cli.run([*words, "--method", "resrep", "--out", str(tmp_path)]) == 0
+    folder = tmp_path / NAME
+    weights = read_weights(folder / "resrep.safetensors")
+    assert {"1.compactor.weight", "4.compactor.weight", "1.norm.weight"} <= weights.keys()
+    result = json.loads((folder / "result.json").read_text())
+    assert 0.2 < result["macs"]["pruned"] / result["macs"]["dense"] <= 0.4
+    narrow = load_narrow(net_with_norms(), folder / "narrow.safetensors")
+    pruned = net_with_norms()
+    pruned.load_state_dict(read_weights(folder / "pruned.safetensors"))
+    torch.testing.assert_close(logits(narrow), logits(pruned), rtol=1e-5, atol=1e-5)
+    before = (folder / "narrow.safetensors").read_bytes()
+    for file in ("masks", "channels", "pruned", "narrow"):
+        (folder / f"{file}.safetensors").unlink(missing_ok=file == "narrow")
+    (folder / "result.json").unlink()
+    (folder / "resrep.safetensors").unlink()
+    assert cli.run([*words, "--method", "resrep", "--out", str(tmp_path)]) == 0
+    assert (folder / "narrow.safetensors").read_bytes() == before
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["slimming", "group_l1", "uniform"])
 def test_rivals_prune_to_the_same_budget(method, tmp_path):
     words = [*RUN, "--model", "resnet20", "--gsm.epochs", "2", "--base.epochs", "1"]
     words[words.index("lenet5")] = "resnet20"
@@ -136,6 +179,11 @@ def test_inference_is_measured_dense_and_narrow(run, monkeypatch, capsys, tmp_pa
         (["prune", "lenet5", "--method", "slimming", "--pattern", "channel"], "no norm scales the channels of"),
         (["compare", "lenet5", "--pattern", "channel"], "gradual is for --pattern weight"),
         (["compare", "lenet5", "--pattern", "channel", "--methods", "gsm,dense", "--macs", "0.5,x"], "like 20,60,200"),
+        (["prune", "lenet5", "--method", "resrep", "--pattern", "channel"], "so no compactor fits"),
+        (
+            ["prune", "lenet5", "--method", "aofp", "--pattern", "channel", "--aofp.every", "0"],
+            "every must be at least 1",
+        ),
         (["lottery", "lenet5", "--pattern", "channel"], "a lottery is for single weights: leave out --pattern channel"),
     ],
 )

@@ -1,4 +1,4 @@
-"""AOFP: filters are off at random in a second path, and go for good where that does little damage."""
+"""AOFP: Ding et al., "Approximated Oracle Filter Pruning for Destructive CNN Width Optimization", 2019."""
 
 import math
 import warnings
@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from ..distributed import is_distributed
 from ..optim.checks import CutWarning
@@ -23,8 +22,6 @@ from .methods import ChannelMethod
 
 class AOFP(ChannelMethod):
     """Search each inner layer for filters that do no damage, by halves, until the budget is met.
-
-    Ding et al., "Approximated Oracle Filter Pruning for Destructive CNN Width Optimization", 2019.
 
     Each layer has a search space S, at first all its filters. In every step a random half of S is off in a second path:
     the layers that read it run twice, and the change of what they make, ||y - y'||^2 / ||y||^2 behind norm (by running
@@ -67,7 +64,6 @@ class AOFP(ChannelMethod):
         self.every, self.threshold = whole_number("every", every), real_number("threshold", threshold)
         if self.every < 1 or not 0 <= self.threshold < math.inf:
             raise ValueError(f"every must be at least 1 and threshold at least 0, not {every} and {threshold}")
-        self._watching: list[RemovableHandle] = []
         super().__init__(optimizer, total_steps, model, groups, cut=cut, **budget)
 
     def _prepare(self, model: nn.Module, optimizer: Optimizer) -> None:
@@ -79,7 +75,7 @@ class AOFP(ChannelMethod):
         self._readers = [layer for layer in channels.layers if layer.inputs is not None and inner[layer.inputs].any()]
         self._model, self.kept = model, torch.ones(count, dtype=torch.bool)
         self.damage = torch.full((count,), math.inf, dtype=torch.float64)
-        self._search, self._masked = list(self._layers), list[tuple[Tensor, Tensor]]()
+        self._search, self._masked, self._watching = list(self._layers), list[tuple[Tensor, Tensor]](), list[Any]()
         self._total = torch.zeros(count, dtype=torch.float64, device=self._silencing[0].device)
         self._draws = torch.zeros(count, dtype=torch.float64)
         if (least := self.groups.cost_of(self._without(self._by_damage(), 0))) > self._most:
@@ -100,12 +96,13 @@ class AOFP(ChannelMethod):
         """Return what measures the damage at a layer, but not at the same one of a copy of the model."""
 
         @torch.no_grad()
-        def measure(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            off = self._off[inputs]
+        def measure(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+            (given,), off = args, self._off[inputs]
             if module is not reader or not module.training or not off.any():
                 return
-            axis = args[0].ndim - 1 if isinstance(module, nn.Linear) else 1
-            part = args[0] * along_axis(~off, axis, args[0].ndim).to(args[0])
+            part = given * along_axis(~off, given.ndim - 1 if isinstance(module, nn.Linear) else 1, given.ndim).to(
+                given
+            )
             before, after = (_activated(made, norm) for made in (output, module.forward(part)))
             change = (before - after).square().sum() / before.square().sum().clamp(min=1e-30)
             self._total[inputs[off].unique()] += change.to(self._total)
