@@ -177,7 +177,7 @@ def test_each_feature_on_several_processes(ranks, size, wrapping, feature):
 
 
 def test_the_guide_has_the_matrix():
-    guide = (Path(__file__).parent.parent / "docs" / "guide.md").read_text()
+    guide = (Path(__file__).parent.parent / "docs" / "guide" / "trainers.md").read_text()
     rows = "".join(f"| {feature} | ✓ | ✓ | ✓ |\n" for feature in FEATURES)
     assert rows in guide
     assert "The first seven features do not change the result" in guide

@@ -217,7 +217,8 @@ def test_the_layout_of_the_inputs_is_that_of_the_layers(clock, traced):
 
 @pytest.mark.parametrize("share", [0.9, 0.6, 0.4])
 def test_the_budget_is_met(groups, share):
-    for name, method in METHODS.items():
+    for name in ("slimming", "group_l1", "uniform"):
+        method = METHODS[name]
         model = Net()
         masks = method(torch.optim.SGD(model.parameters(), lr=0.1), 10, model, groups, latency=share).finalize()
         used = groups.cost_of(groups.kept_by(masks)) / groups.total([IMAGES])

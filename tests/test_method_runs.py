@@ -287,7 +287,7 @@ def test_help_shows_the_settings_of_the_method(capsys):
         cli.run(["prune", "lenet300", "--method", "rigl", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "--rigl.every EVERY" in text
-    assert "steps between two replacements. (type: int, default: 100)" in text
+    assert "steps between two replacements (default: 100)" in text
     assert "--gradual" not in text
     assert "--rigl.seed" not in text  # the run has one
 

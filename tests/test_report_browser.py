@@ -115,15 +115,16 @@ def test_colours_follow_the_system_and_paper_is_light(visit):
     page.emulate_media(media="print", color_scheme="dark")
     assert colours() == light
     assert not page.locator("nav").is_visible()
-    assert all(figure.is_visible() for figure in page.locator("svg").all())
+    assert all(figure.is_visible() for figure in page.locator("section svg").all())
+    assert not page.locator("details svg").first.is_visible()  # what a reader would have to open
     assert page.pdf(format="A4").startswith(b"%PDF")
 
 
 def test_parts_and_figures_are_reached_by_keyboard(visit):
     page = visit(width=360)
-    page.locator("nav a", has_text="Masks").focus()
+    page.locator("nav a", has_text="Diagnostics").focus()
     page.keyboard.press("Enter")
-    assert page.evaluate("document.querySelector('#masks').getBoundingClientRect().top") < 100
+    assert page.evaluate("document.querySelector('#diagnostics').getBoundingClientRect().top") < 100
     page.locator("#curves figure").first.focus()
     page.keyboard.press("ArrowRight")
     for _ in range(100):  # it scrolls smoothly; the page forbids the evaluation that wait_for_function needs

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from fractions import Fraction
@@ -145,7 +146,7 @@ def _shares(kind: str, text: str) -> list[Fraction]:
         shares = [Fraction(word) for word in str(text).split(",")]
         for share in shares:
             Budget.given(**{kind: float(share)})
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UsageError(f"--{kind} takes shares of the weights, like 0.9 or 0.9,0.95, not {text!r}") from error
     return shares
 
@@ -208,6 +209,9 @@ def _parser(command: str, recipe: Recipe, methods: Sequence[str]) -> ArgumentPar
         _add_run_options(parser, recipe, command)
         for method in methods:
             add_settings(parser, method)
+        for action in parser._actions:
+            if action.dest in ("base", OURS, *RIVALS):
+                action.help = argparse.SUPPRESS  # a file of a part of the settings; --config has all
     elif add_options := _OPTIONS_OF.get(command):
         add_options(parser)
     return parser
@@ -312,8 +316,6 @@ def _add_run_options(parser: ArgumentParser, recipe: Recipe, command: str) -> No
     for action in parser._actions:
         if action.dest.partition(".")[0] in defaults:
             action.required = False  # all have a default here, so the help is not to call them required
-        if action.dest in ("base", "gsm"):
-            action.help = argparse.SUPPRESS  # a file of a stage's settings; --config has all
         if action.dest == "print_config":
             action.help = "print all settings as YAML, for --config, and exit"
 
@@ -356,6 +358,10 @@ def _shared(parser: Group, *names: str) -> None:
 
 class _Help(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """Help in the words of a user: no types of Python's, and no default where there is nothing to say."""
+
+    def start_section(self, heading: str | None) -> None:
+        """Begin a group of options; its title may take several lines."""
+        super().start_section(heading and textwrap.fill(heading, self._width - 1))
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""

@@ -16,7 +16,7 @@ from ..reports.runs import read_run
 from ..structured.remove import load_narrow
 from .container import is_sparse
 from .extras import needed
-from .hdf5_file import is_hdf5, read_hdf5
+from .hdf5_file import is_hdf5, published_name, read_hdf5
 from .rebuild import build, load_data, recipe_of
 from .sparse import read_sparse
 
@@ -84,7 +84,9 @@ def _net(source: Path, recipe: Recipe, classes: int) -> nn.Module:
     if source.suffix == ".onnx":
         return _OnnxNet(source)
     if is_hdf5(source):
-        return build(recipe, read_hdf5(source), classes)
+        ours = models.build(recipe.model, recipe.seed, classes).state_dict()
+        names = {published_name(name, recipe.model): name for name in ours}
+        return build(recipe, {names.get(name, name): tensor for name, tensor in read_hdf5(source).items()}, classes)
     if source.name == NARROW_FILE:
         try:
             return load_narrow(models.build(recipe.model, recipe.seed, classes), source)
