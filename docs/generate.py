@@ -98,7 +98,7 @@ def headline(*words: str) -> str:
         if ratio:
             net, length = f"{record['model']}, {ratio}x", f"{record['epochs']} epochs"
             top1 = {method: of[ratio] for method, of in record["methods"].items() if ratio in of}
-            gsm = top1.get("GSM") or top1["GSM, fast"]
+            gsm = _gsm_in(top1)
             best = max((m for m in top1 if not m.startswith(("GSM", "dense"))), key=lambda m: top1[m]["mean"])
             cells = [_cell(top1.get("dense net")), _cell(gsm), f"{_cell(top1[best])} ({best})"]
         elif "top1" in record:
@@ -291,7 +291,7 @@ def _against_gsm(method: str, name: str, record: Any) -> Iterator[list[str]]:
     """Yield what a file says of a method on weights: net, epochs, its top-1, and GSM's on the same net."""
     title = METHODS[method].title if method in METHODS else None
     if title in record.get("methods", {}):
-        theirs, ours = record["methods"][title], record["methods"].get("GSM") or record["methods"]["GSM, fast"]
+        theirs, ours = record["methods"][title], _gsm_in(record["methods"])
         for ratio in theirs:
             net = _name(f"{record['model']}, {ratio}x")
             yield [_link(net, name), str(record["epochs"]), *_cells(theirs, [ratio]), *_cells(ours, [ratio])]
@@ -303,6 +303,11 @@ def _against_gsm(method: str, name: str, record: Any) -> Iterator[list[str]]:
         recipe = record["recipe"]
         net = _name(f"{recipe['model']}, {recipe['compression']:g}x")
         yield [_link(net, name), str(recipe["gsm"]["epochs"]), *_cells(record["top1"], ["pruned"]), ""]
+
+
+def _gsm_in(methods: dict[str, Any]) -> Any:
+    """Return what a comparison has of GSM, which files of the script before `gsm compare` have by preset."""
+    return methods.get("GSM") or methods["GSM, fast"]
 
 
 # --- cells ---

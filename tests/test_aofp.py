@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from gsm_sgd import CutWarning
 from gsm_sgd.experiments.models.resnet_cifar import resnet_a
 from gsm_sgd.structured import AOFP, ChannelGroups, remove_channels
-from nets import assert_same_bits, saved_and_loaded
-from test_channel_methods import IMAGES, Residual, sgd, step
+from nets import assert_same_bits
+from test_channel_methods import IMAGES, Residual, assert_same_end, sgd, step, straight_and_resumed
 
 
 @pytest.fixture(scope="module")
@@ -179,19 +179,9 @@ def test_resume_to_the_same_bits(groups, make, stop):
         optimizer = make(model)
         return model, optimizer, AOFP(optimizer, 16, model, groups, every=3, threshold=0.3, cut=0.75, macs=0.6)
 
-    model, optimizer, method = start()
-    for seed in range(16):
-        if seed == stop:
-            states = saved_and_loaded([part.state_dict() for part in (model, optimizer, method)])
-        step(model, optimizer, seed)
-    again = start()
-    for part, state in zip(again, states, strict=True):
-        part.load_state_dict(state)
-    for seed in range(stop, 16):
-        step(*again[:2], seed)
-    assert_same_bits(model, again[0])
-    assert torch.equal(method.damage, again[2].damage)
-    assert all(torch.equal(mask, method.finalize()[key]) for key, mask in again[2].finalize().items())
+    straight, again = straight_and_resumed(start, 16, stop)
+    assert torch.equal(straight[2].damage, again[2].damage)
+    assert_same_end(straight, again)
 
 
 def test_linear_layers_and_nets_without_norms():

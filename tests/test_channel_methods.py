@@ -69,6 +69,26 @@ def step(model, optimizer, seed, penalty=lambda: 0):
     optimizer.step()
 
 
+def straight_and_resumed(begin, steps, stop):
+    """Return (model, optimizer, method) trained at a stretch, and again from a state saved on the way."""
+    straight, again = begin(), begin()
+    for seed in range(steps):
+        if seed == stop:
+            states = saved_and_loaded([part.state_dict() for part in straight])
+        step(*straight[:2], seed)
+    for part, state in zip(again, states, strict=True):
+        part.load_state_dict(state)
+    for seed in range(stop, steps):
+        step(*again[:2], seed)
+    return straight, again
+
+
+def assert_same_end(straight, again):
+    assert_same_bits(straight[0], again[0])
+    masks = straight[2].finalize()
+    assert all(torch.equal(mask, masks[key]) for key, mask in again[2].finalize().items())
+
+
 def in_order(groups, inner, added):
     """Return numbers of channels in order of their units."""
     units = torch.cat([groups.channels.rows[name][1] for name in ("bn1.weight", "bn0.weight")])
@@ -293,18 +313,7 @@ def test_resume_to_the_same_bits(groups, name, make, stop):
         optimizer = make(model)
         return model, optimizer, METHODS[name](optimizer, 8, model, groups, cut=0.5, macs=0.5)
 
-    model, optimizer, method = begin()
-    for seed in range(8):
-        if seed == stop:
-            states = saved_and_loaded([part.state_dict() for part in (model, optimizer, method)])
-        step(model, optimizer, seed)
-    again = begin()
-    for part, state in zip(again, states, strict=True):
-        part.load_state_dict(state)
-    for seed in range(stop, 8):
-        step(*again[:2], seed)
-    assert_same_bits(model, again[0])
-    assert all(torch.equal(mask, method.finalize()[key]) for key, mask in again[2].finalize().items())
+    assert_same_end(*straight_and_resumed(begin, 8, stop))
 
 
 def test_a_state_from_before_the_cut_undoes_it(groups):

@@ -115,6 +115,13 @@ def drawn(model, seed=0, low=0.5):
     return {name: torch.rand(p.shape, generator=generator) * 2 + low for name, p in model.named_parameters()}
 
 
+def chosen(weights, kept):
+    """Return which of each matrix's weights are active, by |w g| of the gradients as they are."""
+    matrices = [name for name, weight in weights.items() if weight.ndim > 1]
+    masks = naive_active([(weights[name] * weights[name].grad).abs() for name in matrices], kept)
+    return dict(zip(matrices, masks, strict=True))
+
+
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}], ids=str)
 def test_gsm_against_a_naive_twin(options):
     """T = |W G| of the gradient as it is; Z <- beta Z + eta W + B M G; W <- W - alpha Z."""
@@ -134,9 +141,7 @@ def test_gsm_against_a_naive_twin(options):
     for seed in range(12):
         train(model, optimizer, [seed])
         backward(twin, seed)
-        matrices = [name for name, weight in weights.items() if weight.ndim > 1]
-        masks = naive_active([(weights[name] * weights[name].grad).abs() for name in matrices], 50)
-        active = dict(zip(matrices, masks, strict=True))
+        active = chosen(weights, 50)
         with torch.no_grad():
             for name, weight in weights.items():
                 b = active.get(name, torch.ones_like(weight, dtype=torch.bool))
@@ -157,9 +162,7 @@ def test_gsm_adamw_against_a_naive_twin():
     for t in range(1, 12):
         train(model, optimizer, [t])
         backward(twin, t)
-        matrices = [name for name, weight in weights.items() if weight.ndim > 1]
-        masks = naive_active([(weights[name] * weights[name].grad).abs() for name in matrices], 50)
-        active = dict(zip(matrices, masks, strict=True))
+        active = chosen(weights, 50)
         with torch.no_grad():
             for name, weight in weights.items():
                 b = active.get(name, torch.ones_like(weight, dtype=torch.bool))

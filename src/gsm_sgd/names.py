@@ -52,15 +52,20 @@ def named_in(optimizer: Optimizer) -> dict[str, Tensor]:
         if len(names) < len(group["params"]):
             return {}
         named.update(zip(names, group["params"], strict=True))
-    bare = bare_names(named)
     unique = len(named) == sum(len(group["params"]) for group in optimizer.param_groups)
-    return {bare[name]: parameter for name, parameter in named.items()} if unique else {}
+    return by_bare_name(named) if unique else {}
 
 
 def bare_name(name: str) -> str:
     """Return a parameter's name without the modules that torch.compile, DDP and DataParallel put into it."""
     *modules, last = name.split(".")
     return ".".join([*(module for module in modules if module not in ("_orig_mod", "module")), last])
+
+
+def by_bare_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a model's tensors by the bare names of `bare_names`, in their order."""
+    names = bare_names(tensors)
+    return {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def bare_names(names: Iterable[str]) -> dict[str, str]:

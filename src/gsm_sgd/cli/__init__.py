@@ -1,4 +1,4 @@
-"""The command `gsm`: a file for each group of commands, imported when one is called for, as torch takes seconds."""
+"""The command `gsm`: a file for each group of commands, imported once one is called for, as torch takes seconds."""
 
 import importlib
 import sys

@@ -131,7 +131,7 @@ def _parsed(argv: Sequence[str]) -> Namespace:
 
 
 def _one_budget(chosen: Namespace, words: Sequence[str]) -> None:
-    """Set the compression ratio to what another budget comes to; UsageError if two are given."""
+    """Set the compression ratio from another budget; UsageError if two are given."""
     given = [name for name in BUDGETS if _is_given(f"--{name}", words)]
     if len(given) > 1:
         raise UsageError(f"--{given[0]} and --{given[1]} are two budgets: leave out one of them")

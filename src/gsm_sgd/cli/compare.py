@@ -47,10 +47,9 @@ from ..reports.frontier import (
     frontier_table,
     ratios_of,
     series_of,
-    sparse_bytes,
     verdicts,
 )
-from ..reports.runs import Run, by_recipe, over_seeds, read_run
+from ..reports.runs import Run, by_recipe, over_seeds, read_run, sparse_bytes
 from .console import Console, find_device, set_threads
 from .runs import check_net, check_planned, check_running, recipe_of_options
 

@@ -54,7 +54,7 @@ def verify(options: Namespace, console: Console) -> None:
 
 
 def replay_ticket(options: Namespace, console: Console, log: Console) -> None:
-    """Train a stored ticket again and say whether it came to the same."""
+    """Train a stored ticket again and say whether the result is the same."""
     ticket = read_ticket(options.file)
     recipe = recipe_of(ticket.recipe, options.file, trusted(options))
     device = find_device(options.device)

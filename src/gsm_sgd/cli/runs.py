@@ -65,7 +65,7 @@ def run(command: str, options: Namespace, console: Console, log: Console) -> Non
 def _run_one(
     command: str, folder: RunFolder, dataset: Dataset, device: torch.device, tensorboard: bool, log: Console
 ) -> None:
-    """Carry out one run, or what is left of it."""
+    """Carry out one run, or the rest of it."""
     log.say(f"{folder.path}{already(folder)}")
     folder.check_data(dataset.identity)
     if folder.finished:
@@ -100,7 +100,7 @@ def _shortened(planned: Mapping[Path, Recipe], dataset: Dataset) -> tuple[dict[P
 
 
 def _show(planned: Mapping[Path, Recipe], options: Namespace, console: Console) -> None:
-    """Print what runs came to and what to do next."""
+    """Print the results of runs and the next command."""
     if options.fast_dev_run:
         console.say(f"{_FEW} epochs of {_FEW} batches went through all stages, of {len(planned)} run(s); none was kept")
         return

@@ -16,7 +16,7 @@ from ..reports import sweep, tables
 from ..reports.answer import answer
 from ..reports.blocks import Group, tried
 from ..reports.frontier import frontier_table, ratios_of, series_of, verdicts
-from ..reports.rows import as_csv, load_metrics, load_runs
+from ..reports.rows import as_csv, epoch_rows, run_rows
 from ..reports.runs import Run, by_recipe, comparable, read_run, summary
 from .console import Console
 
@@ -40,10 +40,9 @@ def show(options: Namespace, console: Console, log: Console) -> None:
         if files:
             raise UsageError("--json takes run folders, not files")
         write_output(json_path, (json.dumps(summary(runs), indent=1) + "\n").encode(), "--json")
-    folders = [run.path for run in runs]
-    for name, load in (("csv", load_runs), ("metrics", load_metrics)):
+    for name, rows_of in (("csv", run_rows), ("metrics", epoch_rows)):
         if options[name] is not None:
-            write_output(options[name], as_csv(load(*folders)).encode(), f"--{name}")
+            write_output(options[name], as_csv(rows_of(runs)).encode(), f"--{name}")
     for path, rows in layers.items():
         print_layers(rows, path, console)
     for one in (one for one in runs if one.result is None):

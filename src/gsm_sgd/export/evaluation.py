@@ -13,11 +13,10 @@ from ..experiments.reading import cause, read_yaml
 from ..experiments.recipes import Recipe
 from ..experiments.rundir import NARROW_FILE, read_weights
 from ..reports.runs import read_run
-from ..structured.remove import load_narrow
 from .container import is_sparse
 from .extras import needed
 from .hdf5_file import is_hdf5, published_name, read_hdf5
-from .rebuild import build, load_data, recipe_of
+from .rebuild import build, load_data, narrow_net, recipe_of
 from .sparse import read_sparse
 
 
@@ -88,10 +87,7 @@ def _net(source: Path, recipe: Recipe, classes: int) -> nn.Module:
         names = {published_name(name, recipe.model): name for name in ours}
         return build(recipe, {names.get(name, name): tensor for name, tensor in read_hdf5(source).items()}, classes)
     if source.name == NARROW_FILE:
-        try:
-            return load_narrow(models.build(recipe.model, recipe.seed, classes), source)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+        return narrow_net(source.parent, models.build(recipe.model, recipe.seed, classes))
     return build(recipe, read_weights(source), classes)
 
 

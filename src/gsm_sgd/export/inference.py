@@ -59,7 +59,7 @@ def measure_inference(
     """
     run = read_run(folder)
     model, shape = pruned_net(run, trusted)
-    nets = {DENSE: model, NARROW: narrow_net(run, model)} if (folder / NARROW_FILE).exists() else {DENSE: model}
+    nets = {DENSE: model, NARROW: narrow_net(folder, model)} if (folder / NARROW_FILE).exists() else {DENSE: model}
     contents = {ONNX: to_onnx(copy.deepcopy(model), shape).content}
     if NARROW in nets:
         contents[ONNX_NARROW] = to_onnx(copy.deepcopy(nets[NARROW]), shape).content

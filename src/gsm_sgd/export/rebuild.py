@@ -90,11 +90,11 @@ def pruned_net(run: Run, trusted: Trusted = NOTHING) -> tuple[nn.Module, tuple[i
     return model, image_shape(recipe)
 
 
-def narrow_net(run: Run, dense: nn.Module) -> nn.Module:
-    """Return the narrow net of a finished run, given its dense one; UsageError if the run has none."""
-    path = run.path / NARROW_FILE
+def narrow_net(folder: Path, dense: nn.Module) -> nn.Module:
+    """Return the narrow net of a run's folder, given its dense one; UsageError if the run has none."""
+    path = folder / NARROW_FILE
     if not path.exists():
-        raise UsageError(f"{run.path} has no narrow net: prune with --pattern channel")
+        raise UsageError(f"{folder} has no narrow net: prune with --pattern channel")
     try:
         return load_narrow(dense, path)
     except ValueError as error:

@@ -95,7 +95,7 @@ def _save_onnx(run: Run, out: Path, trusted: Trusted) -> str:
     """Write a net as ONNX and return how exact it is."""
     net, shape = pruned_net(run, trusted)
     if (run.path / NARROW_FILE).exists():  # which is smaller and faster, and computes the same
-        net = narrow_net(run, net)
+        net = narrow_net(run.path, net)
     file = to_onnx(net, shape)
     write_output(out, file.content, "--out")
     return f"; onnxruntime's logits of {file.images} random images differ by {file.difference:.1e} at most"

@@ -66,11 +66,12 @@ def multiplied(parts: Sequence[Part], factors: Factors, updates: bool) -> list[P
     return changed
 
 
-def put_back_(part: Part, factors: Factors) -> None:
+def put_back_(parts: Sequence[Part], factors: Factors) -> None:
     """Write divided weights that have been updated back into their parameters."""
-    for owner, param in zip(part.owners, part.params, strict=True):
-        if to_local(owner) is not param and owner in factors:
-            to_local(owner).copy_(param * local_slice(owner, factors[owner]).to(param))
+    for part in parts:
+        for owner, param in zip(part.owners, part.params, strict=True):
+            if owner in factors:
+                to_local(owner).copy_(param * local_slice(owner, factors[owner]).to(param))
 
 
 def multiply_gradients(

@@ -39,7 +39,7 @@ from ..selection.stored import ScoreBuffer
 from ..selection.streamed import STREAMED, Passes, streamed
 from ..selection.threshold import Local, NotFiniteError, ScoresOf, Threshold, find_threshold
 from .checks import CutWarning, check_gradients, check_masked, check_step, is_sparse, warn_of_cut, warn_of_zeros
-from .multipliers import check_multipliers, factors_of, multiplied, put_back_
+from .multipliers import Factors, check_multipliers, factors_of, multiplied, put_back_
 from .states import check_group, check_parameters, check_state, in_order_of, localise, plain
 from .update import (
     as_tensor,
@@ -385,14 +385,17 @@ class SparseOptimizer(Optimizer):
             check_finite()
             active = [to_local(self.state[owner]["mask"]) for part in ruled for owner in part.owners]
         # update
-        if self._multipliers:
-            dense, ruled, active = self._multiplied(dense, ruled, active)
+        factors = factors_of(self._multipliers, named_in(self)) if self._multipliers else {}
+        if factors:
+            dense, ruled, active = self._multiplied(dense, ruled, active, factors)
         if ruled:
             self._update_(ruled, active)
         for part in dense:
             self._torchs_(part if everything else self._without_half(part, active=True), exactly=everything)
         for part in still:
             self._decay_(part)
+        if factors and self._multiplies_updates:
+            put_back_([*dense, *ruled], factors)
         for part in (*dense, *ruled, *still):
             self._remember(part)
         self._count_step(total)
@@ -541,8 +544,6 @@ class SparseOptimizer(Optimizer):
 
     def _remember(self, part: Part) -> None:
         """Put the buffers of parameters that have been updated into the state."""
-        if self._multipliers:
-            put_back_(part, factors_of(self._multipliers, named_in(self)))
         for name, buffers in part.buffers.items():
             for owner, buffer in zip(part.owners, buffers, strict=True):
                 state = self.state[owner]
@@ -570,7 +571,7 @@ class SparseOptimizer(Optimizer):
     # --- the update ---
 
     def _multiplied(
-        self, dense: list[Part], ruled: list[Part], active: Active
+        self, dense: list[Part], ruled: list[Part], active: Active, factors: Factors
     ) -> tuple[list[Part], list[Part], list[Tensor]]:
         """Return what to update with multiplied gradients.
 
@@ -579,7 +580,7 @@ class SparseOptimizer(Optimizer):
         """
         if isinstance(active, Threshold):
             active = masks_of(self._score, ruled, active)
-        factors, updates = factors_of(self._multipliers, named_in(self)), self._multiplies_updates
+        updates = self._multiplies_updates
         return multiplied(dense, factors, updates), multiplied(ruled, factors, updates), active
 
     def _update_(self, parts: Sequence[Part], active: Active) -> None:

@@ -1,4 +1,4 @@
-"""What runs came to in a line: that with which a report, and what `gsm prune` prints, begin."""
+"""The result of runs in one line: a report, and what `gsm prune` prints, begin with it."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 from rich.filesize import decimal
 
-from ..experiments.recipes import DENSE, OURS
+from ..experiments.recipes import DENSE
 from ..experiments.rundir import Record
-from .frontier import sparse_bytes
-from .runs import Run, outcome
+from .runs import Run, lost_in_the_cut, outcome, sparse_bytes
 
 
 class Answer(NamedTuple):
@@ -25,7 +24,7 @@ class Answer(NamedTuple):
 
 
 def answer(runs: Sequence[Run]) -> Answer:
-    """Return what finished runs that differ in the seed alone came to."""
+    """Return the result of finished runs that differ in the seed alone."""
     results = [run.finished() for run in runs]
     first = results[0]
     net = runs[0].net.replace("-", "_")
@@ -46,6 +45,5 @@ def _facts(runs: Sequence[Run], results: Sequence[Record]) -> list[str]:
     ]
     sizes = [size for run in runs if (size := sparse_bytes(run.path)) is not None]
     facts += [decimal(round(fmean(sizes)))] if sizes else []
-    before, after = ("gsm_before_cut", "gsm_after_cut") if runs[0].method == OURS else ("before_cut", "after_cut")
-    lost = fmean(result["top1"][before] - result["top1"][after] for result in results)
+    lost = lost_in_the_cut(runs)
     return [*facts, f"the cut cost {lost:.2f} points" if round(lost, 2) > 0 else "lossless cut"]

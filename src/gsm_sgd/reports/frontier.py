@@ -1,10 +1,7 @@
 """Accuracy against compression: runs of several methods and ratios as one line for each method."""
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 
 from matplotlib.figure import Figure
@@ -12,8 +9,10 @@ from rich.table import Table
 
 from ..experiments import UsageError
 from ..experiments.recipes import DENSE, method_title
+from ..experiments.rundir import Record
 from . import figures
-from .runs import Outcome, Run, outcome, read_inference
+from .rows import as_csv
+from .runs import Outcome, Run, outcome, read_inference, sparse_bytes
 
 _SETTING = 40  # characters of a setting in a label
 
@@ -36,12 +35,6 @@ class Series:
         found = [QUANTITIES[quantity](run) for run in self.runs.get(ratio, ())]
         known = [value for value in found if value is not None]
         return fmean(known) if known else None
-
-
-def sparse_bytes(folder: Path) -> int | None:
-    """Return the size of a run's sparse file, if it has been exported."""
-    path = folder / "pruned.sparse.safetensors.xz"
-    return path.stat().st_size if path.is_file() else None
 
 
 def _kib(run: Run) -> float | None:
@@ -165,15 +158,13 @@ def best_of(series: Sequence[Series], most: int) -> list[Series]:
 
 def frontier_csv(series: Sequence[Series]) -> str:
     """Return a line for each run: method, ratio, seed, accuracy, weights kept, bytes of the sparse file, seconds."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["method", "compression", "seed", "top1", "kept", "prunable", "bytes", "seconds", "folder"])
-    for one in series:
-        for ratio, runs in one.runs.items():
-            for run in runs:
-                result = run.finished()
-                size, seconds = sparse_bytes(run.path), round(sum(result["seconds"].values()), 1)
-                counts = [result["nonzeros"], result["prunable"], "" if size is None else size]
-                row = [one.method, f"{ratio:g}", result["seed"], result["top1"]["pruned"], *counts]
-                writer.writerow([*row, seconds, run.path.name])
-    return stream.getvalue()
+    return as_csv([_line(one.method, ratio, run) for one in series for ratio, runs in one.runs.items() for run in runs])
+
+
+def _line(method: str, ratio: float, run: Run) -> Record:
+    result = run.finished()
+    return {
+        **{"method": method, "compression": f"{ratio:g}", "seed": result["seed"], "top1": result["top1"]["pruned"]},
+        **{"kept": result["nonzeros"], "prunable": result["prunable"], "bytes": sparse_bytes(run.path)},
+        **{"seconds": round(sum(result["seconds"].values()), 1), "folder": run.path.name},
+    }

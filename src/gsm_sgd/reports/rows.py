@@ -8,14 +8,13 @@ from typing import Any
 
 from ..experiments import UsageError
 from ..experiments.rundir import dotted
-from .frontier import sparse_bytes
-from .runs import Run, read_run
+from .runs import Run, read_run, sparse_bytes
 
 Row = dict[str, Any]
 
 
 def load_runs(*paths: str | Path) -> list[Row]:
-    """Return a row for each finished run in these folders: what it came to, and all its settings.
+    """Return a row for each finished run in these folders: its result and all its settings.
 
     `pandas.DataFrame(load_runs("runs"))` is a table of them. Keys are those of result.json, joined by dots, as
     `top1.pruned` in percent, `seconds.gsm`, `nonzeros` of `prunable` weights; `bytes` of the sparse file if there is
@@ -27,7 +26,7 @@ def load_runs(*paths: str | Path) -> list[Row]:
     Raises:
         UsageError: there is no run in a folder, or a file of one is damaged.
     """
-    return [_row(run) for run in find_runs(paths) if run.result is not None]
+    return run_rows(find_runs(paths))
 
 
 def load_metrics(*paths: str | Path) -> list[Row]:
@@ -39,7 +38,7 @@ def load_metrics(*paths: str | Path) -> list[Row]:
     Raises:
         UsageError: as of `load_runs`.
     """
-    return [{"run": str(run.path), **record} for run in find_runs(paths) for record in run.metrics]
+    return epoch_rows(find_runs(paths))
 
 
 def find_runs(paths: Sequence[str | Path]) -> list[Run]:
@@ -52,6 +51,16 @@ def find_runs(paths: Sequence[str | Path]) -> list[Run]:
         for folder in inside:
             found.setdefault(folder.resolve(), read_run(folder))
     return list(found.values())
+
+
+def run_rows(runs: Sequence[Run]) -> list[Row]:
+    """Return a row for each finished run, as `load_runs` does."""
+    return [_row(run) for run in runs if run.result is not None]
+
+
+def epoch_rows(runs: Sequence[Run]) -> list[Row]:
+    """Return a row for each epoch of each run, as `load_metrics` does."""
+    return [{"run": str(run.path), **record} for run in runs for record in run.metrics]
 
 
 def as_csv(rows: Sequence[Row]) -> str:

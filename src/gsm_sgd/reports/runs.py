@@ -202,6 +202,12 @@ def read_run(path: Path) -> Run:
     return run
 
 
+def sparse_bytes(folder: Path) -> int | None:
+    """Return the size of a run's sparse file, if it has been exported."""
+    path = folder / "pruned.sparse.safetensors.xz"
+    return path.stat().st_size if path.is_file() else None
+
+
 def read_inference(folder: Path) -> list[Record] | None:
     """Return what `gsm bench inference` has measured in a run's folder, or None if it has not.
 
@@ -356,6 +362,12 @@ def outcomes(runs: Sequence[Run]) -> list[Outcome]:
     if same("before_cut", "after_cut") and same("after_cut", "pruned"):  # most methods are sparse long before the end
         shown = [key for key in shown if key not in ("before_cut", "after_cut")]
     return [outcome(runs, key, paper.get(key)) for key in shown]
+
+
+def lost_in_the_cut(runs: Sequence[Run]) -> float:
+    """Return how many points of accuracy the cut of finished runs of one method cost, the mean over the seeds."""
+    before, after = ("gsm_before_cut", "gsm_after_cut") if runs[0].method == OURS else ("before_cut", "after_cut")
+    return fmean(top1[before] - top1[after] for top1 in (run.finished()["top1"] for run in runs))
 
 
 def summary(runs: Sequence[Run]) -> Record:

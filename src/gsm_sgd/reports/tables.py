@@ -11,7 +11,7 @@ from ..experiments.bench import BASELINE, CAPTION, Cost, Workload
 from ..experiments.recipes import OURS, RECIPES, Preset, published
 from ..experiments.rundir import Record
 from ..masks import LayerSparsity
-from .runs import PROGRESS, Run, outcomes
+from .runs import PROGRESS, Run, lost_in_the_cut, outcomes
 
 _NAMED = 5  # layers that a sentence names
 _TEXTS = ("net", "stage", "layer", "shape", "recipe", "preset", "optimizer")  # columns of text, not of numbers
@@ -46,14 +46,14 @@ def cut_line(runs: Sequence[Run]) -> str:
     """Return a sentence on what the cut cost, and since when it would have cost nothing; or no text."""
     results = [run.result["top1"] for run in runs if run.result is not None]
     if runs[0].method != OURS:
-        lost = fmean(top1["before_cut"] - top1["after_cut"] for top1 in results)
+        lost = lost_in_the_cut(runs)
         return f"The cut in the end cost {lost:.2f} points." if lost else ""
     text = f"The cut after epoch {runs[0].cut_epoch} of GSM training "
     since = [str(run.lossless_since) for run in runs if run.lossless_since is not None]
     if len(since) == len(runs):
         text += f"was lossless, and would have been since epoch {', '.join(since)}"
     else:
-        text += f"cost {fmean(top1['gsm_before_cut'] - top1['gsm_after_cut'] for top1 in results):.2f} points"
+        text += f"cost {lost_in_the_cut(runs):.2f} points"
     gained = fmean(top1["pruned"] - top1["gsm_after_cut"] for top1 in results)
     how = "training on with the mask" if runs[0].cut_epoch < runs[0].recipe["gsm"]["epochs"] else "recalibrating"
     return text + (f"; {how} gained {gained:.2f}." if gained else ".")

@@ -78,9 +78,7 @@ class AOFP(ChannelMethod):
         self._search, self._masked, self._watching = list(self._layers), list[tuple[Tensor, Tensor]](), list[Any]()
         self._total = torch.zeros(count, dtype=torch.float64, device=self._silencing[0].device)
         self._draws = torch.zeros(count, dtype=torch.float64)
-        if (least := self.groups.cost_of(self._without(self._by_damage(), 0))) > self._most:
-            share = least / self.groups.total(self._silencing)
-            raise ValueError(f"inner layers alone can only come to {share:.4g} of the dense net's cost")
+        self._check_inner(self._without(self._by_damage(), 0))
         self._draw()
         self._watch()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..masks import Masks
-from ..names import bare_names, tensors_of
+from ..names import by_bare_name, tensors_of
 from ..optim.checks import CutWarning
 from .channels import ChannelGroups, with_noise
 from .graph import STAYS
@@ -81,25 +81,19 @@ class CSGD(Penalized, Uniform):
     def _prepare(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Cluster the filters, and try whether clusters of the same filters can be merged."""
         channels = self.groups.channels
-        self._tensors = self._by_name(model)
+        self._tensors = by_bare_name(tensors_of(model))
         layers = {layer.weight: layer for layer in channels.layers if layer.inputs is not None}
         self._read = {(name, self._dim_read(name, layer.inputs, layer.outputs)) for name, layer in layers.items()}
         if not all(self._tensors[name].isfinite().all() for name in layers):
             raise ValueError("weights are not finite, so there are no clusters: training has diverged")
         self._set_leaders(self._clustered(Uniform._choose(self)))
         trial = with_noise(model)
-        tensors = self._by_name(trial)
+        tensors = by_bare_name(tensors_of(trial))
         self._average_(tensors)
         same = copy.deepcopy(trial)
         self._sum_(tensors)
         if not difference(same, trial, self.groups.example_inputs) <= TOLERANCE:
             raise ValueError("channels that are the same cannot be merged in this model: leave layers out with ignore=")
-
-    @staticmethod
-    def _by_name(model: nn.Module) -> dict[str, Tensor]:
-        tensors = tensors_of(model)
-        names = bare_names(tensors)
-        return {names[name]: tensor for name, tensor in tensors.items()}
 
     def _dim_read(self, weight: str, inputs: Tensor | None, outputs: Tensor) -> int:
         """Return along which dimension a layer's weight has its inputs: the first of transposed convolutions."""

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.optim import Optimizer
 
-from ..names import bare_names
+from ..names import by_bare_name
 from ..optim.checks import CutWarning
 from ..schedules import real_number, whole_number
 from .channels import ChannelGroups
@@ -181,8 +181,7 @@ class ResRep(Penalized):
         plain: dict[str, Tensor] = {name: param for name, param in model.named_parameters() if param not in own}
         for path, module in compactors(model).items():
             plain |= {f"{path}.{key}": plain.pop(f"{path}.norm.{key}") for key, _ in module.norm.named_parameters()}
-        names = bare_names(plain)
-        return {names[name]: param for name, param in plain.items()}
+        return by_bare_name(plain)
 
     def _prepare(self, model: nn.Module, optimizer: Optimizer) -> None:
         paths = compactors(model)
@@ -193,10 +192,7 @@ class ResRep(Penalized):
         rows = self.groups.channels.rows
         self._compactors = [(module.compactor.weight, rows[names[module.norm.weight]][1]) for module in paths.values()]
         self._layer_of = {int(unit): place for place, (_, units) in enumerate(self._compactors) for unit in units}
-        least = self.groups.cost_of(self._forget(-torch.ones(self.groups.channels.count), most=0))
-        if least > self._most:
-            dense = self.groups.total(self._silencing)
-            raise ValueError(f"inner layers alone can only come to {least / dense:.4g} of the dense net's cost")
+        self._check_inner(self._forget(-torch.ones(self.groups.channels.count), most=0))
 
     def scores(self) -> Tensor:
         """Return ||Q_j|| of each unit that has a row."""

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ..budget import SHARES, Budget
 from ..masks import Masks, mask_gradients
-from ..names import bare_names
+from ..names import by_bare_name
 from ..schedules import real_number, whole_number
 from .channels import ChannelGroups
 from .graph import STAYS
@@ -108,8 +108,7 @@ class ChannelMethod:
 
     @staticmethod
     def _parameters_of(model: nn.Module) -> dict[str, Tensor]:
-        names = bare_names(dict(model.named_parameters()))
-        return {names[name]: param for name, param in model.named_parameters()}
+        return by_bare_name(dict(model.named_parameters()))
 
     @staticmethod
     def _check_trained(silencing: Mapping[str, Tensor], optimizer: Optimizer) -> None:
@@ -120,6 +119,12 @@ class ChannelMethod:
 
     def _prepare(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Find what the method works on, or raise ValueError before it has touched anything."""
+
+    def _check_inner(self, fewest: Tensor) -> None:
+        """Raise ValueError if the fewest channels to which inner layers can come cost more than the budget."""
+        if (least := self.groups.cost_of(fewest)) > self._most:
+            share = least / self.groups.total(self._silencing)
+            raise ValueError(f"inner layers alone can only come to {share:.4g} of the dense net's cost")
 
     def scores(self) -> Tensor:
         """Return the score of each unit as it is now; the units with the lowest go."""
