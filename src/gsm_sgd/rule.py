@@ -28,8 +28,7 @@ HALF = (torch.bfloat16, torch.float16)
 Number = float | Tensor
 Buffers = Sequence[Tensor]
 Rule = Callable[[Tensor, Tensor, Buffers, Tensor, Sequence[Number], bool], tuple[Tensor, Buffers]]
-"""(weight, grad, buffers, active, settings, kind) -> weight and buffers after a step; the settings are numbers, or
-tensors of one element, and the kind is what has to be known when the rule is compiled."""
+"""(weight, grad, buffers, active, settings, variant) -> weight and buffers after a step."""
 
 
 class Part(NamedTuple):

@@ -114,7 +114,6 @@ class GSM(SparseOptimizer):
         passive_decay: float | Literal["auto"] | None = None,
         score: str | Score = "taylor",
         pattern: Pattern | None = None,
-        compiled: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         check_ranks: bool | None = None,
@@ -136,7 +135,7 @@ class GSM(SparseOptimizer):
             "dampening": 0,
             "differentiable": False,
         }
-        super().__init__(params, defaults, budget, schedule, score, pattern, compiled, check_ranks, multipliers)
+        super().__init__(params, defaults, budget, schedule, score, pattern, check_ranks, multipliers)
 
     def _buffer_names(self, group: dict[str, Any]) -> Sequence[str]:
         return ("momentum_buffer",) if group["momentum"] else ()
@@ -160,6 +159,12 @@ class GSM(SparseOptimizer):
 
     def _masked_(self, part: Part, active: list[Tensor]) -> None:
         _sgd_(part, _masked_gradients(part, active), part.group["weight_decay"])
+
+    _in_c = _masked_
+
+    def _settings_in_c(self, group: dict[str, Any]) -> Sequence[float]:
+        lr, decay, momentum = (float(group[key]) for key in ("lr", "weight_decay", "momentum"))
+        return lr, decay, self.passive_decay(group) - decay, momentum, 0.0, 0.0, group["nesterov"]
 
 
 def _sgd_(part: Part, grads: list[Tensor], weight_decay: float, exactly: bool = False) -> None:

@@ -100,7 +100,6 @@ class GSMAdamW(SparseOptimizer):
         passive_decay: float | Literal["auto"] | None = None,
         score: str | Score = "taylor",
         pattern: Pattern | None = None,
-        compiled: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         check_ranks: bool | None = None,
@@ -124,7 +123,7 @@ class GSMAdamW(SparseOptimizer):
             "differentiable": False,
             "decoupled_weight_decay": True,
         }
-        super().__init__(params, defaults, budget, schedule, score, pattern, compiled, check_ranks, multipliers)
+        super().__init__(params, defaults, budget, schedule, score, pattern, check_ranks, multipliers)
 
     def _buffer_names(self, group: dict[str, Any]) -> Sequence[str]:
         return ("exp_avg", "exp_avg_sq")
@@ -158,6 +157,12 @@ class GSMAdamW(SparseOptimizer):
         rest = torch._foreach_sub(part.grads, mine)
         torch._foreach_addcmul_(part.buffers["exp_avg_sq"], rest, rest, (1 - beta2) / beta2)
         _adamw_(part, mine, weight_decay=0.0)
+
+    _in_c = _masked_
+
+    def _settings_in_c(self, group: dict[str, Any]) -> Sequence[float]:
+        lr, decay = float(group["lr"]), float(group["weight_decay"])
+        return lr, decay, self.passive_decay(group) - decay, *map(float, group["betas"]), float(group["eps"]), 0
 
     def _decay_(self, part: Part) -> None:
         factor = 1 - float(part.group["lr"]) * part.passive_decay

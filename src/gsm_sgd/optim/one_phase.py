@@ -45,7 +45,6 @@ def one_phase(
     weight_decay: float | None = None,
     dense: Sequence[str] | None = None,
     pattern: Pattern | None = None,
-    compiled: bool = False,
 ) -> tuple[GSM | GSMAdamW, LambdaLR]:
     """Set up the training of a model to an exact sparsity, from a random start or a trained net.
 
@@ -68,7 +67,7 @@ def one_phase(
             to an embedding, or else the last linear or convolutional one; or parameter names, in which "*" stands for
             anything. These weights do not count in N. By default embeddings and depthwise convolutions, and with AdamW
             the head; () prunes everything of two or more dimensions.
-        pattern, compiled: as of `GSM`.
+        pattern: as of `GSM`.
 
     Returns:
         The optimizer, and the scheduler to step after each optimizer step.
@@ -97,7 +96,7 @@ def one_phase(
     groups = parameter_groups(model, decay, defaults["dense"] if dense is None else dense)
     settings: dict[str, Any] = {"lr": lr, "schedule": Schedule(total_steps, peak_lr=real_number("lr", lr))}
     settings |= {"compression": compression, "density": density, "sparsity": sparsity, "num_kept": num_kept}
-    settings |= {"pattern": pattern, "compiled": compiled} | ({} if given[own] is None else {own: given[own]})
+    settings |= {"pattern": pattern} | ({} if given[own] is None else {own: given[own]})
     trainer = GSM(groups, **settings) if optimizer == "sgd" else GSMAdamW(groups, **settings)
     return trainer, LambdaLR(trainer, lr_factor(settings["schedule"].total_steps))
 

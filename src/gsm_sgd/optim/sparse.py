@@ -15,7 +15,6 @@ from torch.optim.optimizer import ParamsT
 from torch.utils.hooks import RemovableHandle
 
 from ..budget import Budget, rounded_down
-from ..compiled import Compiled
 from ..decay import Motion, PassiveWeight, auto_decay, why_passive_weights_stay
 from ..distributed import (
     check_same_replicas,
@@ -30,41 +29,30 @@ from ..distributed import (
 from ..masks import Masks, check_spread, choose, largest, mask_gradients, residual
 from ..memory import laid_out_as
 from ..names import is_governed, named_in, prunable_in
+from ..native import library
+from ..native.kernel import Kernel, are_laid_out, fits
 from ..patterns import Pattern, Unstructured
-from ..rule import HALF, Part, Rule
+from ..rule import Part, Rule
 from ..schedules import Phase, Schedule, whole_number
-from ..scores import Score, find_score, first_order, fisher, magnitude, score_dtype, seed_of, taylor
+from ..scores import Score, find_score, first_order, fisher, magnitude, seed_of, taylor
 from ..selection.sharded import Sharded, Shards
 from ..selection.stored import ScoreBuffer
-from ..selection.streamed import STREAMED, Passes, streamed
 from ..selection.threshold import Local, NotFiniteError, ScoresOf, Threshold, find_threshold
 from .checks import CutWarning, check_gradients, check_masked, check_step, is_sparse, warn_of_cut, warn_of_zeros
 from .multipliers import Factors, check_multipliers, factors_of, multiplied, put_back_
-from .states import check_group, check_parameters, check_state, in_order_of, localise, plain
-from .update import (
-    as_tensor,
-    columns,
-    masks_of,
-    surplus_of,
-    thresholds_of,
-    update_half_,
-    update_masked_,
-    update_streamed_,
-)
+from .states import check_group, check_lr, check_parameters, check_state, in_order_of, localise, plain
+from .update import update_half_
 
 _NEW = 0.01  # weight of a step in the mean square of the scores of units
 _OF_THE_CALL = {
     *("compression", "density", "sparsity", "num_kept", "budget", "schedule", "total_steps", "peak_lr"),
-    *("score", "pattern", "step", "phase", "compiled"),
+    *("score", "pattern", "step", "phase"),
 }
 _OF_THE_OBJECT = ("foreach", "fused")
-_SETS = 8  # of parameters that have gradients together: so often torch compiles a function for others
+_ELEMENTWISE = (taylor, magnitude)  # scores that depend on nothing but a weight and its gradient, one by one
 
 ScheduleLike = Schedule | Callable[[int], float] | None
 """A Schedule; a function of the number of steps taken, the density of the next; or None, the final density at once."""
-
-Active = list[Tensor] | Threshold
-"""Which weights are active: masks in bool or as 0 and 1, or where the scores end that are computed as they are used."""
 
 
 class SparseOptimizer(Optimizer):
@@ -87,7 +75,6 @@ class SparseOptimizer(Optimizer):
         schedule: ScheduleLike,
         score: str | Score,
         pattern: Pattern | None,
-        compiled: bool,
         check_ranks: bool | None,
         multipliers: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -108,7 +95,7 @@ class SparseOptimizer(Optimizer):
             **{"budget": budget, "schedule": schedule, "step": 0, "phase": Phase.RAMP.value},
             **{"pattern": repr(self._pattern), "unit_scores": None},
         }
-        self._compiled, self._check_ranks_always = compiled, check_ranks
+        self._check_ranks_always = check_ranks
         self._multipliers = dict(multipliers or {})
         self._prepare()
         if defaults["passive_decay"] is None and isinstance(schedule, Schedule):
@@ -131,9 +118,7 @@ class SparseOptimizer(Optimizer):
     def _prepare(self) -> None:
         """Make what is not state."""
         self._buffer = ScoreBuffer()
-        self._passes = Passes.compiled() if self._compiled else None
-        self._update_masked, self._update_streamed = Compiled(update_masked_), Compiled(update_streamed_)
-        self._compiled_for: set[tuple[int, ...]] = set()
+        self._kernel: Kernel | None = None  # the last step in C, for repeating it
         self._shards: Shards | None = None
         self._agreed = False  # whether all processes are known to have the same settings
         self._hooks: RemovableHandle | None = None  # keep gradients of cut weights at zero
@@ -158,7 +143,7 @@ class SparseOptimizer(Optimizer):
         raise NotImplementedError
 
     def _kind(self, group: dict[str, Any]) -> bool:
-        """Return what has to be known when the rule of a group is compiled."""
+        """Return which of a rule's variants a group has."""
         return False
 
     def _torchs_(self, part: Part, exactly: bool) -> None:
@@ -174,6 +159,12 @@ class SparseOptimizer(Optimizer):
 
     def _decay_(self, part: Part) -> None:
         """Update parameters without a gradient, of which all weights are passive."""
+        raise NotImplementedError
+
+    _in_c: Callable[..., None] | None = None  # the `_masked_` that step.c repeats; a subclass may have another one
+
+    def _settings_in_c(self, group: dict[str, Any]) -> Sequence[float]:
+        """Return what step.c's Group has."""
         raise NotImplementedError
 
     # --- settings ---
@@ -355,13 +346,20 @@ class SparseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self._repeat():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        """Take a step, if any parameter has a gradient."""
+        self._kernel = None
         governed = self._governed()
         scored = [param for param in governed if param.grad is not None]
         shards = self._shards_of(scored)
         self._check_agreement(shards)
         trained = [param for group in self.param_groups for param in group["params"] if _has_gradient(param)]
         if not trained or self._is_torchs_initialisation(trained, shards):
-            return loss
+            return
         check_step(self.param_groups, governed, self._name_of)
         if self._fixed:
             check_masked(self.state, governed, self.phase is Phase.FADE, self._name_of)
@@ -379,6 +377,24 @@ class SparseOptimizer(Optimizer):
             available = self._pattern.total(scored)
             prescribed = self._pattern.density is not None  # of whichever weights there are
             num_active = self._active_of(available) if prescribed else min(num_active, available)
+        if not self._natively(dense, ruled, still, num_active):
+            self._by_torch(dense, ruled, still, num_active, everything, shards, check_finite)
+        for part in (*dense, *ruled, *still):
+            self._remember(part)
+        self._count_step(total)
+
+    def _by_torch(
+        self,
+        dense: list[Part],
+        ruled: list[Part],
+        still: list[Part],
+        num_active: int,
+        everything: bool,
+        shards: Shards | None,
+        check_finite: Callable[[], None],
+    ) -> None:
+        """Take a step in torch's operations, which go for all types, devices, scores and patterns."""
+        if ruled and not self._fixed:
             # score, pool, select
             active = self._select(ruled, num_active, shards, check_finite)
         else:
@@ -396,31 +412,56 @@ class SparseOptimizer(Optimizer):
             self._decay_(part)
         if factors and self._multiplies_updates:
             put_back_([*dense, *ruled], factors)
-        for part in (*dense, *ruled, *still):
-            self._remember(part)
-        self._count_step(total)
-        return loss
+
+    def _natively(self, dense: list[Part], ruled: list[Part], still: list[Part], num_active: int) -> bool:
+        """Take the same step in C, if it is one that step.c takes; return whether."""
+        by_rule = type(self)._masked_ is type(self)._in_c and not self._multipliers
+        chosen = self._fixed or (self._score in _ELEMENTWISE and isinstance(self._pattern, Unstructured))
+        if still or not ruled or not by_rule or not chosen or not all(map(fits, (*dense, *ruled))):
+            return False
+        masks = [self.state[owner]["mask"] for part in ruled for owner in part.owners] if self._fixed else None
+        grads = [grad for part in (*dense, *ruled) for grad in laid_out_as(part.params, part.grads)]
+        step = library.load_step()
+        if step is None or (masks and not are_laid_out(ruled, masks)):
+            return False
+        kernel = Kernel(step, dense, ruled, masks, self._score is taylor, self.param_groups)
+        kernel.take(grads)
+        if not kernel.step([self._settings_in_c(group) for group in kernel.groups], num_active):
+            return False
+        self._kernel = kernel
+        return True
+
+    def _repeat(self) -> bool:
+        """Take a step in C as the last one was if nothing but values has changed since; return whether."""
+        kernel, compared = self._kernel, self._agreed or not is_distributed() or self._check_ranks_always is False
+        if kernel is None or self._check_ranks_always or not compared or self._due is not None:
+            return False
+        if kernel.fixed != self._fixed or not kernel.can_repeat(self.param_groups, self.state):
+            return False
+        num_active = self._active_of(kernel.num_prunable)
+        if num_active == kernel.num_prunable:
+            return False
+        for group in self.param_groups:
+            check_lr(group["lr"])
+        if not kernel.step([self._settings_in_c(group) for group in kernel.groups], num_active):
+            return False
+        self._count_step(kernel.num_prunable)
+        return True
 
     def _select(
         self, parts: Sequence[Part], num_active: int, shards: Shards | None, check_finite: Callable[[], None]
-    ) -> Active:
+    ) -> list[Tensor]:
         """Score, pool, select: return which weights are active, `num_active` in all processes together."""
         weights = [param for part in parts for param in part.params]
         grads = [grad for part in parts for grad in part.grads]
         single = isinstance(self._pattern, Unstructured)
-        streams = single and self._score in STREAMED and self._passes is not None
-        if streams and self._compiles_for(parts):
-            try:
-                return _threshold(partial(self._streamed, weights, grads), len(weights), num_active, shards)
-            except NotFiniteError:  # stored scores can be mended
-                check_finite()
         finite = self._buffer.fill(self._score, weights, grads, self._score_states(parts))
         if not finite:
-            if self._score not in STREAMED and shards is None:
+            if self._score not in _ELEMENTWISE and shards is None:
                 check_finite()
                 self._check_scores(parts)
             self._buffer.sanitize_()
-        if shards is not None and single and self._score not in STREAMED:
+        if shards is not None and single and self._score not in _ELEMENTWISE:
             whole = self._buffer.whole
             whole.masked_fill_(whole <= 0, -1)  # passive all alike: no other sign is exchanged
         if single:
@@ -454,24 +495,6 @@ class SparseOptimizer(Optimizer):
         for (owner, param), scores in zip(owners, self._buffer.views, strict=True):
             if scores.isnan().any() and not param.isnan().any():
                 raise ValueError(f"a score of {self._name_of(owner)} is NaN, though weight and gradient are not")
-
-    def _streamed(self, weights: list[Tensor], grads: list[Tensor], numbers: Sequence[int]) -> Any:
-        """Return the scores of some weights; if they are not all, without compiling anything for them."""
-        assert self._passes is not None
-        if len(numbers) == len(weights):
-            return streamed(self._score, weights, grads, self._passes)
-        some = ScoreBuffer()
-        states: list[dict[str, Any]] = [{} for _ in numbers]
-        chosen = [weights[i] for i in numbers], [grads[i] for i in numbers]
-        some.fill(self._score, *chosen, states, score_dtype(weights))
-        return some.scores_of(range(len(numbers)))
-
-    def _compiles_for(self, parts: Sequence[Part]) -> bool:
-        """Return whether to compile for these parameters: not where too many sets of them alternate."""
-        params = tuple(id(owner) for part in parts for owner in part.owners)
-        if params not in self._compiled_for and len(self._compiled_for) < _SETS:
-            self._compiled_for.add(params)
-        return params in self._compiled_for
 
     def _keys_of(self, parts: Sequence[Part]) -> list[str]:
         """Return the keys that the masks of parameters get."""
@@ -571,59 +594,24 @@ class SparseOptimizer(Optimizer):
     # --- the update ---
 
     def _multiplied(
-        self, dense: list[Part], ruled: list[Part], active: Active, factors: Factors
+        self, dense: list[Part], ruled: list[Part], active: list[Tensor], factors: Factors
     ) -> tuple[list[Part], list[Part], list[Tensor]]:
         """Return what to update with multiplied gradients.
 
         The scores are of the gradients as they are: |w g| is the first-order change of the loss, whatever a weight's
         step is multiplied by.
         """
-        if isinstance(active, Threshold):
-            active = masks_of(self._score, ruled, active)
         updates = self._multiplies_updates
         return multiplied(dense, factors, updates), multiplied(ruled, factors, updates), active
 
-    def _update_(self, parts: Sequence[Part], active: Active) -> None:
+    def _update_(self, parts: Sequence[Part], active: Sequence[Tensor]) -> None:
         """Update parameters by the rule, given which weights are active; masks may be overwritten."""
-        if isinstance(active, Threshold):
-            if all(param.dtype not in HALF for part in parts for param in part.params):
-                return self._update_by_threshold_(parts, active)
-            active = masks_of(self._score, parts, active)
-        kept, full_parts = [], []
         for part in parts:
             mine, active = active[: len(part.params)], active[len(part.params) :]
             full, half = part.by_precision()
             self._half_(part.only(half), [mine[number] for number in half])
             if full:
-                kept += [mine[number] for number in full]
-                full_parts.append(part.only(full))
-        if self._compiled and full_parts and self._compiles_for(full_parts):
-            masks = [mask.bool() for mask in kept]
-            rows, kinds = self._rows(full_parts)
-            weights, *others = columns(full_parts)
-            self._update_masked(self._rule, weights, *others, masks, as_tensor(rows, weights), kinds)
-            _count(full_parts)
-        else:
-            for part in full_parts:
-                mine, kept = kept[: len(part.params)], kept[len(part.params) :]
-                self._masked_(part, mine)
-        return None
-
-    def _update_by_threshold_(self, parts: Sequence[Part], threshold: Threshold) -> None:
-        """Update in one compiled pass that computes the scores once more; the surplus of equal scores by itself."""
-        weights, grads, buffers = columns(parts)
-        rows, kinds = self._rows(parts)
-        surplus = surplus_of(self._rule, parts, threshold, rows, kinds)
-        thresholds, settings = thresholds_of(threshold, len(weights)), as_tensor(rows, weights)
-        self._update_streamed(self._rule, self._score, weights, grads, buffers, thresholds, settings, kinds)
-        for tensor, elements in surplus:
-            tensor[threshold.surplus] = elements
-        _count(parts)
-
-    def _rows(self, parts: Sequence[Part]) -> tuple[list[list[float]], tuple[bool, ...]]:
-        """Return the rule's settings, and the kind, of each parameter."""
-        rows = [row for part in parts for row in self._numbers(part)]
-        return rows, tuple(self._kind(part.group) for part in parts for _ in part.params)
+                self._masked_(part.only(full), [mine[number] for number in full])
 
     def _half_(self, part: Part, active: Sequence[Tensor]) -> None:
         update_half_(self._rule, part, active, self._numbers(part), self._kind(part.group))
@@ -669,17 +657,24 @@ class SparseOptimizer(Optimizer):
         self._mask_gradients()
         return masks
 
+    @property
+    def _due(self) -> Phase | None:
+        """The phase that begins with the next step, if it is the fade or the cut."""
+        schedule = self.schedule
+        if self.phase is Phase.DONE or not isinstance(schedule, Schedule):
+            return None
+        due = schedule.phase(self.param_groups[0]["step"])
+        return due if due is Phase.DONE or (due is Phase.FADE and not self._fixed) else None
+
     def _fade_or_cut_if_due(self, check_finite: Callable[[], None]) -> None:
         """Do what is to be done before the first step of the fade, or after the cut."""
-        schedule = self.schedule
-        if self.phase is Phase.DONE or not isinstance(schedule, Schedule) or not self.num_prunable:
+        due = self._due
+        if due is None or not self.num_prunable:
             return
-        due = schedule.phase(self.param_groups[0]["step"])
+        check_finite()
         if due is Phase.DONE:
-            check_finite()
             self.finalize()
-        elif due is Phase.FADE and not self._fixed:
-            check_finite()
+        else:
             self._fix_masks()
             self.param_groups[0]["phase"] = Phase.FADE.value
             for group in self.param_groups:
@@ -768,7 +763,7 @@ class SparseOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs: beside the state, what the constructor was given."""
-        own = ("_score", "_pattern", "_model_wide", "_compiled", "_check_ranks_always", "_multipliers")
+        own = ("_score", "_pattern", "_model_wide", "_check_ranks_always", "_multipliers")
         return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
     def _plain_groups(self) -> list[dict[str, Any]]:
@@ -858,7 +853,7 @@ class SparseOptimizer(Optimizer):
             if fixed and mask is not None:
                 param_state["mask"] = mask.bool()
         super().__setstate__(state)
-        if "_compiled" in state:  # a copy, or unpickled: none of the rest is state
+        if "_score" in state:  # a copy, or unpickled: none of the rest is state
             self._prepare()
             self._mask_gradients()
         self._shards, self._agreed = None, False
