@@ -24,7 +24,7 @@ SIZES = [10**5, 316_228, 10**6, 3_162_278, 10**7, 31_622_777, 10**8]
 STYLES = {  # Okabe and Ito's colours
     "SGD, fused": ("#000000", "o"),
     "GSM": ("#0072B2", "s"),
-    "GSM, compiled": ("#009E73", "D"),
+    bench.BY_TORCH: ("#009E73", "D"),
     "published approach": ("#D55E00", "^"),
 }
 

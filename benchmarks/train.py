@@ -2,7 +2,8 @@
 
 The plain loop: float32; a DataLoader that converts, varies and normalises each image in Python; the importances of all
 weights concatenated, sorted by `torch.topk`; the gradient masked by the threshold; torch.optim.SGD. Both train the
-same network by the same settings, in one process, by turns; what counts are the ratios.
+same network by the same settings, in one process, by turns; what counts are the ratios. Rows of SGD are torch's,
+fused, in our loop, so they tell what pruning costs.
 
     python benchmarks/train.py [--model resnet56] [--steps 20] [--repeats 3] [--threads 2] [--json FILE]
 
@@ -27,7 +28,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from gsm_sgd.experiments import cifar10, data, mnist, models, splits
 from gsm_sgd.experiments.environment import environment
-from gsm_sgd.experiments.loop import fitting_precision
+from gsm_sgd.experiments.loop import fitting_precision, parameter_groups
 from gsm_sgd.experiments.prune import gsm
 from gsm_sgd.experiments.recipes import RECIPES, Recipe, find_recipe
 
@@ -90,10 +91,15 @@ def plain_epoch(loader: DataLoader[tuple[Tensor, int]], recipe: Recipe, steps: i
     return time.perf_counter() - began, loading
 
 
-def our_epoch(dataset: splits.Dataset, recipe: Recipe, steps: int, layout: torch.memory_format) -> float:
-    """Return the seconds that our loop takes for so many steps."""
+def our_epoch(
+    dataset: splits.Dataset, recipe: Recipe, steps: int, layout: torch.memory_format, prunes: bool = True
+) -> float:
+    """Return the seconds that our loop takes for so many steps of GSM, or of SGD."""
     model = models.build(recipe.model, 0).to(memory_format=layout)
-    optimizer = gsm(model, recipe, steps)
+    optimizer: torch.optim.Optimizer = gsm(model, recipe, steps)
+    if not prunes:
+        groups, lr = parameter_groups(model, recipe.gsm), recipe.gsm.lr
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=recipe.gsm.momentum, fused=True)
     began = time.perf_counter()
     batches = dataset.train.shuffled(recipe.batch_size, 0, 0)
     for _, (images, labels) in zip(range(steps), batches, strict=False):
@@ -135,6 +141,8 @@ def main() -> None:
     ours: dict[str, Callable[[], float]] = {
         "ours (channels_last, float32)": lambda: our_epoch(dataset, recipe, steps, torch.channels_last),
         "ours, bfloat16": lambda: our_epoch(dataset, bfloat16, steps, torch.channels_last),
+        "SGD, float32": lambda: our_epoch(dataset, recipe, steps, torch.channels_last, prunes=False),
+        "SGD, bfloat16": lambda: our_epoch(dataset, bfloat16, steps, torch.channels_last, prunes=False),
     }
     if options.model != "lenet300":  # it has no convolution to lay out
         ours["ours, contiguous"] = lambda: our_epoch(dataset, recipe, steps, torch.contiguous_format)

@@ -173,26 +173,17 @@ def numbers(name: str) -> str:
 
 
 def steps(name: str) -> str:
-    """Return milliseconds of SGD, ratios of the others to it, and their memory in % of the weights."""
-    rows, methods = [], ("GSM", "GSM, fused", "published approach")
+    """Return milliseconds of SGD, ratios of the others to it or to AdamW, and their memory in % of the weights."""
+    rows, methods = [], ("GSM", "GSM, torch operations", "published approach", "GSMAdamW")
     for model, result in _read(name)["models"].items():
         costs = {cost["name"]: cost for cost in result["costs"]}
         ratios = [f"{costs[method]['ratio']:.1f}" for method in methods]
         memory = [f"{costs[method]['extra_mib'] * 2**20 / (4 * result['parameters']):.0%}" for method in methods]
         title = f"{_name(model)}, {result['parameters']:,}"
-        rows.append(
-            [title, f"{result['compression']}x", f"{costs['SGD, fused']['milliseconds']:.3g} ms", *ratios, *memory]
-        )
-    titles = ["GSM", "GSM, `compiled=True`", "published approach"]
-    return _table(["parameters", "compression", "SGD, fused", *titles, *(f"memory: {t}" for t in titles)], rows)
-
-
-def profile(name: str) -> str:
-    """Return where the time of a compiled step goes, in steps of SGD."""
-    profiles = _read(name)["profiles"]
-    parts = dict.fromkeys(part for times in profiles.values() for part in times)
-    rows = [[part, *(_cell(times.get(part)) for times in profiles.values())] for part in parts]
-    return _table(["", *map(_name, profiles)], rows)
+        dense = [f"{costs[of]['milliseconds']:.3g} ms" for of in ("SGD, fused", "AdamW, fused")]
+        rows.append([title, *dense, *ratios, *memory])
+    titles = [*methods[:-1], "GSMAdamW / AdamW"]
+    return _table(["parameters", "SGD", "AdamW", *titles, *(f"memory: {method}" for method in methods)], rows)
 
 
 def training(quantity: str, *names: str) -> str:
@@ -203,8 +194,10 @@ def training(quantity: str, *names: str) -> str:
         record = _read(name)
         chosen = record["rows"]["ours, bfloat16" if record.get("auto") == "bfloat16" else keys[3]]
         measured = [str(record["rows"].get(key, {}).get(quantity, "")) for key in keys]
-        rows.append([_link(_name(name.partition("-")[2]), name), *measured, f"{chosen['ratio']:.2f}"])
-    return _table(["", *keys, "default / plain loop"], rows)
+        sgd = record["rows"].get("SGD, bfloat16" if record.get("auto") == "bfloat16" else "SGD, float32")
+        against = "" if sgd is None else f"{chosen['seconds'] / sgd['seconds']:.2f}"
+        rows.append([_link(_name(name.partition("-")[2]), name), *measured, f"{chosen['ratio']:.2f}", against])
+    return _table(["", *keys, "default / plain loop", "an epoch, in epochs of SGD"], rows)
 
 
 def sizes(name: str) -> str:

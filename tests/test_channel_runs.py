@@ -10,7 +10,7 @@ from torch import nn
 from gsm_sgd import cli
 from gsm_sgd.experiments import models
 from gsm_sgd.experiments.rundir import read_weights
-from gsm_sgd.structured import load_narrow
+from gsm_sgd.structured import latency, load_narrow
 from test_cli import fails
 
 pytestmark = pytest.mark.slow
@@ -174,6 +174,9 @@ def test_inference_is_measured_dense_and_narrow(run, monkeypatch, capsys, tmp_pa
         (["prune", "lenet5", "--pattern", "channels"], "pattern takes weight or channel"),
         (["prune", "lenet5", "--pattern", "channel", "--macs", "0"], "macs must be above 0 and at most 1, not 0"),
         (["prune", "lenet5", "--pattern", "channel", "--macs", "0.001"], "below the smallest possible"),
+        (["prune", "lenet5", "--latency", "0.5"], "latency is a budget of channels: add --pattern channel"),
+        (["prune", "lenet5", "--pattern", "channel", "--latency", "2"], "latency must be above 0 and at most 1, not 2"),
+        (["prune", "lenet5", "--pattern=channel", "--latency=.5", "--macs=.5"], "--macs and --latency are two budgets"),
         (["prune", "lenet5", "--method", "slimming"], "slimming is for --pattern channel"),
         (["prune", "lenet5", "--method", "rigl", "--pattern", "channel"], "rigl is for --pattern weight"),
         (["prune", "lenet5", "--method", "slimming", "--pattern", "channel"], "no norm scales the channels of"),
@@ -209,3 +212,54 @@ def test_methods_are_compared_on_channels(tmp_path, capsys):
         assert result["macs"]["pruned"] <= shares[-1] * result["macs"]["dense"]
         assert "dense" in result["top1"]
     assert sorted(shares) == [0.3, 0.3, 0.4, 0.4]
+
+
+IN_TIME = ["--latency" if word == "--macs" else word for word in RUN]
+IN_TIME_NAME = "narrow-latency0.4-s0"
+
+
+def test_a_budget_of_latency_is_measured_once_and_kept(tmp_path, monkeypatch, capsys):
+    measured = []
+
+    def nanoseconds(module, *inputs):  # of a clock that runs alike everywhere
+        measured.append(module)
+        return 1_000 + sum(parameter.numel() for parameter in module.parameters())
+
+    monkeypatch.setattr(latency, "nanoseconds", nanoseconds)
+    assert cli.run([*IN_TIME, "--out", str(tmp_path)]) == 0
+    folder = tmp_path / IN_TIME_NAME
+    result = json.loads((folder / "result.json").read_text())
+    dense, pruned = result["latency"]["dense"], result["latency"]["pruned"]
+    assert 0.2 * dense < pruned <= 0.4 * dense
+    assert "an expected latency of" in capsys.readouterr().out
+    before, count = (folder / "narrow.safetensors").read_bytes(), len(measured)
+    assert 0 < count == len(json.loads((folder / "latency.json").read_text()))
+    for file in ("gsm", "masks", "channels", "pruned", "narrow"):
+        (folder / f"{file}.safetensors").unlink()
+    (folder / "result.json").unlink()
+    (folder / "metrics.jsonl").unlink()
+    assert cli.run([*IN_TIME, "--out", str(tmp_path)]) == 0
+    assert len(measured) == count
+    assert (folder / "narrow.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"a": 0}', '{"a": true}', '{"a": 1.5}'])
+def test_times_that_are_damaged_are_refused(content, tmp_path, monkeypatch, capsys):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(latency, "nanoseconds", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cli.run([*IN_TIME, "--out", str(tmp_path)])
+    path = tmp_path / IN_TIME_NAME / "latency.json"
+    assert not path.exists()
+    path.write_text(content)
+    assert cli.run([*IN_TIME, "--out", str(tmp_path)]) == 2
+    assert f"{path} is damaged" in capsys.readouterr().err
+
+
+def test_a_latency_that_cannot_be_reached_is_refused_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(latency, "nanoseconds", lambda *_: 1_000)  # however narrow
+    assert cli.run([*IN_TIME, "--out", str(tmp_path)]) == 2
+    assert "below the smallest possible" in capsys.readouterr().err
+    assert not list((tmp_path / IN_TIME_NAME).glob("gsm*"))

@@ -58,7 +58,7 @@ def test_sdist_is_the_checkout(built):
 def test_wheel_is_the_package_and_nothing_else(built):
     files = set(zipfile.ZipFile(next(built.glob("*.whl"))).namelist())
     package = {path.removeprefix("src/") for path in SOURCES if path.startswith("src/")}
-    assert {"gsm_sgd/py.typed", "gsm_sgd/reports/page/report.html"} <= package
+    assert {"gsm_sgd/py.typed", "gsm_sgd/native/step.c", "gsm_sgd/reports/page/report.html"} <= package
     assert {path for path in files if ".dist-info/" not in path} == package
     assert any(path.endswith("licenses/LICENSE") for path in files)
 

@@ -45,7 +45,7 @@ _SHARED: dict[str, tuple[Any, object, str]] = {
     "--dataset": (str | None, None, "one that may build the data set"),
     "--out": (Path, Path("runs"), "folder that gets the run's folder"),
 }
-BUDGETS = ("compression", "density", "sparsity", "target-size", "macs")
+BUDGETS = ("compression", "density", "sparsity", "target-size", "macs", "latency")
 _TYPES = {
     "float": "a number",
     "int": "a whole number",
@@ -308,7 +308,9 @@ def _add_run_options(parser: ArgumentParser, recipe: Recipe, command: str) -> No
         _option(parser, "--method", str, recipe.method, argparse.SUPPRESS)
     _add_running(parser.add_argument_group("running"), command)
 
-    elsewhere = {"recipe", "preset", "compression", "method", "settings", *(["macs"] if command == "compare" else [])}
+    elsewhere = {"recipe", "preset", "compression", "method", "settings"}
+    if command == "compare":
+        elsewhere |= {"macs", "latency"}
     defaults = {
         key: value for key, value in recipe.as_dict().items() if key not in {*elsewhere, recipe.method} - {OURS}
     }

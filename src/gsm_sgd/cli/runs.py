@@ -202,6 +202,7 @@ def _export_small(folder: Path, target: int, console: Console) -> None:
 def _check_optimizer(recipe: Recipe) -> None:
     """Raise UsageError for what GSM, or another method, would refuse later, before anything is written."""
     model = models.build(recipe.model, recipe.seed)
+    recipe = replace(recipe, latency=None)  # of which only measuring can tell
     try:
         with warnings.catch_warnings(action="ignore"):  # given again when the stage begins
             groups = None
@@ -242,8 +243,9 @@ def recipe_of_options(options: Namespace) -> Recipe:
             raise UsageError(f"{stage} must be settings of its own, like {stage}.epochs, not {given[stage]}")
     given["compression"] = parse_ratios(given["compression"])[0]
     given["macs"] = parse_ratios(given["macs"])[0]
-    if given["pattern"] == "channel" and given["macs"] > 0:
-        given["compression"] = 1 / given["macs"]
+    share = given["macs"] if given.get("latency") is None else given["latency"]
+    if given["pattern"] == "channel" and share > 0:
+        given["compression"] = 1 / share
     names = {*(field.name for field in fields(Recipe)), given["method"]} - {"settings"}
     return Recipe.from_dict({name: given[name] for name in names if name in given})
 

@@ -12,6 +12,7 @@ from ..structured.channels import ChannelGroups
 from ..structured.labels import along_axis
 from ..structured.surgery import with_stays
 from . import UsageError
+from .rundir import RunFolder
 
 
 def find_channels(model: nn.Module, images: Tensor) -> ChannelGroups:
@@ -20,6 +21,13 @@ def find_channels(model: nn.Module, images: Tensor) -> ChannelGroups:
         return ChannelGroups.trace(model, images)
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def measure_latency(run: RunFolder, model: nn.Module, groups: ChannelGroups) -> None:
+    """Give channels the latency of this machine as a cost: measured once in a run, which keeps the times."""
+    times = groups.measure_latency(model) if run.times is None and run.writes else None
+    run.save_times(times)
+    groups.measure_latency(model, times=run.times)
 
 
 def silencing_parameters(model: nn.Module, groups: ChannelGroups) -> dict[str, nn.Parameter]:
@@ -48,8 +56,17 @@ def costs(groups: ChannelGroups, masks: Masks, narrow: nn.Module) -> dict[str, A
             "dense": sum(map(math.prod, groups.shapes.values())),
             "pruned": sum(parameter.numel() for parameter in narrow.parameters()),
         },
+        **_latencies(groups, kept),
         "widths": [
             {"name": layer.weight, "dense": len(layer.outputs), "pruned": int(stays[layer.outputs].sum())}
             for layer in groups.channels.layers
         ],
     }
+
+
+def _latencies(groups: ChannelGroups, kept: Tensor) -> dict[str, Any]:
+    """Return nanoseconds for an image by the measured times, if the budget is of latency."""
+    if not groups.has_latency:
+        return {}
+    latency = groups.for_budget("latency")
+    return {"latency": {"dense": round(latency.cost_of(torch.ones_like(kept))), "pruned": round(latency.cost_of(kept))}}

@@ -33,6 +33,7 @@ _FIXED = (
     "compression",
     "pattern",
     "macs",
+    "latency",
     "seed",
     "holdout",
     "model",

@@ -13,7 +13,7 @@ from .loop import fitting_precision
 from .recipes import DENSE, OURS, Recipe, by_method, find_recipe, net_name
 from .rundir import check_recipe, dotted
 
-_IN_THE_NAME = ("seed", "compression", "pattern", "macs")  # anyway
+_IN_THE_NAME = ("seed", "compression", "pattern", "macs", "latency")  # anyway
 _DIGITS = 6  # of the hash
 _MOST = 10_000  # seeds, or ratios, of a command
 
@@ -57,18 +57,20 @@ def parse_ratios(value: float | str) -> list[float]:
 
 def dense_of(recipe: Recipe) -> Recipe:
     """Return the dense control of a recipe: the same net, data, seed and epochs, by the same SGD, and nothing cut."""
-    return by_method(replace(recipe, method=OURS, settings={}, pattern="weight", macs=Recipe.macs), DENSE)
+    recipe = replace(recipe, method=OURS, settings={}, pattern="weight", macs=Recipe.macs, latency=None)
+    return by_method(recipe, DENSE)
 
 
 def folder_of(out: Path, recipe: Recipe, command: str, device: torch.device, name: str | None = None) -> Path:
     """Return the folder of a run: no two runs have the same.
 
-    It is called `<net>-<command>-<preset>-x<C>-s<seed>`, or of channels macs<share> in place of x<C>; with the method
-    in it if that is not GSM, and where settings differ from the preset's with a hash of those. A name given takes the
-    place of all that but ratio and seed. A run that an earlier version has begun, without a hash, goes on where it is.
+    It is called `<net>-<command>-<preset>-x<C>-s<seed>`, or of channels macs<share> or latency<share> in place of x<C>;
+    with the method in it if that is not GSM, and where settings differ from the preset's with a hash of those. A name
+    given takes the place of all that but ratio and seed. A run that an earlier version has begun, without a hash, goes
+    on where it is.
     """
-    size = f"macs{recipe.macs:g}" if recipe.pattern == "channel" else f"x{recipe.compression:g}"
-    ratio_and_seed = f"{size}-s{recipe.seed}"
+    ((kind, amount),) = recipe.budget.items()
+    ratio_and_seed = f"{'x' if kind == 'compression' else kind}{amount:g}-s{recipe.seed}"
     if name is not None:
         if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
             raise UsageError(f"a name is made of letters, digits, dots and dashes, not {name!r}")

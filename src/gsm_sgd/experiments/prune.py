@@ -3,7 +3,7 @@
 Or with another method in GSM's place, which is what it is compared with.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from ..structured.compactor import ResRep, compactors, insert_compactors, merge,
 from ..structured.methods import ChannelMethod
 from ..structured.remove import remove_channels
 from . import UsageError, models
-from .channels import costs, find_channels, silencing_parameters, weight_masks
+from .channels import costs, find_channels, measure_latency, silencing_parameters, weight_masks
 from .cutnow import CutNow
 from .environment import device_name
 from .loop import Observer, Probe, evaluate, parameter_groups, steps_per_epoch, train
@@ -69,7 +69,7 @@ def prune_steps(job: Job) -> tuple[nn.Module, dict[str, float], Record]:
 
     # 3. Train with GSM: all but Q weights shrink to nothing. They may be cut before the end. Or by another method.
     steps = steps_per_epoch(job.data, recipe)
-    groups = find_channels(model, next(iter(test.batches(1)))[0]) if recipe.pattern == "channel" else None
+    groups = _channels(job, model) if recipe.pattern == "channel" else None
     if recipe.method != OURS:
         trained, sgd, method = rival(recipe, model, steps, groups)
         train_stage(job, recipe.method, trained, recipe.gsm, sgd, method=method, groups=groups)
@@ -93,6 +93,18 @@ def prune_steps(job: Job) -> tuple[nn.Module, dict[str, float], Record]:
     if not run.has_weights("masks"):
         _save_masks(run, model, optimizer.would_keep(), groups)
     return _cut(job, model, top1, "gsm_after_cut", groups)
+
+
+def _channels(job: Job, model: nn.Module) -> ChannelGroups:
+    """Return the channels of a net, and UsageError if their latency cannot be as low as the recipe wants it."""
+    groups = find_channels(model, next(iter(job.data.test.batches(1)))[0])
+    if job.recipe.latency is not None:
+        measure_latency(job.run, model, groups)
+        try:
+            gsm(model, replace(job.recipe, method=OURS), steps_per_epoch=1_000, groups=groups)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    return groups
 
 
 def _save_masks(run: RunFolder, model: nn.Module, kept: Masks, groups: ChannelGroups | None) -> None:
@@ -199,7 +211,8 @@ def gsm(model: nn.Module, recipe: Recipe, steps_per_epoch: int, groups: ChannelG
     return GSM(
         parameter_groups(model, recipe.gsm),
         lr=recipe.gsm.lr,
-        **({"compression": recipe.compression} if groups is None else {"macs": recipe.macs, "pattern": groups}),
+        **recipe.budget,
+        pattern=groups,
         momentum=recipe.gsm.momentum,
         nesterov=recipe.gsm.nesterov,
         schedule=Schedule(total, ramp=recipe.ramp, fade=recipe.fade, cut=cut, shrink_to=recipe.shrink_to),
@@ -229,7 +242,7 @@ def method_of(
     total_steps = recipe.gsm.epochs * steps_per_epoch
     if model is not None and groups is not None:
         rival = OF_CHANNELS[recipe.method]
-        return rival(optimizer, total_steps, model, groups, macs=recipe.macs, **recipe.settings)
+        return rival(optimizer, total_steps, model, groups, **recipe.budget, **recipe.settings)
     method = METHODS[recipe.method]
     seed = {"seed": recipe.seed} if "seed" in method.settings() else {}
     return method(optimizer, total_steps, compression=recipe.compression, **recipe.settings, **seed)

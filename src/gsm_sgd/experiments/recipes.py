@@ -119,6 +119,7 @@ class Recipe:
         shrink_to: what "auto" aims at.
         pattern: what is kept or removed together: a weight, or a channel, which makes the net narrower, faster.
         macs: share of the dense net's multiply-accumulates that the net without channels may cost.
+        latency: in place of that, share of the dense net's time for an image, as measured on this machine.
         score: by what GSM chooses the active weights: taylor |w g|, magnitude |w|, or random.
         batch_size: images per step.
         seed: of the initial weights and of the order of the images.
@@ -151,6 +152,7 @@ class Recipe:
     shrink_to: float = 1e-6
     pattern: Literal["weight", "channel"] = "weight"
     macs: float = 0.5
+    latency: float | None = None
     score: str = "taylor"
     batch_size: int = 256
     seed: int = 0
@@ -171,6 +173,13 @@ class Recipe:
     def pretrained(self) -> str | None:
         """Where this seed's base net comes from, if it is not trained here."""
         return None if self.weights is None else self.weights.replace("{seed}", str(self.seed))
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        """What GSM or another method may keep, as their keyword argument."""
+        if self.pattern == "weight":
+            return {"compression": self.compression}
+        return {"macs": self.macs} if self.latency is None else {"latency": self.latency}
 
     @property
     def cut_epoch(self) -> int:
@@ -222,6 +231,10 @@ class Recipe:
             raise UsageError(f"unknown score {self.score!r}: {suggestion(self.score, SCORES)}")
         if not 0 < self.macs <= 1:
             raise UsageError(f"macs must be above 0 and at most 1, not {self.macs}")
+        if self.latency is not None and not 0 < self.latency <= 1:
+            raise UsageError(f"latency must be above 0 and at most 1, not {self.latency}")
+        if self.latency is not None and self.pattern != "channel":
+            raise UsageError("latency is a budget of channels: add --pattern channel")
         if self.weights is not None and self.start != "base":
             raise UsageError("weights are a base net to start from: add --start base, or leave them out")
         if not 0 <= self.holdout < 2**32:

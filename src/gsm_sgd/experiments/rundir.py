@@ -128,6 +128,26 @@ class RunFolder:
             atomic_write(self.path / "result.json", _json(result))
         ranks.barrier()
 
+    @property
+    def times(self) -> dict[str, int] | None:
+        """Nanoseconds of layers as this run has measured them, or None if it has not."""
+        path = self.path / "latency.json"
+        if not ranks.from_rank_0(path.exists()):
+            return None
+        try:
+            times: dict[str, int] = read_json(path)
+            if not all(type(time) is int and time > 0 for time in times.values()):
+                raise ValueError("it has other things than nanoseconds")
+        except (OSError, ValueError, AttributeError) as error:
+            raise UsageError(f"{path} is damaged ({cause(error)}): delete {self.path} to begin anew") from error
+        return times
+
+    def save_times(self, times: Mapping[str, int] | None) -> None:
+        """Write times of layers, if there are any, for the run to go on by the same ones."""
+        if times is not None:
+            atomic_write(self.path / "latency.json", _json(dict(times)))
+        ranks.barrier()
+
     def add_top1(self, figures: Mapping[str, float]) -> None:
         """Add accuracies, in percent, to the result of a run that is over; nothing is written if they are there."""
         if not self.writes:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..memory import dense_stride
+from ..memory import dense_stride, laid_out_as
 from ..rule import Part
 
 _ALL, _BY_SCORE, _BY_MASK = range(3)  # which weights of a parameter are active
@@ -25,12 +25,6 @@ def fits(part: Part) -> bool:
         and all(grad.dtype is torch.float32 and grad.layout is torch.strided for grad in part.grads)
         and (part.group["foreach"], part.group["fused"]) == (None, None)
     )
-
-
-def are_laid_out(parts: Sequence[Part], masks: Sequence[Tensor]) -> bool:
-    """Return whether masks lie in memory as the parameters of the parts do."""
-    params = (param for part in parts for param in part.params)
-    return all(mask.stride() == param.stride() for param, mask in zip(params, masks, strict=True))
 
 
 def _form(group: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -61,7 +55,7 @@ class _Entry(NamedTuple):
 
     param: Tensor
     weight_at: int
-    shape: torch.Size
+    size: int
     stride: tuple[int, ...]
     state: list[tuple[str, Tensor, int]]  # names, tensors and addresses: buffers, mask, steps
 
@@ -73,7 +67,7 @@ class Kernel:
         step: the library's function.
         dense: parameters of which all weights are active.
         ruled: those of which some are: the ones with the largest scores, or those that `masks` keep.
-        masks: of `ruled`, in bool, laid out as the parameters are; None if scores decide.
+        masks: of `ruled`, in bool; None if scores decide.
         by_gradient: whether the score is |w g|, not |w|.
         groups: all parameter groups; a step repeats only while the parameters that it does not update stay untrained.
     """
@@ -94,6 +88,7 @@ class Kernel:
         self._tensors = (_Tensor * sum(len(part.params) for part, _ in parts))()
         self._groups = (_Group * len(parts))()
         self._entries: list[_Entry] = []
+        self._copies: list[tuple[Tensor, int, Tensor]] = []  # masks, versions, and as weights lie
         rows, kept = iter(self._tensors), iter(masks or ())
         for number, (part, active) in enumerate(parts):
             for i, param in enumerate(part.params):
@@ -107,9 +102,12 @@ class Kernel:
                     row.own_steps = part.own_steps[i].data_ptr()
                 if active == _BY_MASK:
                     state["mask"] = next(kept)
-                    row.mask = state["mask"].data_ptr()
+                    (mask,) = laid_out_as([param], [state["mask"]])
+                    row.mask = mask.data_ptr()
+                    if mask is not state["mask"]:
+                        self._copies.append((state["mask"], state["mask"]._version, mask))
                 places = [(name, tensor, tensor.data_ptr()) for name, tensor in state.items()]
-                self._entries.append(_Entry(param, param.data_ptr(), param.shape, param.stride(), places))
+                self._entries.append(_Entry(param, param.data_ptr(), param.numel(), param.stride(), places))
         chunks = [
             _Chunk(number, start, min(_CHUNK, row.size - start))
             for number, row in enumerate(self._tensors)
@@ -130,18 +128,20 @@ class Kernel:
             return False
         if any(param.grad is not None for param in self._idle):
             return False
+        if any(mask._version != version for mask, version, _ in self._copies):
+            return False
         for group, (known, params, form) in zip(groups, self._forms, strict=True):
             same = group is known and len(group["params"]) == len(params)
             if not same or not all(map(is_, group["params"], params)) or _form(group) != form:
                 return False
-        for row, (param, weight_at, shape, stride, places) in zip(self._tensors, self._entries, strict=True):
+        for row, (param, weight_at, size, stride, places) in zip(self._tensors, self._entries, strict=True):
             grad, found = param.grad, state.get(param)
             if (
                 grad is None
                 or found is None
                 or not param.requires_grad
                 or param.data_ptr() != weight_at
-                or param.shape != shape
+                or param.numel() != size
                 or grad.stride() != stride
                 or grad.dtype is not torch.float32
                 or grad.layout is not torch.strided
@@ -176,7 +176,7 @@ class Kernel:
                 self._total,
                 num_active,
                 self._by_gradient,
-                torch.get_num_threads(),
+                min(torch.get_num_threads(), len(self._chunks)),
             )
             == _DONE
         )

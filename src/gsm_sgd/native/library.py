@@ -16,7 +16,7 @@ import torch
 
 _SOURCE = Path(__file__).with_name("step.c")
 _FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp"]
-# Those that torch uses here: it looks at the processor with more care than -march=native.
+# By what torch uses here: it looks at the processor with more care than -march=native, and rounds as these do.
 _INSTRUCTIONS = {
     "AVX2": ["-mavx2", "-mfma"],
     "AVX512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
@@ -40,7 +40,10 @@ def _load_step() -> Callable[..., int]:
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None or not torch.backends.openmp.is_available():
         raise OSError("there is no C compiler" if compiler is None else "torch has been built without OpenMP")
-    flags = [*_FLAGS, *_INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])]
+    instructions = torch.backends.cpu.get_cpu_capability()
+    if instructions not in _INSTRUCTIONS:
+        raise OSError(f"torch uses no AVX2 or AVX-512 on this processor, but {instructions}")
+    flags = [*_FLAGS, *_INSTRUCTIONS[instructions]]
     key = [_SOURCE.read_text(), compiler, *flags, platform.machine(), torch.__version__]
     name = f"step-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gsm-sgd"

@@ -1,8 +1,9 @@
 /* A step of GSM and GSMAdamW on a CPU, in float32: choose the k weights with the largest scores, and update all.
  *
- * 1. A strided sample of the scores gives a bracket that very likely encloses the k-th largest.
- * 2. A pass over weights and gradients counts the scores above it and gathers those inside.
- * 3. The k-th largest is found among these; if it is not there, by counting the bits of all scores, digit by digit.
+ * 1. A sample of the scores gives a bracket that very likely encloses the k-th largest.
+ * 2. A pass over weights and gradients counts the scores above it and gathers those inside. If the k-th largest is not
+ *    among these, the bracket widens, and the pass is repeated.
+ * 3. The k-th largest is found among those inside; if very many are equal, digit by digit among all.
  * 4. A second pass computes the scores again, and updates.
  *
  * The updates round as torch's operations do, so that a step has the same bits with and without this file: build it
@@ -13,23 +14,21 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-#ifdef __SSE__
-#include <xmmintrin.h>
-#endif
+#include <immintrin.h>
 
-enum { MAGNITUDE = 0, TAYLOR = 1 };              /* scores */
-enum { ALL = 0, SCORES = 1, MASK = 2 };          /* which weights of a tensor are active */
+enum { MAGNITUDE = 0, TAYLOR = 1 };     /* scores */
+enum { ALL = 0, SCORES = 1, MASK = 2 }; /* which weights of a tensor are active */
 enum { DONE = 0, NOT_FINITE = 1, TIES = 2, NO_MEMORY = 3 };
 
-enum { CHUNK = 1 << 14, BLOCK = 64 };            /* weights that a thread takes at a time, and that it looks at */
-enum { TAIL = 8 };                              /* torch rounds the last size % TAIL weights of a tensor otherwise */
-enum { LEAST_SAMPLE = 1024, LEAST_ROOM = 1 << 16 };
-static const int DIGITS = 11;                    /* bits that are counted at a time */
+enum { CHUNK = 1 << 14 };                 /* weights that a thread takes at a time */
+enum { MARKS = 512 };                     /* weights that are marked before they are updated */
+enum { AHEAD = 256 };                     /* weights from here to those that are fetched into the cache */
+enum { TAIL = 8 };                        /* torch rounds the last size % TAIL weights of a tensor in another way */
+enum { LEAST_SAMPLE = 1024, RUN = 4 };    /* sampled scores; those side by side cost no more than one */
+enum { LEAST_ROOM = 1 << 16 };            /* scores inside the bracket */
+enum { DIGITS = 11, BINS = 1 << DIGITS }; /* bits that are counted at a time */
 
-/* A parameter. What its score and its update need, in its memory order. */
+/* A parameter and what belongs to it, in its memory order. */
 typedef struct {
     float *weight;
     const float *grad;
@@ -37,15 +36,15 @@ typedef struct {
     const uint8_t *mask;   /* 1 where a weight is active, for MASK */
     float *own_steps;      /* how many steps it has taken, for AdamW */
     int64_t size;
-    int64_t active;        /* ALL, SCORES or MASK */
-    int64_t ordered;       /* whether its memory order is the order of its index */
+    int64_t active;  /* ALL, SCORES or MASK */
+    int64_t ordered; /* whether its memory order is that of its index */
     int64_t group;
 } Tensor;
 
 /* The settings of a group. */
 typedef struct {
-    double lr, decay, extra_decay;     /* extra_decay: of passive weights, above that of active ones */
-    double beta1, beta2, eps;          /* of SGD beta1 is the momentum */
+    double lr, decay, extra_decay; /* extra_decay: of passive weights, above that of active ones */
+    double beta1, beta2, eps;      /* of SGD beta1 is the momentum */
     int64_t nesterov;
 } Group;
 
@@ -64,29 +63,54 @@ typedef struct {
     float kept, extra, keep2, share1, share2, rest2, step_size, root2, eps;
 } Moments;
 
-static inline float score_of(float weight, float grad, int score) { return fabsf(score == TAYLOR ? weight * grad : weight); }
+static inline float score_of(float weight, float grad, int score) {
+    return fabsf(score == TAYLOR ? weight * grad : weight);
+}
 
 /* Threads round denormal numbers as the one that calls. */
-static inline unsigned rounding(void) {
-#ifdef __SSE__
-    return _mm_getcsr();
-#else
-    return 0;
-#endif
-}
+static inline unsigned rounding(void) { return _mm_getcsr(); }
+static inline void set_rounding(unsigned mode) { _mm_setcsr(mode); }
 
-static inline void set_rounding(unsigned mode) {
-#ifdef __SSE__
-    _mm_setcsr(mode);
+/* As many scores as a register holds. */
+#ifdef __AVX512F__
+enum { LANES = 16 };
+typedef __m512 Lanes;
+static inline Lanes all(float value) { return _mm512_set1_ps(value); }
+static inline Lanes load(const float *from) { return _mm512_loadu_ps(from); }
+static inline void store(float *to, Lanes lanes) { _mm512_storeu_ps(to, lanes); }
+static inline Lanes times(Lanes a, Lanes b) { return _mm512_mul_ps(a, b); }
+static inline Lanes size_of(Lanes a) { return _mm512_abs_ps(a); }
+static inline unsigned above(Lanes a, Lanes b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+static inline unsigned not_below(Lanes a, Lanes b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
 #else
-    (void)mode;
+enum { LANES = 8 };
+typedef __m256 Lanes;
+static inline Lanes all(float value) { return _mm256_set1_ps(value); }
+static inline Lanes load(const float *from) { return _mm256_loadu_ps(from); }
+static inline void store(float *to, Lanes lanes) { _mm256_storeu_ps(to, lanes); }
+static inline Lanes times(Lanes a, Lanes b) { return _mm256_mul_ps(a, b); }
+static inline Lanes size_of(Lanes a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+static inline unsigned above(Lanes a, Lanes b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
+static inline unsigned not_below(Lanes a, Lanes b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ)); }
 #endif
-}
 
 /* --- the threshold --- */
 
-/* Move the value of a rank, counted from 0 from the largest, to its place, with no smaller one before it. */
-static float nth_largest(float *values, int64_t count, int64_t rank) {
+static inline uint32_t bits_of(float score) {
+    uint32_t bits;
+    if (score == 0) return 0; /* a denormal one too, where these count as zero */
+    memcpy(&bits, &score, sizeof bits);
+    return bits;
+}
+
+static inline float of_bits(uint32_t bits) {
+    float score;
+    memcpy(&score, &bits, sizeof score);
+    return score;
+}
+
+/* Return the value of a rank, counted from 0 from the largest; the values are moved about. */
+static float quickselect(float *values, int64_t count, int64_t rank) {
     int64_t low = 0, high = count - 1;
     while (low < high) {
         const float a = values[low], b = values[low + (high - low) / 2], c = values[high];
@@ -108,94 +132,107 @@ static float nth_largest(float *values, int64_t count, int64_t rank) {
     return values[rank];
 }
 
-/* Guess two values that enclose the k-th largest of `total` scores: it is above `low`, and at most `high`. */
-static int guess(const Tensor *tensors, int64_t count, int64_t total, int64_t k, int score, float *low, float *high) {
-    int64_t wanted = (int64_t)(pow((double)total, 2.0 / 3.0) / 2);
-    if (wanted < LEAST_SAMPLE) wanted = LEAST_SAMPLE;
-    const int64_t stride = total / wanted | 1; /* odd, to visit every column of a matrix with 2^n columns */
-    float *sample = malloc(sizeof(float) * (size_t)(total / stride + 1));
-    if (!sample) return NO_MEMORY;
-    int64_t taken = 0, position = stride / 2;
+/* Return the value of a rank, counted from 0 from the largest, of values from `low` to `high`; `room` is for as many.
+ * The bits of numbers that are not negative are ordered as the numbers are, so their leading ones make even bins. */
+static float nth_largest(const float *values, int64_t count, int64_t rank, float low, float high, float *room) {
+    const uint32_t base = bits_of(low), span = bits_of(high) - base;
+    int shift = 0;
+    while (span >> shift >= BINS) shift++;
+    int64_t counts[BINS] = {0};
+    for (int64_t i = 0; i < count; i++) counts[(bits_of(values[i]) - base) >> shift]++;
+    uint32_t bin = span >> shift;
+    while (counts[bin] <= rank) rank -= counts[bin--];
+    int64_t found = 0;
+    for (int64_t i = 0; i < count; i++) {
+        room[found] = values[i];
+        found += (bits_of(values[i]) - base) >> shift == bin;
+    }
+    return quickselect(room, found, rank);
+}
+
+/* Take a sample of the scores: short runs at equal distances. */
+static int64_t take(const Tensor *tensors, int64_t count, int64_t distance, int score, float *sample) {
+    int64_t taken = 0, position = distance / 2;
     for (int64_t t = 0; t < count; t++) {
         const Tensor *one = tensors + t;
         if (one->active != SCORES) continue;
-        for (; position < one->size; position += stride)
-            sample[taken++] = score_of(one->weight[position], one->grad[position], score);
+        for (; position < one->size; position += distance)
+            for (int64_t i = position; i < position + RUN && i < one->size; i++)
+                sample[taken++] = score_of(one->weight[i], one->grad[i], score);
         position -= one->size;
     }
-    int bad = 0;
-    for (int64_t i = 0; i < taken; i++) bad |= !(sample[i] < INFINITY);
-    if (bad || !taken) {
-        free(sample);
-        *low = 0, *high = INFINITY; /* if some are not finite the count will tell */
-        return bad ? NOT_FINITE : DONE;
-    }
-    /* How many of the sample lie above the k-th largest is about binomial: two standard deviations, and one more. */
-    const double share = (double)k / (double)total, rank = share * (double)taken;
-    const double margin = 2 * sqrt(rank * (1 - share)) + 1;
+    return taken;
+}
+
+/* Guess two values that enclose the k-th largest of all scores, given a share k of them: it is above `low`, and at most
+ * `high`. How many of a sample lie above it is about binomial: so many standard deviations, and one more. */
+static void guess(const float *sample, int64_t taken, double share, double sigmas, float *room, float *low,
+                  float *high) {
+    const double rank = share * (double)taken, margin = sigmas * sqrt(rank * (1 - share)) + 1;
     const int64_t first = (int64_t)floor(rank - margin), last = (int64_t)ceil(rank + margin);
-    *high = first >= 0 ? nth_largest(sample, taken, first) : INFINITY;
-    const int64_t after = first >= 0 ? first : 0;
-    *low = last < taken ? nth_largest(sample + after, taken - after, last - after) : 0;
-    free(sample);
-    return DONE;
+    *high = first >= 0 ? nth_largest(sample, taken, first, 0, INFINITY, room) : INFINITY;
+    *low = last < taken ? nth_largest(sample, taken, last, 0, INFINITY, room) : 0;
+}
+
+/* What a chunk has of a bracket: how many scores above it, and those inside; and whether all is finite. */
+static int look_at(const float *weight, const float *grad, int64_t size, int score, float low, float high,
+                   int64_t *above_, float *inside, int64_t *inside_) {
+    const Lanes lows = all(low), highs = all(high), infinity = all(INFINITY);
+    int64_t larger = 0, found = 0, i = 0;
+    unsigned wrong = 0;
+    float scores[LANES];
+    for (; i + LANES <= size; i += LANES) {
+        __builtin_prefetch(weight + i + AHEAD);
+        __builtin_prefetch(grad + i + AHEAD);
+        const Lanes w = load(weight + i), g = load(grad + i), s = size_of(score == TAYLOR ? times(w, g) : w);
+        wrong |= not_below(s, infinity) | not_below(size_of(g), infinity);
+        const unsigned reach = above(s, lows), over = above(s, highs);
+        larger += __builtin_popcount(over);
+        unsigned between = reach & ~over;
+        if (between) {
+            store(scores, s);
+            for (; between; between &= between - 1) inside[found++] = scores[__builtin_ctz(between)];
+        }
+    }
+    for (; i < size; i++) {
+        const float s = score_of(weight[i], grad[i], score);
+        wrong |= !(s < INFINITY) | !(fabsf(grad[i]) < INFINITY);
+        larger += s > high;
+        if (s > low && s <= high) inside[found++] = s;
+    }
+    *above_ = larger, *inside_ = found;
+    return !wrong;
 }
 
 /* Count the scores above a bracket, and gather those inside as long as there is room. */
 static int look(const Tensor *tensors, const Chunk *chunks, int64_t count, int score, float low, float high,
                 float *inside, int64_t room, int64_t *above_, int64_t *inside_, int threads) {
-    int64_t above = 0, gathered = 0;
+    int64_t larger = 0, gathered = 0;
     int bad = 0;
     const unsigned mode = rounding();
-#pragma omp parallel num_threads(threads) reduction(+ : above) reduction(| : bad)
+#pragma omp parallel num_threads(threads) reduction(+ : larger) reduction(| : bad)
     {
         const unsigned own = rounding();
         set_rounding(mode);
-        float near[CHUNK], scores[BLOCK];
+        float mine[CHUNK];
 #pragma omp for schedule(static)
         for (int64_t c = 0; c < count; c++) {
             const Tensor *one = tensors + chunks[c].tensor;
             if (one->active != SCORES) continue;
             const float *weight = one->weight + chunks[c].start, *grad = one->grad + chunks[c].start;
-            int64_t found = 0;
-            for (int64_t start = 0; start < chunks[c].size; start += BLOCK) {
-                const int size = chunks[c].size - start < BLOCK ? (int)(chunks[c].size - start) : BLOCK;
-                int larger = 0, between = 0, wrong = 0;
-                for (int i = 0; i < size; i++) {
-                    const float s = score_of(weight[start + i], grad[start + i], score);
-                    scores[i] = s;
-                    larger += s > high;
-                    between += (s > low) & (s <= high);
-                    wrong |= !(s < INFINITY) | !(fabsf(grad[start + i]) < INFINITY);
-                }
-                above += larger;
-                bad |= wrong;
-                if (between) {
-                    for (int i = 0; i < size; i++) {
-                        near[found] = scores[i];
-                        found += (scores[i] > low) & (scores[i] <= high);
-                    }
-                }
-            }
-            if (found) {
-                int64_t place;
+            int64_t over, found, place;
+            bad |= !look_at(weight, grad, chunks[c].size, score, low, high, &over, mine, &found);
+            larger += over;
+            if (!found) continue;
 #pragma omp atomic capture
-                { place = gathered; gathered += found; }
-                if (place + found <= room) memcpy(inside + place, near, sizeof(float) * (size_t)found);
-            }
+            { place = gathered; gathered += found; }
+            if (place + found <= room) memcpy(inside + place, mine, sizeof(float) * (size_t)found);
         }
         set_rounding(own);
     }
-    *above_ = above;
+    *above_ = larger;
     *inside_ = gathered;
     return bad ? NOT_FINITE : DONE;
-}
-
-static inline uint32_t bits_of(float score) {
-    uint32_t bits;
-    if (score == 0) return 0; /* a denormal one too, where these count as zero */
-    memcpy(&bits, &score, sizeof bits);
-    return bits;
 }
 
 /* Find the k-th largest score by the digits of its bits: exact however many are equal, and slow. */
@@ -205,7 +242,7 @@ static float by_digits(const Tensor *tensors, int64_t count, int64_t k, int scor
         const int before = shift;
         shift = shift > DIGITS ? shift - DIGITS : 0;
         const uint32_t bins = 1u << (before - shift);
-        int64_t counts[1 << 11] = {0};
+        int64_t counts[BINS] = {0};
         for (int64_t t = 0; t < count; t++) {
             if (tensors[t].active != SCORES) continue;
             for (int64_t i = 0; i < tensors[t].size; i++) {
@@ -217,14 +254,12 @@ static float by_digits(const Tensor *tensors, int64_t count, int64_t k, int scor
         while (counts[digit] < k) k -= counts[digit--];
         prefix = prefix << (before - shift) | digit;
     }
-    float value;
-    memcpy(&value, &prefix, sizeof value);
-    return value;
+    return of_bits(prefix);
 }
 
 /* Count the scores above a value and equal to it: these by tensor, too. */
 static int64_t rank_of(const Tensor *tensors, int64_t count, int score, float value, int64_t *equal) {
-    int64_t above = 0;
+    int64_t over = 0;
     for (int64_t t = 0; t < count; t++) {
         equal[t] = 0;
         if (tensors[t].active != SCORES) continue;
@@ -235,54 +270,65 @@ static int64_t rank_of(const Tensor *tensors, int64_t count, int score, float va
             larger += s > value;
             same += s == value;
         }
-        above += larger;
+        over += larger;
         equal[t] = same;
     }
-    return above;
+    return over;
 }
 
-/* Find where the k largest scores end; ties go to the lower index. */
-static int find(const Tensor *tensors, int64_t count, const Chunk *chunks, int64_t num_chunks, int64_t total, int64_t k,
-                int score, int threads, Threshold *found) {
-    *found = (Threshold){0, -1, -1};
-    const int64_t room = total / 16 > LEAST_ROOM ? total / 16 : (total < LEAST_ROOM ? total : LEAST_ROOM);
-    float *inside = malloc(sizeof(float) * (size_t)room);
-    if (!inside) return NO_MEMORY;
-    float low, high;
-    int64_t above = 0, gathered = 0;
-    int state = guess(tensors, count, total, k, score, &low, &high);
-    if (state == DONE)
-        state = look(tensors, chunks, num_chunks, score, low, high, inside, room, &above, &gathered, threads);
-    if (state != DONE) {
-        free(inside);
-        return state;
-    }
-    int64_t larger = -1, same = -1;
-    if (above < k && k <= above + gathered && gathered <= room) {
-        found->value = nth_largest(inside, gathered, k - above - 1);
-        larger = above, same = 0;
-        for (int64_t i = 0; i < gathered; i++) larger += inside[i] > found->value, same += inside[i] == found->value;
-    } else if (low > 0 || k <= above + gathered) { /* the sample misled, or too many are equal */
-        found->value = by_digits(tensors, count, k, score);
-    } /* else fewer than k are above zero */
-    free(inside);
-    if (!(found->value > 0)) { /* only scores above zero are active */
-        found->value = 0;
-        return DONE;
-    }
-    found->tensor = count;
-    if (larger + same == k) return DONE;
-    int64_t *equal = malloc(sizeof(int64_t) * (size_t)count);
-    if (!equal) return NO_MEMORY;
+/* Of scores equal to the threshold find the last that is active: those at lower indices are. */
+static int end_of_ties(const Tensor *tensors, int64_t count, int64_t k, int score, int64_t *equal, Threshold *found) {
     int64_t left = k - rank_of(tensors, count, score, found->value, equal), t = 0;
     for (; t < count && left >= equal[t]; t++) left -= equal[t]; /* t: the first that has no room for all of its own */
-    free(equal);
     found->tensor = t;
     if (t == count || left == 0) return DONE;
     if (!tensors[t].ordered) return TIES;
     for (found->position = 0; left > 0; found->position++)
         left -= score_of(tensors[t].weight[found->position], tensors[t].grad[found->position], score) == found->value;
     return DONE;
+}
+
+/* Find where the k largest scores end; ties go to the lower index. TIES if that is not here to tell. */
+static int find(const Tensor *tensors, int64_t count, const Chunk *chunks, int64_t num_chunks, int64_t total, int64_t k,
+                int score, int threads, Threshold *found) {
+    *found = (Threshold){0, -1, -1};
+    const double wanted = fmax(pow((double)total, 2.0 / 3.0) * RUN / 2, LEAST_SAMPLE);
+    const int64_t distance = (int64_t)fmax((double)total / wanted * RUN, RUN) | 1; /* odd: visits all columns of 2^n */
+    const int64_t most = total / distance * RUN + 2 * RUN;
+    const int64_t room = total / 32 > LEAST_ROOM ? total / 32 : (total < LEAST_ROOM ? total : LEAST_ROOM);
+    float *sample = malloc(sizeof(float) * (size_t)(2 * most)), *inside = malloc(sizeof(float) * (size_t)(2 * room));
+    int64_t *equal = malloc(sizeof(int64_t) * (size_t)count);
+    int state = sample && inside && equal ? DONE : NO_MEMORY;
+
+    int64_t larger = -1, same = 0, taken = state == DONE ? take(tensors, count, distance, score, sample) : 0;
+    for (int64_t i = 0; i < taken; i++)
+        if (!(sample[i] < INFINITY)) state = NOT_FINITE;
+    int is_found = 0;
+    for (double sigmas = 2; state == DONE && !is_found; sigmas *= 2) { /* one in twenty samples misleads */
+        float low, high;
+        int64_t over = 0, gathered = 0;
+        guess(sample, taken, (double)k / (double)total, sigmas, sample + most, &low, &high);
+        state = look(tensors, chunks, num_chunks, score, low, high, inside, room, &over, &gathered, threads);
+        if (state != DONE) break;
+        if (k <= over || (k > over + gathered && low > 0)) continue;
+        is_found = 1;
+        if (k > over + gathered) break; /* fewer are above zero, so zero is the end */
+        if (gathered > room) {          /* very many are equal */
+            found->value = by_digits(tensors, count, k, score);
+            break;
+        }
+        found->value = nth_largest(inside, gathered, k - over - 1, low, high, inside + room);
+        larger = over;
+        for (int64_t i = 0; i < gathered; i++) larger += inside[i] > found->value, same += inside[i] == found->value;
+    }
+    if (state == DONE && found->value > 0) {
+        found->tensor = count;
+        if (larger + same != k) state = end_of_ties(tensors, count, k, score, equal, found);
+    }
+    free(sample);
+    free(inside);
+    free(equal);
+    return state;
 }
 
 /* --- the update --- */
@@ -357,7 +403,7 @@ static void update(Tensor *tensors, int64_t count, const Chunk *chunks, int64_t 
     {
         const unsigned own = rounding();
         set_rounding(mode);
-        uint8_t marks[BLOCK * 8];
+        uint8_t marks[MARKS];
 #pragma omp for schedule(static)
         for (int64_t c = 0; c < num_chunks; c++) {
             const Tensor *one = tensors + chunks[c].tensor;
@@ -367,7 +413,7 @@ static void update(Tensor *tensors, int64_t count, const Chunk *chunks, int64_t 
             int64_t start = chunks[c].start;
             const int64_t stop = start + chunks[c].size;
             while (start < stop) {
-                int64_t size = stop - start < (int64_t)sizeof marks ? stop - start : (int64_t)sizeof marks;
+                int64_t size = stop - start < MARKS ? stop - start : MARKS;
                 float *weight = one->weight + start;
                 const float *grad = one->grad + start;
                 const uint8_t *active = marks;

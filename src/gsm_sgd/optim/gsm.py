@@ -38,8 +38,8 @@ class GSM(SparseOptimizer):
 
     Mirrors `torch.optim.SGD`, which it equals bit for bit at density 1; states load across both ways where the settings
     agree. Not supported: `dampening`, `maximize`, `differentiable`, and sparse gradients of prunable parameters. A step
-    reads weights and gradients twice where SGD reads them once, and keeps a float32 score for each weight from step to
-    step unless `compiled`.
+    reads weights and gradients twice where SGD reads them once. On a CPU in float32 it is in C, if there is a compiler;
+    elsewhere it keeps a float32 score for each weight from step to step.
 
     Args:
         params: parameters, named parameters, or groups of either, as for `torch.optim.SGD`. The group key `prunable`
@@ -63,9 +63,7 @@ class GSM(SparseOptimizer):
             to the highest learning rate would do harm.
         score: "taylor" |w g|, "magnitude" |w|, "random", or a function; see `gsm_sgd.scores`.
         pattern: what is kept or dropped together; None is single weights; see `gsm_sgd.patterns`.
-        compiled: compile the passes over memory with torch.compile, in up to minutes for a large model. It then needs
-            almost no memory of its own. None of it changes which weights are active.
-        foreach, fused: which implementation of SGD to use, as in `torch.optim.SGD`; None is the quickest.
+        foreach, fused: which of torch's implementations of SGD to use, as in `torch.optim.SGD`; None is the quickest.
         check_ranks: what to compare over all processes of the default process group. By default the settings, once,
             before the first step. True also compares weights and gradients, before each step, for finding mistakes:
             under DistributedDataParallel they are the same bits on each. False compares nothing, for processes that
@@ -73,15 +71,14 @@ class GSM(SparseOptimizer):
         multipliers: of gradients, by name and of the parameters' shapes, above 0; see `gsm_sgd.reparam.multipliers`.
             Scores are of the gradients as they are, the change of the loss.
 
-    A loaded state brings its budget and schedule, with a warning where they are not the ones given here; `compiled`,
-    `foreach`, `fused`, `score`, `pattern`, `check_ranks` and `multipliers` stay as given here. States match by the
-    parameters' names where both sides have them. `state` has `momentum_buffer` for each parameter, and `mask` once the
+    A loaded state brings its budget and schedule, with a warning where they are not the ones given here; `foreach`,
+    `fused`, `score`, `pattern`, `check_ranks` and `multipliers` stay as given here. States match by the parameters'
+    names where both sides have them. `state` has `momentum_buffer` for each parameter, and `mask` once the
     masks are fixed.
 
     Raises:
         ValueError: a hyperparameter is out of range, nothing is prunable, a parameter is given twice, is complex, has
             no data yet, or is a part of a weight, as weight norm has them.
-            With `compiled=True` a step raises RuntimeError where nothing can be compiled.
 
     Example:
         >>> optimizer = GSM(model.named_parameters(), lr=0.1, sparsity=0.98, schedule=Schedule(total_steps))

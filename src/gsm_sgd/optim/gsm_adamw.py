@@ -59,8 +59,7 @@ class GSMAdamW(SparseOptimizer):
         score: "taylor" |w g|, "fisher" |w| sqrt(v), "magnitude" |w|, "random", or a function, whose state has
             `exp_avg`, `exp_avg_sq` and `step` as they are before the step; see `gsm_sgd.scores`.
         pattern: what is kept or dropped together; None is single weights; see `gsm_sgd.patterns`.
-        compiled: compile the passes over memory with torch.compile; see `GSM`.
-        foreach, fused: which implementation of AdamW to use, as in `torch.optim.AdamW`; None is the quickest.
+        foreach, fused: which of torch's implementations of AdamW to use, as there; None is the quickest.
         check_ranks: what to compare over all processes; see `GSM`.
         multipliers: of gradients and of updates, by name; see `GSM`. The decay is not multiplied.
 

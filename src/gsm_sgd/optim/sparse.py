@@ -30,7 +30,7 @@ from ..masks import Masks, check_spread, choose, largest, mask_gradients, residu
 from ..memory import laid_out_as
 from ..names import is_governed, named_in, prunable_in
 from ..native import library
-from ..native.kernel import Kernel, are_laid_out, fits
+from ..native.kernel import Kernel, fits
 from ..patterns import Pattern, Unstructured
 from ..rule import Part, Rule
 from ..schedules import Phase, Schedule, whole_number
@@ -395,6 +395,8 @@ class SparseOptimizer(Optimizer):
     ) -> None:
         """Take a step in torch's operations, which go for all types, devices, scores and patterns."""
         if ruled and not self._fixed:
+            if self._score not in (taylor, first_order):  # which show what is not finite
+                check_finite()
             # score, pool, select
             active = self._select(ruled, num_active, shards, check_finite)
         else:
@@ -419,16 +421,16 @@ class SparseOptimizer(Optimizer):
         chosen = self._fixed or (self._score in _ELEMENTWISE and isinstance(self._pattern, Unstructured))
         if still or not ruled or not by_rule or not chosen or not all(map(fits, (*dense, *ruled))):
             return False
-        masks = [self.state[owner]["mask"] for part in ruled for owner in part.owners] if self._fixed else None
-        grads = [grad for part in (*dense, *ruled) for grad in laid_out_as(part.params, part.grads)]
         step = library.load_step()
-        if step is None or (masks and not are_laid_out(ruled, masks)):
+        if step is None:
             return False
+        grads = [grad for part in (*dense, *ruled) for grad in laid_out_as(part.params, part.grads)]
+        masks = [self.state[owner]["mask"] for part in ruled for owner in part.owners] if self._fixed else None
         kernel = Kernel(step, dense, ruled, masks, self._score is taylor, self.param_groups)
         kernel.take(grads)
         if not kernel.step([self._settings_in_c(group) for group in kernel.groups], num_active):
             return False
-        self._kernel = kernel
+        self._kernel, self._buffer = kernel, ScoreBuffer()
         return True
 
     def _repeat(self) -> bool:

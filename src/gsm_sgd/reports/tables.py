@@ -7,7 +7,7 @@ from typing import get_args
 
 from rich.table import Table
 
-from ..experiments.bench import BASELINE, CAPTION, Cost, Workload
+from ..experiments.bench import CAPTION, Cost, Workload
 from ..experiments.recipes import OURS, RECIPES, Preset, published
 from ..experiments.rundir import Record
 from ..masks import LayerSparsity
@@ -39,6 +39,9 @@ def costs_line(result: Record) -> str:
         for kind, name in (("macs", "MACs"), ("parameters", "parameters"))
         if (counts := result.get(kind))
     ]
+    if counts := result.get("latency"):
+        dense, pruned = (f"{counts[which] / 1e6:.3g}" for which in ("dense", "pruned"))
+        parts.append(f"an expected latency of {pruned} ms, the dense net {dense} ms")
     return f"The narrow net, narrow.safetensors, has {' and '.join(parts)}." if parts else ""
 
 
@@ -137,8 +140,9 @@ def recipes_table() -> Table:
 def costs_table(name: str, work: Workload, costs: Sequence[Cost]) -> Table:
     """Return what a step of each optimizer costs."""
     total = sum(math.prod(shape) for shape in work.shapes)
-    columns = ("optimizer", "ms", f"of {BASELINE}", "extra MiB", "first step, s")
-    table = _table(f"a step on {name}'s {total:,} parameters, {work.compression:g}x", columns, CAPTION)
+    columns = ("optimizer", "ms", "times fused", "extra MiB", "first step, s")
+    caption = f"times fused: of torch's SGD or AdamW, fused; {CAPTION}"
+    table = _table(f"a step on {name}'s {total:,} parameters, {work.compression:g}x", columns, caption)
     for cost in costs:
         extra = "" if cost.extra_mib is None else f"{cost.extra_mib:.1f}"
         milliseconds = f"{cost.milliseconds:.3g} ± {cost.milliseconds_spread:.0%}"

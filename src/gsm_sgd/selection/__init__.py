@@ -1,1 +1,1 @@
-"""Selection: the exact top Q of all scores of a model, whether stored, computed in compiled passes, or sharded."""
+"""Selection: the exact top Q of all scores of a model, whether stored or sharded."""

@@ -209,6 +209,11 @@ class ChannelGroups(Pattern):
         self._costs["latency"] = measured(model, self.channels, self.families, self._side, given, found)
         return found
 
+    @property
+    def has_latency(self) -> bool:
+        """Whether latency has been measured."""
+        return "latency" in self._costs
+
     def cost_of(self, kept: Tensor) -> float:
         """Return the cost of a net with these units, in the unit of the budget."""
         return self._cost.total(self._choice.widths(kept))
@@ -225,7 +230,7 @@ class ChannelGroups(Pattern):
         Raises:
             ValueError: it is a budget of weights, or latency has not been measured.
         """
-        if kind == "latency" and kind not in self._costs:
+        if kind == "latency" and not self.has_latency:
             raise ValueError("call measure_latency before you give latency=")
         if kind not in self._costs:
             raise ValueError(f"a pattern of channels takes one of {', '.join(SHARES)}, not {kind}")
