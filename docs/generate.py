@@ -88,19 +88,25 @@ def accuracy(kind: str, *words: str) -> str:
 def headline(*words: str) -> str:
     """Return what a dense net, GSM and the best other method reach in as many epochs.
 
-    A word is NAME@RATIO of a comparison, or NAME of runs of GSM alone or of the language model; what an empty cell
-    stands for has not been measured.
+    A word is NAME@RATIO of a comparison, or NAME of runs of GSM alone; what an empty cell stands for has not been
+    measured.
     """
     rows = []
     for word in words:
         name, _, ratio = word.partition("@")
         record = _read(name)
-        if ratio:
+        if record.get("benchmark") == "transformer":
+            net, length = f"transformer, {ratio}x, bits per byte", f"{record['steps']:,} steps"
+            bits = {row["row"]: row["bits"] for row in record["rows"] if row["compression"] in (1, float(ratio))}
+            best = min((row for row in bits if not row.startswith(("gsm", "dense"))), key=lambda row: bits[row]["mean"])
+            cells = [_cell(bits["dense"], 3), _cell(bits["gsm"], 3), f"{_cell(bits[best], 3)} ({best})"]
+        elif ratio:
             net, length = f"{record['model']}, {ratio}x", f"{record['epochs']} epochs"
             top1 = {method: of[ratio] for method, of in record["methods"].items() if ratio in of}
             gsm = _gsm_in(top1)
+            dense = next(iter(record["methods"].get("dense net", {}).values()), None)  # it is at 1x
             best = max((m for m in top1 if not m.startswith(("GSM", "dense"))), key=lambda m: top1[m]["mean"])
-            cells = [_cell(top1.get("dense net")), _cell(gsm), f"{_cell(top1[best])} ({best})"]
+            cells = [_cell(dense), _cell(gsm), f"{_cell(top1[best])} ({best})"]
         elif "top1" in record:
             recipe, top1 = record["recipe"], record["top1"]
             fewer = " fewer MACs, by channels" if recipe.get("pattern") == "channel" else ""
@@ -109,11 +115,8 @@ def headline(*words: str) -> str:
             cells = ["", f"{_cell(top1['pruned'])}{base}", ""]
         else:
             dense, pruned = (f"{row['bits_per_byte']:.2f}" for row in record["rows"])
-            net, length = (
-                f"transformer, {record['rows'][1]['compression']}x, bits per byte",
-                f"{record['steps']:,} steps",
-            )
-            cells = [dense, pruned, ""]
+            net = f"transformer, {record['rows'][1]['compression']}x, bits per byte"
+            length, cells = f"{record['steps']:,} steps", [dense, pruned, ""]
         rows.append([_link(_name(net), name), length, *cells])
     return _table(["net", "length", "dense net", "GSM", "best other method"], rows)
 
@@ -167,6 +170,17 @@ def numbers(name: str) -> str:
         inner = {f"{key}: {k}": v for key, value in row.items() if isinstance(value, dict) for k, v in value.items()}
         rows.append({key: value for key, value in row.items() if not isinstance(value, dict)} | inner)
     return _table(list(rows[0]), [[v if isinstance(v, str) else f"{v:,}" for v in row.values()] for row in rows])
+
+
+def transformer(name: str) -> str:
+    """Return bits per byte of the language model by method and ratio."""
+    record = _read(name)
+    ratios = [f"{ratio:g}" for ratio in sorted({row["compression"] for row in record["rows"]})]
+    rows: dict[str, dict[str, Any]] = {}
+    for row in record["rows"]:
+        rows.setdefault(row["row"], {})[f"{row['compression']:g}"] = row["bits"]
+    table = [[row, *(_cell(bits.get(ratio), 3) for ratio in ratios)] for row, bits in rows.items()]
+    return _table(["bits per byte", *(f"{ratio}x" for ratio in ratios)], table)
 
 
 # --- speed and size ---
@@ -319,10 +333,11 @@ def _cells(figures: dict[str, Any], keys: Iterable[str]) -> list[str]:
     return [_cell(figures.get(key)) for key in keys]
 
 
-def _cell(figure: Any) -> str:
+def _cell(figure: Any, digits: int = 2) -> str:
     if isinstance(figure, dict):
-        return f"{figure['mean']:.2f}" + ("" if figure.get("std") is None else f" ± {figure['std']:.2f}")
-    return f"{figure:.2f}" if isinstance(figure, float) else figure or ""
+        deviation = "" if figure.get("std") is None else f" ± {figure['std']:.{digits}f}"
+        return f"{figure['mean']:.{digits}f}{deviation}"
+    return f"{figure:.{digits}f}" if isinstance(figure, float) else figure or ""
 
 
 def _link(text: str, name: str) -> str:

@@ -1,5 +1,4 @@
 import os
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,7 +6,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from gsm_sgd.experiments import UsageError, cifar10, mnist
-from gsm_sgd.selection import stored, streamed
+from gsm_sgd.selection import stored
 from ranks import Ranks
 
 # The nets here are small: one thread is as quick, and two crawl on a machine that is busy with something else.
@@ -101,14 +100,18 @@ def samples(monkeypatch):
         taken.append(sample)
         return guess(sample, *args)
 
-    for module in (stored, streamed):
-        monkeypatch.setattr(module, "guess_bracket", recorded)
+    monkeypatch.setattr(stored, "guess_bracket", recorded)
     return taken
 
 
 @pytest.fixture
-def quick_compile(monkeypatch):
-    """Let torch.compile trace functions and guard against recompiling as ever, but run them without generated code."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    yield
-    torch.compiler.reset()
+def by_torch(monkeypatch):
+    """Steps in torch's operations, as where step.c cannot be built."""
+    monkeypatch.setattr("gsm_sgd.native.library.load_step", lambda: None)
+
+
+@pytest.fixture(params=["native", "torch"])
+def way(request):
+    """Steps in C where they can be, and all steps in torch's operations."""
+    if request.param == "torch":
+        request.getfixturevalue("by_torch")

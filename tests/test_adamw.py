@@ -11,7 +11,6 @@ from torch import nn
 from gsm_sgd import GSM, CutWarning, GSMAdamW, NonFiniteGradientError, Phase, Schedule
 from gsm_sgd.decay import Motion
 from gsm_sgd.optim.sparse import SparseOptimizer
-from gsm_sgd.selection import streamed
 from nets import (
     assert_same_bits,
     backward,
@@ -32,61 +31,50 @@ def assert_close(model, other, **tolerance):
 
 # --- the rule ---
 
-WAYS = [{}, {"foreach": False}, {"fused": True}, {"compiled": True}]
+OPTIONS = [{}, {"foreach": False}, {"fused": True}]
 
 
-def check_lockstep(fast, steps=15, kept=59, passive_decay=0.05, gradless=True, **options):
+def check_lockstep(fast, kept=59, passive_decay=0.05, **options):
     """Train beside the twin; in some steps a weight has no gradient, and so other ones are active."""
     slow = copy.deepcopy(fast)
     settings = {"weight_decay": 1e-2, "betas": (0.8, 0.99), "eps": 1e-4, "passive_decay": passive_decay}
     ours = GSMAdamW(fast.parameters(), 0.02, num_kept=kept, **settings, **options)
     twin = NaiveAdamW(slow.parameters(), 0.02, kept, **settings)
-    for seed in range(steps):
+    for seed in range(15):
         for model, optimizer in ((fast, ours), (slow, twin)):
             backward(model, seed)
-            if gradless and seed % 4 == 1:
+            if seed % 4 == 1:
                 model[4].weight.grad = None
             optimizer.step()
         assert_close(fast, slow, rtol=1e-9, atol=1e-12)
-    return ours
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("passive_decay", [1e-2, 1e-9, 0.5])
 @pytest.mark.parametrize("make", [dense_net, channels_last_net])
-@pytest.mark.parametrize("options", WAYS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_naive_twin_in_lockstep(make, options, passive_decay):
     check_lockstep(make().double(), passive_decay=passive_decay, **options)
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("make", [dense_net, channels_last_net])
-@pytest.mark.parametrize("kept", [1, 59, 150])
-def test_scores_that_are_never_stored_in_lockstep(monkeypatch, make, kept):
-    monkeypatch.setattr(streamed, "_SMALL", 0)
-    optimizer = check_lockstep(make().double(), kept=kept, compiled=True)
-    assert optimizer.buffer_bytes == 0
+@pytest.mark.parametrize("kept", [1, 150])
+def test_few_or_many_active_in_lockstep(make, kept):
+    check_lockstep(make().double(), kept=kept)
 
 
-def test_generated_code_in_lockstep():
-    check_lockstep(dense_net().double(), steps=4, gradless=False, compiled=True)
-
-
-@pytest.mark.usefixtures("quick_compile")
-@pytest.mark.parametrize("options", [{}, {"compiled": True}], ids=str)
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("num_kept", [9, 50])
-def test_the_surplus_of_equal_scores_is_passive(monkeypatch, num_kept, options):
-    monkeypatch.setattr(streamed, "_SMALL", 0)
-    weights = [nn.Parameter(torch.ones(4, 8, dtype=torch.float64)) for _ in range(2)]
+def test_the_surplus_of_equal_scores_is_passive(num_kept):
+    weights = [nn.Parameter(torch.ones(4, 8)) for _ in range(2)]
     twins = [nn.Parameter(weight.detach().clone()) for weight in weights]
-    ours = GSMAdamW(weights, 0.1, num_kept=num_kept, passive_decay=0.5, **options)
+    ours = GSMAdamW(weights, 0.1, num_kept=num_kept, passive_decay=0.5)
     twin = NaiveAdamW(twins, 0.1, num_kept, 0.5)
     for _ in range(2):
         for param in (*weights, *twins):
             param.grad = torch.ones_like(param)
         ours.step()
         twin.step()
-        torch.testing.assert_close(weights, twins, rtol=1e-12, atol=0)
+        torch.testing.assert_close(weights, twins, rtol=1e-6, atol=0)
 
 
 class BothMasked(GSMAdamW):
@@ -109,9 +97,8 @@ def sum_of_both(weight, grad, state):
     return weight.abs() + grad.abs()
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("score", ["taylor", sum_of_both])
-@pytest.mark.parametrize("options", WAYS[1:], ids=str)
+@pytest.mark.parametrize("options", OPTIONS[1:], ids=str)
 def test_implementations_agree_through_a_whole_schedule(options, score):
     nets = dense_net().double(), dense_net().double()
     for model, its in zip(nets, ({}, options), strict=True):
@@ -347,8 +334,7 @@ def test_motion_is_that_of_the_group():
 # --- the cut ---
 
 
-@pytest.mark.usefixtures("quick_compile")
-@pytest.mark.parametrize("options", WAYS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_zeros_stay_zero(options):
     model = conv_net()
     optimizer = GSMAdamW(model.named_parameters(), 0.01, compression=10, **options)

@@ -106,7 +106,7 @@ def test_bad_arguments(arguments, message):
 
 @pytest.mark.parametrize("budget", [{"compression": 10}, {"density": 0.1}, {"sparsity": 0.9}, {"num_kept": 50}])
 def test_the_optimizer_gets_what_was_asked_for(budget):
-    optimizer, _ = one_phase(Net(), 200, 0.25, momentum=0.8, weight_decay=0.01, compiled=True, **budget)
+    optimizer, _ = one_phase(Net(), 200, 0.25, momentum=0.8, weight_decay=0.01, **budget)
     assert (optimizer.num_prunable, optimizer.num_kept) == (504, 50)
     assert optimizer.schedule == Schedule(200, peak_lr=0.25)
     for group in optimizer.param_groups:

@@ -12,6 +12,12 @@ from gsm_sgd import GSM, NonFiniteGradientError, Phase, Schedule, prunable_param
 from nets import assert_same_bits, backward, channels_last_net, dense_net, kept_of, train
 from reference_gsm import NaiveGSM, naive_top
 
+
+def assert_close(model, other):
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
 # --- the rule ---
 
 
@@ -26,8 +32,22 @@ def test_naive_twin_in_lockstep(compression, passive_decay, nesterov):
     for seed in range(25):
         train(fast, ours, [seed])
         train(slow, twin, [seed])
-        for p, q in zip(fast.parameters(), slow.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+        assert_close(fast, slow)
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"foreach": False}], ids=str)
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_channels_last_in_lockstep_with_the_naive_twin(nesterov, options):
+    """The learning rate changes from step to step."""
+    fast, slow = channels_last_net().double(), channels_last_net().double()
+    hyper = {"momentum": 0.9, "weight_decay": 1e-2, "nesterov": nesterov, "passive_decay": 0.03}
+    ours = GSM(fast.parameters(), 0.1, compression=7, **hyper, **options)
+    twin = NaiveGSM(slow.parameters(), 0.1, 7, **hyper)
+    for step in range(8):
+        ours.param_groups[0]["lr"] = twin.lr = 0.1 / (1 + step)
+        train(fast, ours, [step])
+        train(slow, twin, [step])
+        assert_close(fast, slow)
 
 
 def test_small_tensor_loses_everything():
@@ -51,6 +71,39 @@ def test_passive_weight_comes_back():
         optimizer.step()
         moved = (before - weight.detach()) > 0.05
         assert moved[0].tolist() == [active == 0, active == 1]
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("num_kept", [9, 50])
+def test_ties_across_the_threshold(num_kept):
+    """Of equal importances the first are active: those of one tensor in part, in index order, and none after it."""
+    params = [
+        nn.Parameter(torch.ones(4, 5)),
+        nn.Parameter(torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)),
+    ]
+    optimizer = GSM(params, 0.5, num_kept=num_kept, momentum=0.0, weight_decay=0.25, passive_decay=0.5)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    moved = torch.cat([p.detach().reshape(-1) for p in params])
+    assert torch.equal(moved, torch.where(torch.arange(116) < num_kept, 1 - 0.5 * 1.25, 1 - 0.5 * 0.5))
+
+
+@pytest.mark.usefixtures("way")
+def test_zero_gradients_where_denormal_numbers_are_flushed_to_zero():
+    """Nothing lies between zero and the smallest normal number then, and a score of zero is passive all the same."""
+    params = [nn.Parameter(torch.ones(40, 30)) for _ in range(3)]
+    optimizer = GSM(params, 0.5, compression=2, momentum=0.0, weight_decay=0.25, passive_decay=0.5)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    params[1].grad[3, 4] = torch.finfo(torch.float32).tiny
+    torch.set_flush_denormal(True)
+    try:
+        optimizer.step()
+    finally:
+        torch.set_flush_denormal(False)
+    moved = torch.cat([p.detach().reshape(-1) for p in params])
+    assert torch.equal(moved, torch.where(torch.arange(3600) == 1294, 1 - 0.5 * 0.25, 1 - 0.5 * 0.5))
 
 
 def test_groups_say_what_is_prunable():
@@ -99,6 +152,7 @@ def test_no_gradient_at_all_is_no_step():
     assert optimizer.param_groups[0]["step"] == 0
 
 
+@pytest.mark.usefixtures("way")
 def test_gradients_are_never_written():
     net = dense_net()
     optimizer = GSM(net.parameters(), 0.1, compression=5, nesterov=True)
@@ -120,6 +174,7 @@ def test_closure():
     assert_same_bits(ours, twin)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("make", [dense_net, channels_last_net])
 def test_deterministic_mode(make):
     """Where torch is told to refuse nondeterministic operations, the bits are the same as where it is not."""
@@ -135,9 +190,70 @@ def test_deterministic_mode(make):
     assert_same_bits(*nets)
 
 
+# --- torch's implementations, and layouts in memory ---
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
+def test_implementations_agree_before_and_after_finalize(options):
+    nets = channels_last_net().double(), channels_last_net().double()
+    optimizers = []
+    for model, mine in zip(nets, ({}, options), strict=True):
+        groups = [{"params": [*model[:4].parameters()], "lr": 0.05}, {"params": [*model[4:].parameters()]}]
+        optimizers.append(GSM(groups, 0.1, compression=5, **mine))
+    for step in range(8):
+        for model, optimizer in zip(nets, optimizers, strict=True):
+            backward(model, step)
+            if step == 3:
+                model[4].weight.grad = None
+            optimizer.step()
+            if step == 5:
+                optimizer.finalize()
+        assert_close(*nets)
+    assert kept_of(nets[1]) == optimizers[1].num_kept
+
+
+def test_foreach_and_fused_exclude_each_other():
+    with pytest.raises(ValueError, match="cannot both be True"):
+        GSM(dense_net().parameters(), 0.1, compression=2, foreach=True, fused=True)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"compression": 1, "fused": True}], ids=str)
+def test_layout_of_gradients_and_loaded_momenta_does_not_matter(options):
+    """Torch's fused SGD takes for granted that all tensors lie in memory as the parameter does."""
+    params = [nn.Parameter(torch.rand(6, 5, 4, 3)), nn.Parameter(torch.rand(3))]
+    params += [nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format)) for p in params]
+    settings = {"compression": 3, "weight_decay": 0.1} | options
+    plain = {"compression": settings["compression"], "weight_decay": 0.1, "foreach": False}
+    optimizers = [GSM(params[:2], 0.1, **settings), GSM(params[2:], 0.1, **plain)]
+    for step in range(3):
+        if step == 1:
+            params[0].data = params[0].data.to(memory_format=torch.channels_last)  # the momenta stay as they are
+        for p, q in zip(params[:2], params[2:], strict=True):
+            p.grad, q.grad = (torch.full_like(q, 0.1).copy_(q.detach() ** 2 - 0.3) for _ in range(2))
+        for optimizer in optimizers:
+            optimizer.step()
+        for p, q in zip(params[:2], params[2:], strict=True):
+            torch.testing.assert_close(p, q)
+
+
+@pytest.mark.usefixtures("way")
+def test_gaps_in_memory_do_not_matter():
+    params = [nn.Parameter(torch.rand(4, 16)[:, ::2]) for _ in range(2)]
+    twins = [nn.Parameter(p.detach().contiguous()) for p in params]
+    optimizers = [GSM(side, 0.1, compression=2, passive_decay=0.05) for side in (params, twins)]
+    for _ in range(3):
+        for p, q in zip(params, twins, strict=True):
+            p.grad = q.grad = torch.randn(4, 8)
+        for optimizer in optimizers:
+            optimizer.step()
+        torch.testing.assert_close(params, twins)
+
+
 # --- gradients and weights that are not finite ---
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("steps", [0, 1])
 @pytest.mark.parametrize("finalized", [False, True])
@@ -168,6 +284,7 @@ def test_non_finite_gradient_of_an_unnamed_parameter_is_numbered():
         optimizer.step()
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     "schedule", [Schedule(10, ramp=0, fade=0.9, cut=1), Schedule(10, ramp=0, fade=0, cut=0.1)], ids=["fade", "cut"]
 )
@@ -183,6 +300,7 @@ def test_a_step_that_is_refused_neither_begins_the_fade_nor_cuts(schedule):
     assert (optimizer.phase, optimizer.masks) == (Phase.SEARCH, {})
 
 
+@pytest.mark.usefixtures("way")
 def test_weights_that_are_not_numbers_are_left_to_the_loss():
     net = dense_net()
     optimizer = GSM(net.parameters(), 0.1, compression=6)
@@ -196,6 +314,7 @@ def test_weights_that_are_not_numbers_are_left_to_the_loss():
 # --- the cut ---
 
 
+@pytest.mark.usefixtures("way")
 def test_finalize_keeps_the_largest_and_zeros_stay_zero():
     net = dense_net()
     optimizer = GSM(net.named_parameters(), 0.1, compression=10)

@@ -197,14 +197,16 @@ def test_in_lockstep_with_a_naive_version(make, name):
     assert sum(int(weight.count_nonzero()) for weight in prunable(fast)) == ours.num_kept
 
 
-@pytest.mark.usefixtures("quick_compile")
 @new_pattern
-def test_compiled_steps_choose_by_the_pattern_too(name):
+@both
+def test_once_the_masks_are_fixed_steps_in_c_keep_the_pattern_too(request, make, name):
     pattern, budget, _ = PATTERNS[name]
-    eager, compiled = net(), net()
-    for model in (eager, compiled):
-        train(model, GSM(model.parameters(), 0.1, pattern=pattern, compiled=model is compiled, **budget), range(4))
-    assert_alike(eager, compiled)
+    nets = net().float(), net().float()
+    for model in nets:
+        schedule = Schedule(16, ramp=0, fade=0.5, cut=0.75)
+        train(model, make(model.parameters(), 0.01, pattern=pattern, schedule=schedule, **budget), range(16))
+        request.getfixturevalue("by_torch")  # for the second one
+    assert_same_bits(*nets)
 
 
 def test_exact_counts_per_group_through_a_whole_schedule(monkeypatch):

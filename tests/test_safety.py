@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,14 +23,6 @@ from ranks import full
 from reference_gsm import NaiveGSM, naive_active
 
 SHAPES = [(3, 2), (1, 3), (5, 7), (2, 2), (33, 1)]  # 81 weights
-COMPILED = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-
-
-@pytest.fixture
-def uncompiled():
-    """Run the passes that would be compiled as they are written."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 # --- exactly min(Q, weights with a gradient and a score above zero) are active ---
@@ -45,11 +37,11 @@ def gradients(seed, present, zeros):
     return [grad if is_present else None for grad, is_present in zip(grads, present, strict=True)]
 
 
-def check_active(steps, kept, compiled=False, resumed=False, spread=lambda tensor: tensor):
+def check_active(steps, kept, resumed=False, spread=lambda tensor: tensor):
     """Take steps in which nothing but gradients moves anything, and hold what moved against a stable sort."""
     torch.manual_seed(0)
     params = [nn.Parameter(spread(torch.rand(shape) + 0.5)) for shape in SHAPES]
-    hyper = {"momentum": 0.0, "weight_decay": 0.0, "passive_decay": 1e-30, "compiled": compiled}
+    hyper = {"momentum": 0.0, "weight_decay": 0.0, "passive_decay": 1e-30}
     optimizer = GSM(params, 0.5, num_kept=kept, **hyper)
     for seed, present, zeros in steps:
         grads = gradients(seed, present, zeros)
@@ -75,12 +67,11 @@ some_steps = st.lists(
 )
 
 
-@COMPILED
-@settings(max_examples=50, deadline=None)
+@pytest.mark.usefixtures("way")
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=some_steps, kept=st.integers(1, 80), resumed=st.booleans())
-def test_exactly_q_whatever_gradients_are_missing(compiled, steps, kept, resumed):
-    with torch.compiler.set_stance("force_eager"):
-        check_active(steps, kept, compiled, resumed)
+def test_exactly_q_whatever_gradients_are_missing(steps, kept, resumed):
+    check_active(steps, kept, resumed)
 
 
 def check_active_sharded(steps):
@@ -96,13 +87,12 @@ def test_exactly_q_whatever_gradients_are_missing_on_several_processes(ranks):
     ranks(2).run(check_active_sharded, steps)
 
 
-@COMPILED
-@pytest.mark.usefixtures("uncompiled")
-def test_a_score_of_zero_is_passive(compiled):
+@pytest.mark.usefixtures("way")
+def test_a_score_of_zero_is_passive():
     """Dead weights decay like others, whatever their index, and do not survive the cut."""
     weight = nn.Parameter(torch.ones(1, 100))
     hyper = {"momentum": 0.0, "weight_decay": 0.0, "passive_decay": 0.1}
-    optimizer = GSM([weight], 0.1, compression=2, compiled=compiled, **hyper)
+    optimizer = GSM([weight], 0.1, compression=2, **hyper)
     for _ in range(100):
         weight.grad = torch.zeros_like(weight)
         weight.grad[0, -10:] = 1e-6
@@ -230,8 +220,7 @@ def test_integer_parameters_are_left_alone():
     assert torch.equal(packed, before)
 
 
-@pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("options", [{}, {"compiled": True}, {"foreach": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"foreach": True}], ids=str)
 @pytest.mark.parametrize("compression", [1, 2])
 def test_complex_parameters_are_refused_by_name_or_trained_as_sgd_trains_them(compression, options):
     weight = nn.Parameter(torch.randn(4, 4))
@@ -250,9 +239,7 @@ def test_complex_parameters_are_refused_by_name_or_trained_as_sgd_trains_them(co
     assert torch.equal(phases, twin)
 
 
-@pytest.mark.usefixtures("uncompiled")
-@COMPILED
-def test_sparse_gradients_are_refused_before_anything_moves_or_trained_as_sgd_trains_them(compiled):
+def test_sparse_gradients_are_refused_before_anything_moves_or_trained_as_sgd_trains_them():
     embedding, linear = nn.EmbeddingBag(50, 8, sparse=True), nn.Linear(8, 3)
     twin = copy.deepcopy(embedding)
 
@@ -265,10 +252,10 @@ def test_sparse_gradients_are_refused_before_anything_moves_or_trained_as_sgd_tr
     named = [*linear.named_parameters("linear"), *embedding.named_parameters("embedding")]
     before = linear.weight.detach().clone()
     with pytest.raises(RuntimeError, match=r"'embedding\.weight' has a sparse gradient: put it into a group with"):
-        GSM(named, 0.1, compression=4, compiled=compiled).step()
+        GSM(named, 0.1, compression=4).step()
     assert torch.equal(linear.weight, before)
     apart = {"params": embedding.parameters(), "prunable": False, "weight_decay": 0.0}
-    optimizer = GSM([{"params": linear.parameters()}, apart], 0.1, compression=4, compiled=compiled)
+    optimizer = GSM([{"params": linear.parameters()}, apart], 0.1, compression=4)
     sgd = torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9)
     for _ in range(3):
         backward()
@@ -428,16 +415,15 @@ def test_gradients_of_cut_weights_are_zero_before_anybody_sees_them():
 UNIT = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
-@COMPILED
-@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
-def test_one_step_is_the_naive_twins_up_to_the_units_of_the_precision(dtype, nesterov, compiled):
+def test_one_step_is_the_naive_twins_up_to_the_units_of_the_precision(dtype, nesterov):
     """Active weights are rounded to the nearest, passive ones to either neighbour: one unit of weight and momentum."""
     hyper = {"momentum": 0.9, "weight_decay": 1e-2, "nesterov": nesterov, "passive_decay": 0.2}
     model = dense_net(dtype)
     twin = copy.deepcopy(model).double()
-    optimizer = GSM(model.parameters(), 0.1, compression=4, compiled=compiled, **hyper)
+    optimizer = GSM(model.parameters(), 0.1, compression=4, **hyper)
     naive = NaiveGSM(twin.parameters(), 0.1, 4, **hyper)
     for seed in range(6):
         backward(model, seed)
@@ -455,16 +441,15 @@ def test_one_step_is_the_naive_twins_up_to_the_units_of_the_precision(dtype, nes
             torch.testing.assert_close(ours.detach().double(), theirs.detach(), rtol=allowed, atol=0.1 * allowed)
 
 
-@COMPILED
-@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     ("dtype", "grad"),
     [(torch.bfloat16, 1e-4), (torch.float16, 1e-5), (torch.float32, 1e-9), (torch.float64, 1e-17)],
     ids=str,
 )
-def test_the_gradient_of_an_active_weight_is_not_rounded_away(dtype, grad, compiled):
+def test_the_gradient_of_an_active_weight_is_not_rounded_away(dtype, grad):
     weight = nn.Parameter(torch.tensor([[0.5, 0.5]], dtype=dtype))
-    options = {"momentum": 0.9, "weight_decay": 0.0, "passive_decay": 0.1, "compiled": compiled}
+    options = {"momentum": 0.9, "weight_decay": 0.0, "passive_decay": 0.1}
     optimizer = GSM([weight], 1.0, compression=2, **options)
     weight.grad = torch.tensor([[grad, 0.0]], dtype=dtype)
     optimizer.step()
@@ -515,25 +500,7 @@ def test_noise_is_the_same_in_a_run_that_was_resumed():
     assert_same_bits(straight, resumed)
 
 
-# --- compiled passes, and processes that differ ---
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
-def test_more_sets_of_parameters_than_can_be_compiled_for():
-    """Heads that take turns: torch compiles a function for eight sets at most."""
-    torch.manual_seed(0)
-    nets = [nn.ModuleList([nn.Linear(20, 16), *(nn.Linear(16, 2 + i) for i in range(12))])]
-    nets.append(copy.deepcopy(nets[0]))
-    for net, compiled in zip(nets, (True, False), strict=True):
-        optimizer = GSM(net.named_parameters(), 0.05, compression=4, passive_decay=0.02, compiled=compiled)
-        for step in range(26):
-            optimizer.zero_grad()
-            images = torch.randn(32, 20, generator=torch.Generator().manual_seed(step))
-            net[1 + step % 12](torch.relu(net[0](images))).square().mean().backward()
-            optimizer.step()
-    for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
-        torch.testing.assert_close(p, q)
+# --- processes that differ ---
 
 
 def replicas_that_differ(check_ranks):

@@ -113,12 +113,12 @@ def test_bad_arguments(arguments, message):
 # --- what an optimizer does ---
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("by_function", [False, True])
-def test_exactly_q_of_the_step_are_active(quick_compile, by_function, compiled):
+def test_exactly_q_of_the_step_are_active(by_function):
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.rand(shape, generator=generator) + 0.5) for shape in ((7, 5), (4, 3, 2), (3, 3))]
-    settings = {"momentum": 0.0, "weight_decay": 0.0, "passive_decay": 1e-30, "compiled": compiled}
+    settings = {"momentum": 0.0, "weight_decay": 0.0, "passive_decay": 1e-30}
     schedule = (lambda step: 1 / (1 + step)) if by_function else Schedule(20, ramp=0.5, cut=1)
     optimizer = GSM(params, 0.1, compression=12, schedule=schedule, **settings)
     for step in range(14):
@@ -149,15 +149,15 @@ def test_the_cut_comes_once_and_training_goes_on():
     assert optimizer.num_active == 10
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("cut", [False, True], ids=["cut by finalize", "cut by the schedule"])
-def test_in_the_fade_the_same_weights_are_active_and_the_others_only_decay(quick_compile, cut, compiled):
+def test_in_the_fade_the_same_weights_are_active_and_the_others_only_decay(cut):
     """A gradient a hundred times as large on what is passive brings nothing back, and the cut then costs nothing."""
     torch.manual_seed(0)
     param = nn.Parameter(torch.randn(10, 12))
     total = 80 if cut else 60
     schedule = Schedule(total, ramp=0, fade=50 / total, cut=60 / total)
-    optimizer = GSM([("w", param)], 0.1, compression=10, momentum=0.5, schedule=schedule, compiled=compiled)
+    optimizer = GSM([("w", param)], 0.1, compression=10, momentum=0.5, schedule=schedule)
     for _ in range(10):
         assert not optimizer.masks
         param.grad = torch.randn(10, 12)
@@ -183,12 +183,12 @@ def test_in_the_fade_the_same_weights_are_active_and_the_others_only_decay(quick
     assert torch.equal(param.detach() != 0, kept)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_in_the_fade_kept_weights_without_a_gradient_stay(quick_compile, compiled):
+@pytest.mark.usefixtures("way")
+def test_in_the_fade_kept_weights_without_a_gradient_stay():
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(10, 12)) for _ in range(2)]
     schedule = Schedule(60, ramp=0, fade=50 / 60, cut=1)
-    optimizer = GSM(params, 0.1, compression=4, momentum=0.5, schedule=schedule, compiled=compiled)
+    optimizer = GSM(params, 0.1, compression=4, momentum=0.5, schedule=schedule)
     for step in range(60):
         for param in params:
             param.grad = torch.randn(10, 12) * 0.01

@@ -74,14 +74,13 @@ def small_first(weight, grad, state):
     return torch.where(weight > 0, 1 / weight.abs(), 0)
 
 
-@pytest.mark.usefixtures("quick_compile")
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("score", ["taylor", "magnitude", small_first, "registered"])
 @pytest.mark.parametrize("num_kept", [1, 110])
-def test_the_weights_with_the_largest_scores_are_active(monkeypatch, score, num_kept, compiled):
+def test_the_weights_with_the_largest_scores_are_active(monkeypatch, score, num_kept):
     monkeypatch.setitem(SCORES, "registered", small_first)
     params = made()
-    optimizer = GSM(params, 0.1, num_kept=num_kept, score=score, compiled=compiled, **STILL)
+    optimizer = GSM(params, 0.1, num_kept=num_kept, score=score, **STILL)
     scores = [find_score(score)(p.detach(), p.grad, {}) for p in params]
     assert_equal(moved_by_a_step(optimizer, params), naive_active(scores, num_kept))
 

@@ -55,6 +55,7 @@ def assert_go_on_alike(model, optimizer, other, its):
 # --- the same bits ---
 
 
+@pytest.mark.usefixtures("way")
 @both
 @STATES
 def test_a_loaded_state_goes_on(schedule, steps, phase, kind):
@@ -69,6 +70,7 @@ def test_a_loaded_state_goes_on(schedule, steps, phase, kind):
     assert_go_on_alike(model, optimizer, fresh, other)
 
 
+@pytest.mark.usefixtures("way")
 @both
 @STATES
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
@@ -145,7 +147,7 @@ def test_a_state_of_other_shapes_is_refused():
 def test_a_loaded_state_brings_its_schedule_and_says_so():
     model = conv_net()
     optimizer = GSM(model.parameters(), 0.1, compression=5, schedule=Schedule(1_000, cut=0.8))
-    own = {"compiled": True, "check_ranks": False, "foreach": True}
+    own = {"check_ranks": False, "foreach": True}
     other = GSM(model.parameters(), 0.2, compression=5, schedule=Schedule(2_000), **own)
     message = r"brings schedule=Schedule\(total_steps=1000, .*cut=0\.8.*\) \(not schedule=.*\): to train by another"
     with pytest.warns(UserWarning, match=message):

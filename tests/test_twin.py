@@ -76,11 +76,6 @@ def test_every_rule_of_adamw(make, settings):
 
 
 @both
-def test_compiled_passes(kind):
-    check(twins(own={"compiled": True}, kind=kind))
-
-
-@both
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_scheduler(scheduler, kind):
     check(twins(groups=True, kind=kind), SCHEDULERS[scheduler])

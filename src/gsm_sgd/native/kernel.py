@@ -20,7 +20,8 @@ def fits(part: Part) -> bool:
     """Return whether step.c takes these parameters: dense ones in float32 on a CPU, with what belongs to them."""
     tensors = [*part.params, *part.own_steps]
     return (
-        all(type(tensor.data) is Tensor and tensor.is_cpu and tensor.dtype is torch.float32 for tensor in tensors)
+        all(map(is_, part.params, part.owners))  # none is a DTensor
+        and all(type(tensor.data) is Tensor and tensor.is_cpu and tensor.dtype is torch.float32 for tensor in tensors)
         and all(param.stride() == dense_stride(param) for param in part.params)
         and all(grad.dtype is torch.float32 and grad.layout is torch.strided for grad in part.grads)
         and (part.group["foreach"], part.group["fused"]) == (None, None)
