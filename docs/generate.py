@@ -95,11 +95,11 @@ def headline(*words: str) -> str:
     for word in words:
         name, _, ratio = word.partition("@")
         record = _read(name)
-        if record.get("benchmark") == "transformer":
+        if record.get("benchmark") == "adaptive":
             net, length = f"transformer, {ratio}x, bits per byte", f"{record['steps']:,} steps"
-            bits = {row["row"]: row["bits"] for row in record["rows"] if row["compression"] in (1, float(ratio))}
-            best = min((row for row in bits if not row.startswith(("gsm", "dense"))), key=lambda row: bits[row]["mean"])
-            cells = [_cell(bits["dense"], 3), _cell(bits["gsm"], 3), f"{_cell(bits[best], 3)} ({best})"]
+            bits = {cell["title"]: cell["test"] for cell in record["rows"] if cell["compression"] in (1, float(ratio))}
+            best = min((row for row in bits if not row.startswith(("GSM", "dense"))), key=lambda row: bits[row]["mean"])
+            cells = [_cell(bits["dense"], 3), _cell(bits["GSM, |w g|"], 3), f"{_cell(bits[best], 3)} ({best})"]
         elif ratio:
             net, length = f"{record['model']}, {ratio}x", f"{record['epochs']} epochs"
             top1 = {method: of[ratio] for method, of in record["methods"].items() if ratio in of}
@@ -172,13 +172,12 @@ def numbers(name: str) -> str:
     return _table(list(rows[0]), [[v if isinstance(v, str) else f"{v:,}" for v in row.values()] for row in rows])
 
 
-def transformer(name: str) -> str:
+def adaptive(name: str) -> str:
     """Return bits per byte of the language model by method and ratio."""
-    record = _read(name)
-    ratios = [f"{ratio:g}" for ratio in sorted({row["compression"] for row in record["rows"]})]
     rows: dict[str, dict[str, Any]] = {}
-    for row in record["rows"]:
-        rows.setdefault(row["row"], {})[f"{row['compression']:g}"] = row["bits"]
+    for cell in _read(name)["rows"]:
+        rows.setdefault(cell["title"], {})[f"{cell['compression']:g}"] = cell["test"]
+    ratios = sorted({ratio for row in rows.values() for ratio in row}, key=float)
     table = [[row, *(_cell(bits.get(ratio), 3) for ratio in ratios)] for row, bits in rows.items()]
     return _table(["bits per byte", *(f"{ratio}x" for ratio in ratios)], table)
 
