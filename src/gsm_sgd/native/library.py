@@ -18,8 +18,8 @@ _SOURCE = Path(__file__).with_name("step.c")
 _FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp"]
 # By what torch uses here: it looks at the processor with more care than -march=native, and rounds as these do.
 _INSTRUCTIONS = {
-    "AVX2": ["-mavx2", "-mfma"],
-    "AVX512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+    "AVX2": ["-mavx2", "-mfma", "-mpopcnt", "-mbmi"],
+    "AVX512": ["-mavx2", "-mfma", "-mpopcnt", "-mbmi", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
 }
 _SECONDS = 60  # that the compiler may take; it takes less than one
 

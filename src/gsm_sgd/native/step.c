@@ -21,6 +21,7 @@ enum { ALL = 0, SCORES = 1, MASK = 2 }; /* which weights of a tensor are active 
 enum { DONE = 0, NOT_FINITE = 1, TIES = 2, NO_MEMORY = 3 };
 
 enum { CHUNK = 1 << 14 };                 /* weights that a thread takes at a time */
+enum { BLOCK = 64 };                      /* scores that are compared before those inside the bracket are gathered */
 enum { MARKS = 512 };                     /* weights that are marked before they are updated */
 enum { AHEAD = 256 };                     /* weights from here to those that are fetched into the cache */
 enum { TAIL = 8 };                        /* torch rounds the last size % TAIL weights of a tensor in another way */
@@ -52,7 +53,7 @@ typedef struct {
     int64_t tensor, start, size;
 } Chunk;
 
-/* Where the largest scores end; up to (tensor, position) scores equal to the value are active, after it they are not. */
+/* Where the largest scores end: up to (tensor, position) those equal to the value are active, the rest are not. */
 typedef struct {
     float value;
     int64_t tensor, position;
@@ -180,19 +181,22 @@ static int look_at(const float *weight, const float *grad, int64_t size, int sco
     const Lanes lows = all(low), highs = all(high), infinity = all(INFINITY);
     int64_t larger = 0, found = 0, i = 0;
     unsigned wrong = 0;
-    float scores[LANES];
-    for (; i + LANES <= size; i += LANES) {
-        __builtin_prefetch(weight + i + AHEAD);
-        __builtin_prefetch(grad + i + AHEAD);
-        const Lanes w = load(weight + i), g = load(grad + i), s = size_of(score == TAYLOR ? times(w, g) : w);
-        wrong |= not_below(s, infinity) | not_below(size_of(g), infinity);
-        const unsigned reach = above(s, lows), over = above(s, highs);
-        larger += __builtin_popcount(over);
-        unsigned between = reach & ~over;
-        if (between) {
-            store(scores, s);
-            for (; between; between &= between - 1) inside[found++] = scores[__builtin_ctz(between)];
+    float scores[BLOCK];
+    for (; i + BLOCK <= size; i += BLOCK) {
+        uint64_t reach = 0, over = 0;
+        for (int j = 0; j < BLOCK; j += LANES) {
+            __builtin_prefetch(weight + i + j + AHEAD);
+            __builtin_prefetch(grad + i + j + AHEAD);
+            const Lanes w = load(weight + i + j), g = load(grad + i + j);
+            const Lanes s = size_of(score == TAYLOR ? times(w, g) : w);
+            wrong |= not_below(s, infinity) | not_below(size_of(g), infinity);
+            reach |= (uint64_t)above(s, lows) << j;
+            over |= (uint64_t)above(s, highs) << j;
+            store(scores + j, s);
         }
+        larger += __builtin_popcountll(over);
+        for (uint64_t between = reach & ~over; between; between &= between - 1)
+            inside[found++] = scores[__builtin_ctzll(between)];
     }
     for (; i < size; i++) {
         const float s = score_of(weight[i], grad[i], score);
@@ -292,7 +296,7 @@ static int end_of_ties(const Tensor *tensors, int64_t count, int64_t k, int scor
 static int find(const Tensor *tensors, int64_t count, const Chunk *chunks, int64_t num_chunks, int64_t total, int64_t k,
                 int score, int threads, Threshold *found) {
     *found = (Threshold){0, -1, -1};
-    const double wanted = fmax(pow((double)total, 2.0 / 3.0) * RUN / 2, LEAST_SAMPLE);
+    const double wanted = fmax(pow((double)total, 2.0 / 3.0) * RUN / 4, LEAST_SAMPLE);
     const int64_t distance = (int64_t)fmax((double)total / wanted * RUN, RUN) | 1; /* odd: visits all columns of 2^n */
     const int64_t most = total / distance * RUN + 2 * RUN;
     const int64_t room = total / 32 > LEAST_ROOM ? total / 32 : (total < LEAST_ROOM ? total : LEAST_ROOM);
@@ -304,7 +308,7 @@ static int find(const Tensor *tensors, int64_t count, const Chunk *chunks, int64
     for (int64_t i = 0; i < taken; i++)
         if (!(sample[i] < INFINITY)) state = NOT_FINITE;
     int is_found = 0;
-    for (double sigmas = 2; state == DONE && !is_found; sigmas *= 2) { /* one in twenty samples misleads */
+    for (double sigmas = 3; state == DONE && !is_found; sigmas *= 2) { /* three in a thousand samples mislead */
         float low, high;
         int64_t over = 0, gathered = 0;
         guess(sample, taken, (double)k / (double)total, sigmas, sample + most, &low, &high);
