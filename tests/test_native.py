@@ -205,6 +205,21 @@ def test_the_choice_among_more_weights_than_there_is_room_for(kind, share):
         assert torch.equal(optimizer.state[param]["momentum_buffer"], grad * mask)  # even what is lost in the weights
 
 
+@pytest.mark.parametrize("num_kept", [1, 2, 3, 4, 5, 6, 7, 20_005, 20_006, 49_999])
+def test_ties_far_apart_go_to_the_lower_index(num_kept):
+    """Six equal scores, in several chunks of three tensors, among other ones that are larger or smaller."""
+    torch.manual_seed(0)
+    weights = [torch.ones(100, 200), torch.ones(200, 200), torch.ones(1, 40)]
+    grads = [torch.rand(100, 200) * 0.1 + 0.6, torch.rand(200, 200) * 0.1 + 0.1, torch.rand(1, 40) * 0.1]
+    for number, place in ((0, 7), (0, 19_990), (1, 5), (1, 39_000), (1, 39_001), (2, 3)):
+        grads[number].view(-1)[place] = 0.5
+    if num_kept < 10:
+        num_kept += 20_000 - 2
+    expected = select_top(grads, num_kept)
+    for mine, other in zip(active_of(weights, grads, num_kept), expected, strict=True):
+        assert torch.equal(mine, other)
+
+
 def test_ties_of_a_weight_whose_memory_is_not_in_the_order_of_its_index_go_to_the_lower_index():
     weight = torch.ones(4, 6, 3, 3).to(memory_format=torch.channels_last)
     param = nn.Parameter(weight.clone())

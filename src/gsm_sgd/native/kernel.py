@@ -48,7 +48,7 @@ class _Group(ctypes.Structure):
 
 
 class _Chunk(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("tensor", "start", "size")]
+    _fields_ = [(name, ctypes.c_int64) for name in ("tensor", "start", "size", "place", "found", "equal")]
 
 
 class _Entry(NamedTuple):

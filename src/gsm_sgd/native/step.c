@@ -49,8 +49,11 @@ typedef struct {
     int64_t nesterov;
 } Group;
 
+/* A part of a tensor. Of a step: where in the gathered scores its own begin, how many these are, and how many of all of
+ * its scores equal the threshold. */
 typedef struct {
     int64_t tensor, start, size;
+    int64_t place, found, equal;
 } Chunk;
 
 /* Where the largest scores end: up to (tensor, position) those equal to the value are active, the rest are not. */
@@ -209,8 +212,8 @@ static int look_at(const float *weight, const float *grad, int64_t size, int sco
 }
 
 /* Count the scores above a bracket, and gather those inside as long as there is room. */
-static int look(const Tensor *tensors, const Chunk *chunks, int64_t count, int score, float low, float high,
-                float *inside, int64_t room, int64_t *above_, int64_t *inside_, int threads) {
+static int look(const Tensor *tensors, Chunk *chunks, int64_t count, int score, float low, float high, float *inside,
+                int64_t room, int64_t *above_, int64_t *inside_, int threads) {
     int64_t larger = 0, gathered = 0;
     int bad = 0;
     const unsigned mode = rounding();
@@ -227,9 +230,9 @@ static int look(const Tensor *tensors, const Chunk *chunks, int64_t count, int s
             int64_t over, found, place;
             bad |= !look_at(weight, grad, chunks[c].size, score, low, high, &over, mine, &found);
             larger += over;
-            if (!found) continue;
 #pragma omp atomic capture
             { place = gathered; gathered += found; }
+            chunks[c].place = place, chunks[c].found = found;
             if (place + found <= room) memcpy(inside + place, mine, sizeof(float) * (size_t)found);
         }
         set_rounding(own);
@@ -261,39 +264,52 @@ static float by_digits(const Tensor *tensors, int64_t count, int64_t k, int scor
     return of_bits(prefix);
 }
 
-/* Count the scores above a value and equal to it: these by tensor, too. */
-static int64_t rank_of(const Tensor *tensors, int64_t count, int score, float value, int64_t *equal) {
+/* Count in each chunk the scores that equal a value, and return how many of all are above it. */
+static int64_t rank_of(const Tensor *tensors, Chunk *chunks, int64_t count, int score, float value, int threads) {
     int64_t over = 0;
-    for (int64_t t = 0; t < count; t++) {
-        equal[t] = 0;
-        if (tensors[t].active != SCORES) continue;
-        const float *weight = tensors[t].weight, *grad = tensors[t].grad;
-        int64_t larger = 0, same = 0;
-        for (int64_t i = 0; i < tensors[t].size; i++) {
-            const float s = score_of(weight[i], grad[i], score);
-            larger += s > value;
-            same += s == value;
+    const unsigned mode = rounding();
+#pragma omp parallel num_threads(threads) reduction(+ : over)
+    {
+        const unsigned own = rounding();
+        set_rounding(mode);
+#pragma omp for schedule(static)
+        for (int64_t c = 0; c < count; c++) {
+            const Tensor *one = tensors + chunks[c].tensor;
+            chunks[c].equal = 0;
+            if (one->active != SCORES) continue;
+            const float *weight = one->weight + chunks[c].start, *grad = one->grad + chunks[c].start;
+            int64_t larger = 0, same = 0;
+            for (int64_t i = 0; i < chunks[c].size; i++) {
+                const float s = score_of(weight[i], grad[i], score);
+                larger += s > value;
+                same += s == value;
+            }
+            over += larger;
+            chunks[c].equal = same;
         }
-        over += larger;
-        equal[t] = same;
+        set_rounding(own);
     }
     return over;
 }
 
-/* Of scores equal to the threshold find the last that is active: those at lower indices are. */
-static int end_of_ties(const Tensor *tensors, int64_t count, int64_t k, int score, int64_t *equal, Threshold *found) {
-    int64_t left = k - rank_of(tensors, count, score, found->value, equal), t = 0;
-    for (; t < count && left >= equal[t]; t++) left -= equal[t]; /* t: the first that has no room for all of its own */
-    found->tensor = t;
-    if (t == count || left == 0) return DONE;
-    if (!tensors[t].ordered) return TIES;
-    for (found->position = 0; left > 0; found->position++)
-        left -= score_of(tensors[t].weight[found->position], tensors[t].grad[found->position], score) == found->value;
+/* Of scores equal to the threshold `left` are active, those at lower indices: find where they end. */
+static int end_of_ties(const Tensor *tensors, const Chunk *chunks, int64_t left, int score, Threshold *found) {
+    int64_t before = 0; /* of the same tensor */
+    const Chunk *c = chunks;
+    for (; left >= c->equal; c++) {
+        left -= c->equal;
+        before = c[1].tensor == c->tensor ? before + c->equal : 0;
+    }
+    const Tensor *one = tensors + c->tensor;
+    if (!one->ordered && left + before > 0) return TIES;
+    found->tensor = c->tensor;
+    for (found->position = c->start; left > 0; found->position++)
+        left -= score_of(one->weight[found->position], one->grad[found->position], score) == found->value;
     return DONE;
 }
 
 /* Find where the k largest scores end; ties go to the lower index. TIES if that is not here to tell. */
-static int find(const Tensor *tensors, int64_t count, const Chunk *chunks, int64_t num_chunks, int64_t total, int64_t k,
+static int find(const Tensor *tensors, int64_t count, Chunk *chunks, int64_t num_chunks, int64_t total, int64_t k,
                 int score, int threads, Threshold *found) {
     *found = (Threshold){0, -1, -1};
     const double wanted = fmax(pow((double)total, 2.0 / 3.0) * RUN / 4, LEAST_SAMPLE);
@@ -301,10 +317,9 @@ static int find(const Tensor *tensors, int64_t count, const Chunk *chunks, int64
     const int64_t most = total / distance * RUN + 2 * RUN;
     const int64_t room = total / 32 > LEAST_ROOM ? total / 32 : (total < LEAST_ROOM ? total : LEAST_ROOM);
     float *sample = malloc(sizeof(float) * (size_t)(2 * most)), *inside = malloc(sizeof(float) * (size_t)(2 * room));
-    int64_t *equal = malloc(sizeof(int64_t) * (size_t)count);
-    int state = sample && inside && equal ? DONE : NO_MEMORY;
+    int state = sample && inside ? DONE : NO_MEMORY;
 
-    int64_t larger = -1, same = 0, taken = state == DONE ? take(tensors, count, distance, score, sample) : 0;
+    int64_t larger = 0, same = 0, taken = state == DONE ? take(tensors, count, distance, score, sample) : 0;
     for (int64_t i = 0; i < taken; i++)
         if (!(sample[i] < INFINITY)) state = NOT_FINITE;
     int is_found = 0;
@@ -319,19 +334,28 @@ static int find(const Tensor *tensors, int64_t count, const Chunk *chunks, int64
         if (k > over + gathered) break; /* fewer are above zero, so zero is the end */
         if (gathered > room) {          /* very many are equal */
             found->value = by_digits(tensors, count, k, score);
+            larger = rank_of(tensors, chunks, num_chunks, score, found->value, threads);
+            for (int64_t c = 0; c < num_chunks; c++) same += chunks[c].equal;
             break;
         }
         found->value = nth_largest(inside, gathered, k - over - 1, low, high, inside + room);
         larger = over;
-        for (int64_t i = 0; i < gathered; i++) larger += inside[i] > found->value, same += inside[i] == found->value;
+        for (int64_t c = 0; c < num_chunks; c++) {
+            const float *mine = inside + chunks[c].place;
+            int64_t equal = 0;
+            for (int64_t i = 0; i < chunks[c].found; i++) {
+                larger += mine[i] > found->value;
+                equal += mine[i] == found->value;
+            }
+            chunks[c].equal = equal, same += equal;
+        }
     }
     if (state == DONE && found->value > 0) {
         found->tensor = count;
-        if (larger + same != k) state = end_of_ties(tensors, count, k, score, equal, found);
+        if (larger + same > k) state = end_of_ties(tensors, chunks, k - larger, score, found);
     }
     free(sample);
     free(inside);
-    free(equal);
     return state;
 }
 
@@ -463,7 +487,7 @@ static int all_finite(const Tensor *tensors, const Chunk *chunks, int64_t count,
  *
  * `total` is the size of all tensors whose scores count, `k` how many of them are active at most.
  */
-int gsm_step(Tensor *tensors, int64_t count, const Chunk *chunks, int64_t num_chunks, const Group *groups,
+int gsm_step(Tensor *tensors, int64_t count, Chunk *chunks, int64_t num_chunks, const Group *groups,
              int64_t total, int64_t k, int score, int threads) {
     Threshold end = {0, -1, -1};
     if (total) {
