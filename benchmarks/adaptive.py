@@ -303,15 +303,15 @@ class Row(NamedTuple):
 
     title: str
     build: Build
-    grid: Mapping[str, Sequence[float]] = {"lr": (1e-3, 3e-3), "end": (0.5, 0.6)}
+    grid: Mapping[str, Sequence[float]] = {"lr": (3e-3, 8e-3), "end": (0.5, 0.6)}
     only: float | None = None
 
 
 ROWS = {
-    "dense": Row("dense", adamw, {"lr": (1e-3, 2e-3, 4e-3, 8e-3)}, only=1),
+    "dense": Row("dense", adamw, {"lr": (2e-3, 4e-3, 8e-3, 1.6e-2)}, only=1),
     "gsm": Row("GSM, |w g|", gsm()),
     "gradual": Row("gradual magnitude", gradual),
-    "platon": Row("PLATON", Platon.build, {"lr": (1e-3, 3e-3), "beta": (0.85, 0.95)}),
+    "platon": Row("PLATON", Platon.build, {"lr": (3e-3, 8e-3), "beta": (0.85, 0.95)}),
     "proximal": Row("proximal step", Proximal.build),
     "movement": Row("movement pruning", Movement.build),
     "gsm_fisher": Row("GSM, |w| sqrt(v)", gsm(score="fisher")),
