@@ -423,12 +423,18 @@ def test_momentum_that_is_switched_on_gets_its_buffer():
     assert all("momentum_buffer" in state for state in ends[0].state.values())
 
 
-def test_a_copy_has_its_own_weights():
+def trained():
+    """Return a net and its optimizer after two steps."""
     model = net()
     optimizer = GSM(model.parameters(), 0.01, density=0.2)
     for step in range(2):
         give_gradients(model, step)
         optimizer.step()
+    return model, optimizer
+
+
+def test_a_copy_has_its_own_weights():
+    model, optimizer = trained()
     twin_model, twin = copy.deepcopy((model, optimizer))
     give_gradients(twin_model, 2)
     before = copy.deepcopy(tensors_of(optimizer))
@@ -475,15 +481,6 @@ def fresh(monkeypatch, tmp_path):
     library.load_step.cache_clear()
 
 
-def train():
-    model = net()
-    optimizer = GSM(model.parameters(), 0.01, density=0.2)
-    for step in range(2):
-        give_gradients(model, step)
-        optimizer.step()
-    return optimizer
-
-
 def test_it_is_built_once_and_found_again(fresh, monkeypatch):
     assert library.load_step() is not None
     (built,) = fresh.iterdir()
@@ -502,7 +499,7 @@ def compiler(folder, text):
 
 @pytest.mark.parametrize("way", ["missing", "fails", "writes rubbish"])
 def test_without_a_compiler_that_works_a_step_takes_torchs_operations(way, fresh, tmp_path, monkeypatch, caplog):
-    expected = train()
+    _, expected = trained()
     broken = {
         "missing": str(tmp_path / "none"),
         "fails": compiler(tmp_path, "exit 1"),
@@ -511,7 +508,7 @@ def test_without_a_compiler_that_works_a_step_takes_torchs_operations(way, fresh
     monkeypatch.setenv("CC", broken[way])
     library.load_step.cache_clear()
     with caplog.at_level(logging.INFO, "gsm_sgd"):
-        optimizer = train()
+        _, optimizer = trained()
     assert optimizer._kernel is None
     assert "steps use torch's operations" in caplog.text
     assert_same(optimizer, expected)
@@ -529,4 +526,4 @@ def test_a_cache_that_is_no_use_is_done_without(damage, fresh):
         built.write_bytes(b"rubbish")
         library.load_step.cache_clear()
     assert library.load_step() is not None
-    assert train()._kernel is not None
+    assert trained()[1]._kernel is not None

@@ -20,11 +20,6 @@ def laid_out_as(params: Sequence[Tensor], tensors: list[Tensor]) -> list[Tensor]
     ]
 
 
-def flattened(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor as one dimension, in the order in which `like`, of the same shape, lies in memory."""
-    return (tensor if like.is_contiguous() else tensor.permute(_memory_order(like))).reshape(-1)
-
-
 def by_index(positions: Tensor, like: Tensor) -> Tensor:
     """Sort positions in the memory of a dense tensor by its index order."""
     return positions if like.is_contiguous() else positions[index_order(positions, like).argsort()]

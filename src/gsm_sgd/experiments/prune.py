@@ -3,7 +3,7 @@
 Or with another method in GSM's place, which is what it is compared with.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.swa_utils import update_bn
 
 from .. import __version__
+from ..budget import Budget
 from ..masks import Masks, keep_masked, sparsity_table
 from ..methods import METHODS, Method
 from ..names import prunable_parameters
@@ -100,8 +101,9 @@ def _channels(job: Job, model: nn.Module) -> ChannelGroups:
     groups = find_channels(model, next(iter(job.data.test.batches(1)))[0])
     if job.recipe.latency is not None:
         measure_latency(job.run, model, groups)
+        latency = groups.for_budget("latency")
         try:
-            gsm(model, replace(job.recipe, method=OURS), steps_per_epoch=1_000, groups=groups)
+            latency.check_budget(Budget.of(**job.recipe.budget).num_kept(latency.total(list(model.parameters()))))
         except ValueError as error:
             raise UsageError(str(error)) from error
     return groups

@@ -183,10 +183,7 @@ class Sharded:
         """Look among those between, counted and summed over all processes."""
         reached, values = 0, low.new_empty(0)
         if self._scores is not None:
-            try:
-                reached, values = self._scores.between(low, high)
-            except NotFiniteError:  # the others do not know yet, and wait
-                self._suspect = True
+            reached, values = self._scores.between(low, high)
         span = int(_keys(low)) + 1, int(_keys(high)) - 1
         key = self._shards.kth_largest(_keys(values), k, span, reached, self._suspect)
         if isinstance(key, _Key):

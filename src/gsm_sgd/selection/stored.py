@@ -163,10 +163,9 @@ class ScoreBuffer:
         weights: Sequence[Tensor],
         grads: Sequence[Tensor],
         states: Sequence[Mapping[str, Any]],
-        dtype: torch.dtype | None = None,
     ) -> bool:
-        """Compute the scores, in a precision that fits all weights or this one; return whether they are all finite."""
-        dtype, device = dtype or score_dtype(weights), weights[0].device
+        """Compute the scores, in a precision that fits all weights; return whether they are all finite."""
+        dtype, device = score_dtype(weights), weights[0].device
         self._ends = list(accumulate((weight.numel() for weight in weights), initial=0))
         size = -(-self._ends[-1] // ROW) * ROW
         if (len(self.whole), self.whole.dtype, self.whole.device) != (size, dtype, device):

@@ -43,17 +43,13 @@ class Threshold(NamedTuple):
 
 
 class Scores(Protocol):
-    """All scores of a model, as the search asks for them, be they stored or computed again each time."""
+    """All scores of a process, as the search asks for them."""
 
     def bracket(self, k: float, sigmas: float) -> tuple[Tensor, Tensor]:
         """Guess two values that enclose the k-th largest score, `sigmas` standard deviations to either side."""
 
     def between(self, low: Tensor, high: Tensor) -> tuple[int, Tensor]:
-        """Return how many scores are at least `high`, and all that are less and exceed `low`, in any order.
-
-        Raises:
-            NotFiniteError: some scores raise it here if one of them is not finite.
-        """
+        """Return how many scores are at least `high`, and all that are less and exceed `low`, in any order."""
 
     def count(self, value: Tensor) -> list[int]:
         """Return how many scores of each tensor equal `value`, which lies in the last bracket or at an end of it."""
